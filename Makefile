@@ -1,0 +1,35 @@
+# make demo   set up, then align the embedded pipeline and show the result (runs/demo)
+# make test   set up, then run the default tests          make lint    ruff
+# make bench  the benchmarks of this machine              make clean   remove everything that can be made again
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test slow lint bench clean
+
+setup: $(VENV)/.ready
+
+# torch and torchvision must come out of one resolution: a CPU-only torch beside a CUDA torchvision does not import.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/diffalign demo
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) runs cache build *.egg-info

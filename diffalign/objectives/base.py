@@ -1,0 +1,119 @@
+"""What an objective is, and the errors it is a function of.
+
+An error is the mean over C, H, W of (pred - target)^2 of one image, in the prediction space of the backbone. It stands
+for a negative log-likelihood: `reference - policy` is the log-ratio of policy to reference up to a positive factor.
+"""
+
+import dataclasses
+import math
+import operator
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from diffalign.errors import ConfigError
+
+
+class _Checked:
+    """Assert that all tensors of a container agree in shape and are float32 or wider."""
+
+    _dimensions: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        shape = next(iter(tensors.values())).shape
+        assert len(shape) == self._dimensions, f"expected {self._dimensions} dimension(s), got {tuple(shape)}"
+        for name, tensor in tensors.items():
+            assert tensor.shape == shape, f"{name} has shape {tuple(tensor.shape)}, the others {tuple(shape)}"
+            # A bfloat16 error is off by up to 0.4 %: at beta 5000 that moves a logit by more than its own size.
+            half = tensor.dtype in (torch.float16, torch.bfloat16)
+            assert not half, f"{name} is {tensor.dtype}; reduce errors in float32"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairErrors(_Checked):
+    """Hold the errors of B preference pairs."""
+
+    policy_w: Tensor  # [B], with gradient
+    policy_l: Tensor  # [B], with gradient
+    reference_w: Tensor | None = None  # [B]
+    reference_l: Tensor | None = None  # [B]
+    preference: Tensor | None = None  # [B] in [0, 1], P(winner preferred), for objectives with soft labels
+
+    @property
+    def margin(self) -> Tensor:
+        """Return (reference_w - policy_w) - (reference_l - policy_l) [B]: > 0 where the policy sides with the label."""
+        assert self.reference_w is not None, "a margin needs the reference errors: declare them in Objective.needs"
+        assert self.reference_l is not None, "a margin needs the reference errors: declare them in Objective.needs"
+        return (self.reference_w - self.policy_w) - (self.reference_l - self.policy_l)
+
+    @property
+    def implicit_accuracy(self) -> Tensor:
+        """Return 1 for a positive margin, 0 for a negative one and 1/2 for none [B]."""
+        return 0.5 + 0.5 * self.margin.detach().sign()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SingleErrors(_Checked):
+    """Hold the errors of B images, each with its own label or none."""
+
+    policy: Tensor  # [B], with gradient
+    reference: Tensor | None = None  # [B]
+    desirable: Tensor | None = None  # [B] bool, None where the objective takes every image as desirable
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ListErrors(_Checked):
+    """Hold the errors of k scored images for each of B prompts."""
+
+    _dimensions: ClassVar[int] = 2
+
+    policy: Tensor  # [B,k], with gradient
+    scores: Tensor  # [B,k], higher is better
+    reference: Tensor | None = None  # [B,k]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Transitions(_Checked):
+    """Hold the log-probabilities of B pairs of denoising transitions xt -> x(t-1)."""
+
+    log_prob_w: Tensor  # [B], with gradient
+    log_prob_l: Tensor  # [B], with gradient
+    reference_log_prob_w: Tensor | None = None  # [B]
+    reference_log_prob_l: Tensor | None = None  # [B]
+
+
+ErrorsT = TypeVar("ErrorsT", PairErrors, SingleErrors, ListErrors, Transitions)
+
+
+class Objective(ABC, Generic[ErrorsT]):
+    """State one method: the fields are its hyperparameters, `loss` is its equation.
+
+    A subclass is a frozen, keyword-only dataclass in a file of its own. Every field has a default (the docstring says
+    whose) and a range checked in `__post_init__`. Objectives that are logistic in a logit also offer `logit(errors)`.
+    """
+
+    needs: ClassVar[frozenset[str]]  # subset of {"reference", "behavior"}: the frozen passes to run
+    layout: ClassVar[Literal["pair", "single", "list", "transition"]]  # which container `loss` takes
+    chosen_only: ClassVar[bool] = False  # layout "single": of a preference pair, take the winner alone
+
+    @abstractmethod
+    def loss(self, errors: ErrorsT) -> Tensor:
+        """Return the loss of every example [B], unreduced: the trainer takes the mean over the global batch."""
+
+
+def check_number(
+    name: str, value: float, *, above: float | None = None, at_least: float | None = None, below: float | None = None
+) -> None:
+    """Raise ConfigError unless the hyperparameter `name` is a finite number within the limits given."""
+    limits = [(">", operator.gt, above), (">=", operator.ge, at_least), ("<", operator.lt, below)]
+    limits = [limit for limit in limits if limit[2] is not None]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not all(holds(value, bound) for _, holds, bound in limits):
+        wanted = " and ".join(f"{sign} {bound:g}" for sign, _, bound in limits)
+        got = f"{value!r} ({type(value).__name__})"
+        raise ConfigError(f'"objective.{name}" must be a finite number {wanted}, got {got}.')

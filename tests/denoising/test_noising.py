@@ -1,0 +1,93 @@
+"""Noisings: what the members of a pair have in common, and that a batch is the sum of its examples."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from diffalign.denoising import (
+    NOISINGS,
+    DDPMPath,
+    add_noise,
+    independent,
+    normal,
+    sample_timesteps,
+    shared,
+    single,
+    target,
+)
+
+PATH = DDPMPath.from_config(
+    {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+)
+IDS = torch.tensor([41, 7, 10**12])
+TIMESTEPS = sample_timesteps(PATH, 0, 5, IDS)
+X0 = normal(9, 0, torch.arange(6), (4, 8, 8))
+
+
+def rows(batch, index):
+    return {field.name: getattr(batch, field.name)[index] for field in dataclasses.fields(batch)}
+
+
+def assert_equal_rows(got, expected):
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+
+
+@pytest.mark.parametrize("name", NOISINGS)
+def test_batch_is_consistent_with_its_path(name):
+    batch = NOISINGS[name](PATH, X0, TIMESTEPS, 0, 5, IDS)
+    assert torch.equal(batch.x0, X0)
+    assert torch.equal(batch.timesteps, torch.cat([TIMESTEPS, TIMESTEPS]))
+    assert torch.equal(torch.stack([batch.alpha, batch.sigma]), torch.stack(PATH.alpha_sigma(batch.timesteps)))
+    assert torch.equal(batch.xt, add_noise(PATH, X0, batch.noise, batch.timesteps))
+    assert torch.equal(batch.target, target(PATH, X0, batch.noise, batch.timesteps))
+    assert all(tensor.dtype == torch.float32 for tensor in (batch.x0, batch.noise, batch.xt, batch.target, batch.alpha))
+
+
+@pytest.mark.parametrize("name", NOISINGS)
+def test_pairs_do_not_depend_on_their_batch(name):
+    noise = NOISINGS[name]
+    batch = noise(PATH, X0, TIMESTEPS, 0, 5, IDS)
+    for pair in range(3):
+        members = [pair, pair + 3]
+        alone = noise(PATH, X0[members], TIMESTEPS[[pair]], 0, 5, IDS[[pair]])
+        assert_equal_rows(rows(alone, slice(None)), rows(batch, members))
+
+
+def test_shared_gives_winner_and_loser_the_same_noise():
+    batch = shared(PATH, X0, TIMESTEPS, 0, 5, IDS)
+    noise_w, noise_l = batch.noise.chunk(2)
+    assert torch.equal(noise_w, noise_l)
+    assert not torch.equal(noise_w[0], noise_w[1])
+
+
+def test_independent_gives_each_image_its_own_noise():
+    noise = independent(PATH, X0, TIMESTEPS, 0, 5, IDS).noise
+    assert (torch.corrcoef(noise.flatten(1)) - torch.eye(6)).abs().max() < 5 / 256**0.5
+    assert len(noise.unique()) == noise.numel()
+
+
+def test_single_gives_winners_what_shared_gives_them():
+    alone = single(PATH, X0[:3], TIMESTEPS, 0, 5, IDS)
+    assert_equal_rows(rows(alone, slice(None)), rows(shared(PATH, X0, TIMESTEPS, 0, 5, IDS), slice(0, 3)))
+
+
+@pytest.mark.parametrize("name", NOISINGS)
+def test_another_step_or_seed_is_another_noise(name):
+    noise = NOISINGS[name]
+    first = noise(PATH, X0, TIMESTEPS, 0, 5, IDS).noise
+    for seed, step in [(1, 5), (0, 6)]:
+        assert not (noise(PATH, X0, TIMESTEPS, seed, step, IDS).noise == first).any()
+
+
+def test_half_precision_latents_are_noised_in_float32():
+    half = X0.half()
+    batch, expected = (shared(PATH, x0, TIMESTEPS, 0, 5, IDS) for x0 in (half, half.float()))
+    assert batch.x0.dtype == torch.float32
+    assert_equal_rows(rows(batch, slice(None)), rows(expected, slice(None)))
+
+
+def test_latents_that_are_not_pairs_are_refused():
+    with pytest.raises(AssertionError, match="must be as many"):
+        shared(PATH, X0[:5], TIMESTEPS, 0, 5, IDS)

@@ -1,0 +1,114 @@
+"""Imports run one way, the lowest layers need nothing but torch, and every module can be imported."""
+
+import ast
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# From the ground up. A module imports its own package and the layers below it, never a neighbour in its layer.
+LAYERS = (
+    {"errors"},
+    {"objectives"},
+    {"denoising"},
+    {"backbones", "data"},
+    {"rollout", "training", "evaluation", "shapes"},
+    {"config"},
+    {"cli"},
+    {"__main__"},
+)
+USES_REWARD_MODELS = ("diffalign.rollout", "diffalign.data.filtering", "diffalign.evaluation", "diffalign.cli")
+TORCH_ONLY = ("objectives", "denoising")
+
+
+def module_name(path: Path) -> str:
+    """Return the dotted name of a source file."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules_of(package: str) -> dict[str, Path]:
+    """Return the source files of a top-level package by dotted name."""
+    return {module_name(path): path for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the dotted names a file imports anywhere, in functions too."""
+    package = module_name(path).split(".") if path.name == "__init__.py" else module_name(path).split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            # `from diffalign import errors` names a module, `from torch import Tensor` does not: keep both spellings.
+            found |= {source} | {f"{source}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(name: str, package: str) -> bool:
+    """Tell whether a dotted name is a package or lies in it."""
+    return name == package or name.startswith(f"{package}.")
+
+
+def layer_of(part: str) -> int:
+    """Return the height of a package or module directly under diffalign."""
+    for height, members in enumerate(LAYERS):
+        if part in members:
+            return height
+    raise AssertionError(f"diffalign.{part} has no layer: enter it in LAYERS of {Path(__file__).name}")
+
+
+def upward_imports(name: str, path: Path) -> list[str]:
+    """Return the imports of a diffalign module that go up or sideways."""
+    own = name.split(".")[1]
+    parts = {imported.split(".")[1] for imported in imports_of(path) if imported.startswith("diffalign.")}
+    known = {part for part in parts if part in set().union(*LAYERS)}
+    return sorted(part for part in known - {own} if layer_of(part) >= layer_of(own))
+
+
+DIFFALIGN = modules_of("diffalign")
+REWARD_MODELS = modules_of("reward_models")
+LAYERED = {name: path for name, path in DIFFALIGN.items() if name != "diffalign"}
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_imports_run_one_way(name):
+    assert upward_imports(name, LAYERED[name]) == []
+
+
+def test_the_root_package_imports_no_layer():
+    assert not {name for name in imports_of(DIFFALIGN["diffalign"]) if within(name, "diffalign")}
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERED if name.split(".")[1] in TORCH_ONLY])
+def test_lowest_layers_import_torch_only(name):
+    outside = {imported.split(".")[0] for imported in imports_of(LAYERED[name])}
+    assert outside - set(sys.stdlib_module_names) <= {"torch", "diffalign"}
+
+
+@pytest.mark.parametrize("name", REWARD_MODELS)
+def test_reward_models_stand_alone(name):
+    assert not {imported for imported in imports_of(REWARD_MODELS[name]) if within(imported, "diffalign")}
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_reward_models_are_used_where_images_are_judged(name):
+    uses = {imported for imported in imports_of(LAYERED[name]) if within(imported, "reward_models")}
+    assert not uses or any(within(name, user) for user in USES_REWARD_MODELS)
+
+
+@pytest.mark.parametrize("name", [name for name in {**DIFFALIGN, **REWARD_MODELS} if not name.endswith("__main__")])
+def test_every_module_imports(name):
+    importlib.import_module(name)
+
+
+def test_an_upward_import_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "diffalign" / "denoising" / "bad.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("import torch\ndef f():\n    from diffalign import data\n    from ..backbones.sd15 import SD15\n")
+    assert upward_imports("diffalign.denoising.bad", path) == ["backbones", "data"]
