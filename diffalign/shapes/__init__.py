@@ -1,0 +1,1 @@
+"""The embedded world: captions of coloured shapes, a renderer, and an oracle that measures images exactly."""

@@ -1,0 +1,161 @@
+"""Train the embedded pipeline from nothing: first its VAE on rendered scenes, then text encoders and UNet together.
+
+This is ordinary latent-diffusion pre-training on a small scale. It stops while the model still follows only part of
+its captions: preference alignment needs something left to improve.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from rich.progress import Progress
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from diffalign.shapes.captions import scenes
+from diffalign.shapes.pipeline import RESOLUTION
+from diffalign.shapes.render import render
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """Hold the recipe of the embedded pipeline; the defaults made `assets/tiny-sdxl`."""
+
+    images: int = 20_000
+    vae_steps: int = 1_500
+    vae_batch_size: int = 32
+    vae_crop: int = 32  # pixels; the VAE is convolutional, and a quarter of the image costs a quarter
+    vae_learning_rate: float = 3e-3
+    unet_steps: int = 5_000
+    unet_batch_size: int = 32
+    unet_learning_rate: float = 5e-4
+    caption_dropout: float = 0.1
+    ema_decay: float = 0.998
+    seed: int = 0
+
+
+def render_dataset(number: int, seed: int) -> tuple[torch.Tensor, list[str]]:
+    """Render training scenes: images [N, 3, 64, 64] in [-1, 1] (the VAE's range) and their captions."""
+    rng = random.Random(seed)
+    drawn = list(islice(scenes(seed, held_out=False), number))
+    pixels = np.stack([np.asarray(render(scene, rng, RESOLUTION)) for scene in drawn])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images, [scene.caption() for scene in drawn]
+
+
+def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    peak = optimizer.param_groups[0]["lr"]
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.05)
+
+
+def _start_precise(vae: torch.nn.Module) -> None:
+    """Start the posterior narrow, std about 0.05: noise of std 1 would drown the latents for hundreds of steps."""
+    with torch.no_grad():
+        vae.quant_conv.bias[vae.config.latent_channels :] = -6.0
+        vae.quant_conv.weight[vae.config.latent_channels :] *= 0.1
+
+
+def _batches(number: int, batch_size: int, steps: int, seed: int) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        yield torch.randint(0, number, (batch_size,), generator=generator)
+
+
+def train_vae(pipeline: StableDiffusionXLPipeline, images: torch.Tensor, recipe: Pretraining, bar: Progress) -> float:
+    """Train the VAE to reconstruct, set its scaling factor to 1 / std of the latents, and return the final error."""
+    vae = pipeline.vae.train()
+    _start_precise(vae)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
+    rng = random.Random(recipe.seed)
+    schedule = _schedule(optimizer, recipe.vae_steps)
+    task, error = bar.add_task("VAE", total=recipe.vae_steps), torch.tensor(0.0)
+    for index in _batches(len(images), recipe.vae_batch_size, recipe.vae_steps, recipe.seed):
+        top, left = (rng.randint(0, RESOLUTION - recipe.vae_crop) for _ in range(2))
+        batch = images[index, :, top : top + recipe.vae_crop, left : left + recipe.vae_crop]
+        posterior = vae.encode(batch).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+        error = functional.mse_loss(decoded, batch)
+        loss = error + 0.5 * functional.l1_loss(decoded, batch) + 1e-6 * posterior.kl().mean() / batch[0].numel()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.update(task, advance=1, description=f"VAE, error {error.item():.4f}")
+    vae.eval()
+    scale = 1 / encode(pipeline, images[:2048]).std().item()
+    vae.register_to_config(scaling_factor=round(scale, 5))
+    return error.item()
+
+
+@torch.no_grad()
+def encode(pipeline: StableDiffusionXLPipeline, images: torch.Tensor, batch_size: int = 128) -> torch.Tensor:
+    """Return the posterior means [N, 4, 16, 16] of images, not yet scaled."""
+    return torch.cat([pipeline.vae.encode(batch).latent_dist.mean for batch in images.split(batch_size)])
+
+
+class TextToLatent(torch.nn.Module):
+    """Text encoders and UNet as one module, so that one optimiser and one moving average cover both."""
+
+    def __init__(self, pipeline: StableDiffusionXLPipeline):
+        """Share the pipeline's modules."""
+        super().__init__()
+        self.encoders = torch.nn.ModuleList([pipeline.text_encoder, pipeline.text_encoder_2])
+        self.unet = pipeline.unet
+
+    def forward(self, xt: torch.Tensor, timesteps: torch.Tensor, ids: list[torch.Tensor]) -> torch.Tensor:
+        """Predict the noise in `xt` from token ids [N, L] of both tokenizers."""
+        outputs = [encoder(row, output_hidden_states=True) for encoder, row in zip(self.encoders, ids, strict=True)]
+        prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        time_ids = torch.tensor([[RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]]).float().repeat(len(xt), 1)
+        added = {"text_embeds": outputs[1].text_embeds, "time_ids": time_ids}
+        return self.unet(xt, timesteps, prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+
+def _tokenize(pipeline: StableDiffusionXLPipeline, captions: list[str]) -> list[torch.Tensor]:
+    tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
+    return [t(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids for t in tokenizers]
+
+
+def train_unet(
+    pipeline: StableDiffusionXLPipeline, x0: torch.Tensor, captions: list[str], recipe: Pretraining, bar: Progress
+) -> float:
+    """Train text encoders and UNet on scaled latents [N, 4, 16, 16]; keep the moving average; return the last error."""
+    model = TextToLatent(pipeline).train()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+    noising = DDPMScheduler.from_config(pipeline.scheduler.config)
+    ids, empty = _tokenize(pipeline, captions), _tokenize(pipeline, [""])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.unet_learning_rate, weight_decay=1e-3)
+    schedule = _schedule(optimizer, recipe.unet_steps)
+    generator = torch.Generator().manual_seed(recipe.seed + 1)
+    task, smoothed = bar.add_task("UNet", total=recipe.unet_steps), None
+    for index in _batches(len(x0), recipe.unet_batch_size, recipe.unet_steps, recipe.seed + 2):
+        noise = torch.randn(x0[index].shape, generator=generator)
+        timesteps = torch.randint(0, noising.config.num_train_timesteps, (len(index),), generator=generator)
+        dropped = torch.rand(len(index), 1, generator=generator) < recipe.caption_dropout
+        rows = [torch.where(dropped, blank, full[index]) for blank, full in zip(empty, ids, strict=True)]
+        xt = noising.add_noise(x0[index], noise, timesteps)
+        loss = functional.mse_loss(model(xt, timesteps, rows), noise)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(model)
+        smoothed = loss.item() if smoothed is None else 0.98 * smoothed + 0.02 * loss.item()
+        bar.update(task, advance=1, description=f"UNet, error {smoothed:.4f}")
+    model.load_state_dict(average.module.state_dict())
+    model.eval()
+    return smoothed
+
+
+def pretrain(pipeline: StableDiffusionXLPipeline, recipe: Pretraining, bar: Progress) -> dict[str, float]:
+    """Train the whole pipeline in place; return the final reconstruction and denoising errors."""
+    images, captions = render_dataset(recipe.images, recipe.seed)
+    vae_error = train_vae(pipeline, images, recipe, bar)
+    x0 = encode(pipeline, images) * pipeline.vae.config.scaling_factor
+    return {"vae_error": vae_error, "denoising_error": train_unet(pipeline, x0, captions, recipe, bar)}
