@@ -1,0 +1,222 @@
+"""Latents and prompt embeddings computed once, memory-mapped afterwards."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from diffalign.data.batch import Augment, PairBatch, PairEncoder
+from diffalign.data.cache_build import STORED, CacheBuilder
+from diffalign.data.cache_store import COMPLETE, AppendStore, exclusive, read_json, write_json
+from diffalign.data.source import PairSource, from_record
+from diffalign.data.transforms import PairTransform
+from diffalign.errors import DataError, suggestion
+
+FORMAT = 1  # raise it whenever the files or the numbers in them change
+META = "meta.json"
+
+
+class LatentCache:
+    """Serve batches of a data set whose images and prompts were encoded beforehand.
+
+    A cache lies in a folder named after a hash of all it depends on: encoder weights, transform, stored precision and
+    the bytes of the data. Whatever changes leads to another folder, so a cache cannot be out of date. Each distinct
+    image is held once, as mean and standard deviation of the VAE's posterior (and those of its mirror image).
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.meta: dict[str, Any] = _verified(folder)
+        self.transform = PairTransform(**self.meta["transform"])
+        self.has_preference: bool = self.meta["has_preference"]
+        self.prompts: list[str] = [json.loads(line) for line in (folder / "prompts.jsonl").read_bytes().splitlines()]
+        self._bits = self.meta["dtype"] == "bfloat16"
+        self._latents, self._embeds = self._map("latents"), self._map("prompt_embeds")
+        self._pooled = self._map("pooled_prompt_embeds") if self.meta["pooled"] else None
+        self._sizes, self._preference = np.load(folder / "sizes.npy"), np.load(folder / "preference.npy")
+        self.example_ids = np.load(folder / "example_ids.npy")  # [P]
+        self.source_index = np.load(folder / "source_index.npy")  # [P]: where a pair stands in its source
+        self._pair_images = np.load(folder / "pair_images.npy")  # [P,2] rows of latents, winner first
+        self._pair_prompts = np.load(folder / "pair_prompts.npy")  # [P] rows of prompt_embeds; row 0 is ""
+
+    def _map(self, name: str) -> np.ndarray:
+        # A plain view: np.memmap's own indexing is slower and returns memmaps.
+        return np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r"))
+
+    @classmethod
+    def build(
+        cls,
+        source: PairSource,
+        encoder: PairEncoder,
+        transform: PairTransform,
+        directory: str | Path,
+        *,
+        dtype: str = "float16",
+        batch_size: int = 8,
+        progress: bool = True,
+        workers: int | None = None,
+    ) -> Self:
+        """Encode a data set, or what is missing of it, and open the result; a finished cache is just opened.
+
+        A build can be killed at any time and continues when run again, with bit-identical results. Several processes
+        may call this at once: one builds, the others wait.
+
+        Args:
+            source: the pairs. Broken images raise, or are skipped if the source was opened with on_error="skip".
+            encoder: VAE and text encoders (a Backbone).
+            transform: geometry; with random_flip, mirrored images are encoded as well.
+            directory: where caches lie, each in a folder of its own.
+            dtype: stored precision, "float16", "bfloat16" or "float32".
+            batch_size: images encoded at once.
+            progress: show a progress bar.
+            workers: threads that decode images; default: up to 8.
+
+        Raises:
+            DataError: unusable rows (unless skipped), a full disk, values that are not finite, a random crop.
+        """
+        if dtype not in STORED:
+            known = ", ".join(STORED)
+            raise DataError(f'Unknown cache dtype "{dtype}".{suggestion(dtype, STORED)} Available: {known}.')
+        if not transform.center_crop:
+            raise DataError("A random crop cannot be cached: set center_crop, or train without a cache (OnlinePairs).")
+        if batch_size < 1:
+            raise DataError(f"The cache's batch_size must be at least 1, got {batch_size}.")
+        with Progress(SpinnerColumn(), TextColumn("hashing models and data"), TimeElapsedColumn(),
+                      transient=True, disable=not progress) as hashing:  # fmt: skip
+            hashing.add_task("")
+            fields = cls.fields(source, encoder, transform, dtype, directory)
+        folder = Path(directory) / _key(fields)[:16]
+        with exclusive(folder):
+            if not (folder / COMPLETE).exists():
+                write_json(folder / META, fields)
+                workers = workers or min(8, os.cpu_count() or 1)
+                settings = {"dtype": dtype, "batch_size": batch_size, "workers": workers, "progress": progress}
+                with AppendStore(folder) as store:
+                    CacheBuilder(source, encoder, transform, store, **settings).run()
+                    store.finish(_summary(store), drop=["skipped.jsonl"])
+        cache = cls(folder)
+        for record in cache.meta["skipped"]:
+            source.rejects.add(from_record(record))  # raises if this source does not allow rows to be left out
+        return cache
+
+    @staticmethod
+    def fields(
+        source: PairSource, encoder: PairEncoder, transform: PairTransform, dtype: str, directory: str | Path
+    ) -> dict[str, Any]:
+        """Return everything a cache depends on; its hash names the folder."""
+        return {
+            "format": FORMAT,
+            "encoder": encoder.fingerprint(),
+            "transform": transform.identity,
+            "dtype": dtype,
+            "source": source.identify(Path(directory) / "content_hashes.sqlite"),
+        }
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Self:
+        """Open a finished cache: its own folder, or a directory that holds just one. Raises DataError otherwise."""
+        directory = Path(directory)
+        if (directory / META).exists():
+            return cls(directory)
+        folders = sorted(path.parent for path in directory.glob(f"*/{META}"))
+        if len(folders) == 1:
+            return cls(folders[0])
+        if folders:
+            listed = "; ".join(_describe(folder) for folder in folders)
+            raise DataError(f"{directory} holds {len(folders)} caches. Open one of them: {listed}.")
+        raise DataError(f"There is no latent cache in {directory}. Build one first.")
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+    def __reduce__(self):
+        return type(self), (self.folder,)  # worker processes map the files anew instead of copying them
+
+    def batch(self, indices: Sequence[int], augment: Augment) -> PairBatch:
+        """Gather B pairs as float32 tensors on the CPU, augmented as `augment` says for their example ids."""
+        index = np.asarray(indices, dtype=np.int64)
+        ids = torch.from_numpy(self.example_ids[index])
+        drawn = augment(ids)
+        flip = as_mask(drawn.flips, len(index), "flips")
+        drop = as_mask(drawn.drop_caption, len(index), "drop_caption")
+        if flip.any() and not self.transform.random_flip:
+            raise DataError("The cache holds no mirrored images: set random_flip and build it again, or do not flip.")
+        images, variant = self._pair_images[index].T.reshape(-1), np.tile(flip.astype(np.int64), 2)
+        prompts = np.where(drop, 0, self._pair_prompts[index])
+        moments = self._floats(self._latents[images, variant])
+        pooled = None if self._pooled is None else self._floats(self._pooled[prompts]).repeat(2, 1)
+        return PairBatch(
+            example_ids=ids,
+            latent_mean=moments[:, 0].contiguous(),
+            latent_std=moments[:, 1].contiguous(),
+            prompt_embeds=self._floats(self._embeds[prompts]).repeat(2, 1, 1),
+            pooled_prompt_embeds=pooled,
+            sizes=torch.from_numpy(self._sizes[images, variant].astype(np.float32)),
+            preference=as_preference(self._preference[index]) if self.has_preference else None,
+            prompts=[self.prompts[prompt] for prompt in prompts],
+        )
+
+    def _floats(self, stored: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(stored)
+        return (tensor.view(torch.bfloat16) if self._bits else tensor).to(torch.float32)
+
+
+def as_mask(values: Tensor | Sequence[bool], count: int, name: str) -> np.ndarray:
+    """Return one bool a pair. Raises ValueError for any other number of them."""
+    mask = np.asarray(values, dtype=bool)
+    if mask.shape != (count,):
+        raise ValueError(f"{name} must hold one value for each of the {count} pairs, got shape {mask.shape}.")
+    return mask
+
+
+def as_preference(values: np.ndarray) -> Tensor:
+    """Return P(winner preferred) [B] float32; plain winners, stored as NaN, are certain."""
+    return torch.from_numpy(np.where(np.isnan(values), 1.0, values).astype(np.float32))
+
+
+def _key(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _summary(store: AppendStore) -> dict[str, Any]:
+    # Sorted: rows are met in the order of decoding, which differs when a build was interrupted.
+    skipped = sorted(store.read_lines("skipped.jsonl"), key=lambda record: (record["file"], record["row"]))
+    return {
+        "pairs": store.rows("example_ids.npy"),
+        "images": store.rows("latents.npy"),
+        "prompts": store.rows("prompt_embeds.npy"),
+        "pooled": "pooled_prompt_embeds.npy" in store.arrays,
+        "has_preference": bool(np.isfinite(store.read("preference.npy")).any()),
+        "counts": store.state["counts"],
+        "skipped": skipped,
+    }
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """Return what is written about a cache. Raises DataError unless it is complete and undamaged."""
+    fields, complete = read_json(folder / META), read_json(folder / COMPLETE)
+    if fields is None or complete is None:
+        raise DataError(f"The latent cache {folder} is not finished. Run the command that builds it again to continue.")
+    if fields.get("format") != FORMAT:
+        raise DataError(f"{folder} has format {fields.get('format')}, this version reads {FORMAT}. Build it again.")
+    if not _key(fields).startswith(folder.name):
+        raise DataError(f"{folder} does not match its {META}: it was edited or renamed. Build the cache again.")
+    for name, size in complete["files"].items():
+        found = (folder / name).stat().st_size if (folder / name).exists() else 0
+        if found != size:
+            raise DataError(f"{folder / name} has {found} bytes, expected {size}. Delete {folder} and build it again.")
+    return {**fields, **complete}
+
+
+def _describe(folder: Path) -> str:
+    fields = read_json(folder / META) or {}
+    transform = fields.get("transform", {})
+    state = "" if (folder / COMPLETE).exists() else ", unfinished"
+    return f"{folder.name} (resolution {transform.get('resolution')}, {fields.get('dtype')}{state})"

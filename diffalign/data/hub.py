@@ -1,0 +1,214 @@
+"""Preference pairs on the Hugging Face hub, downloaded or streamed through `datasets`."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from diffalign.data.pairs import PairRow, Place, RowError
+from diffalign.data.schema import TIE, UNLABELLED, Columns, Scan, check_caption
+from diffalign.data.source import PairSource, Rejects
+from diffalign.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+SCAN_ROWS = 10_000
+
+
+def load_hub(
+    name: str, *, split: str, config_name: str | None = None, revision: str | None = None, streaming: bool = False
+) -> "datasets.Dataset | datasets.IterableDataset":
+    """Load a data set from the hub. Raises DataError when it cannot be reached or has no such split."""
+    # Here and below: importing datasets takes about a second, which readers of local files need not wait.
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config_name, split=split, revision=revision, streaming=streaming)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f'Cannot load "{name}" (split "{split}", config {config_name}, revision {revision}) from the Hugging Face '
+            f"hub: {error} Check the names. A machine without network needs the files: run "
+            f"`hf download {name} --repo-type dataset --local-dir DIR` elsewhere and pass DIR."
+        ) from error
+
+
+def hub_revision(name: str, revision: str | None) -> str:
+    """Return the commit a hub data set stands at, so that a cache made from a moving branch is never stale."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name, revision=revision).sha
+    except (OSError, ValueError) as error:
+        raise DataError(f'Cannot ask the Hugging Face hub for the commit of "{name}": {error}') from error
+
+
+class HubPairs(PairSource):
+    """Read a `datasets.Dataset` of Pick-a-Pic's schema: memory-mapped Arrow files, fast to jump about in."""
+
+    def __init__(
+        self,
+        dataset: "datasets.Dataset",
+        columns: Columns | None = None,
+        *,
+        name: str = "dataset",
+        max_samples: int | None = None,
+        rejects: Rejects | None = None,
+    ):
+        super().__init__(rejects)
+        self.name, self.columns, self.max_samples = name, columns or Columns(), max_samples
+        self.columns.require(dataset.column_names, name)
+        self._fingerprint = dataset._fingerprint  # the hash under which datasets itself caches: origin and processing
+        self._dataset = undecoded(dataset, self.columns).with_format(None)
+        self._rows = self._scan().finish(self.rejects, max_samples)
+        self._check_usable()
+
+    def _scan(self) -> Scan:
+        light = self._dataset.select_columns(self.columns.light(self._dataset.column_names)).with_format("arrow")
+        scan, enough = Scan(), self.max_samples or len(light)
+        for table in light.iter(SCAN_ROWS):
+            scan.add(table, self.columns, self.name)
+            if sum(map(len, scan.keep)) >= enough:
+                break
+        self.has_preference = scan.soft
+        return scan
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _fetch(self, index: int) -> PairRow:
+        row = int(self._rows[index])
+        place = Place(self.name, row)
+        try:
+            record = self._dataset[row]
+        except (pa.ArrowException, OSError) as error:
+            raise RowError(place, "unreadable row", f"cannot be read ({error})") from error
+        return self.columns.pair(record, index, place)
+
+    def _describe(self, memo: Path | None) -> dict[str, Any]:
+        return {
+            "format": "datasets",
+            "fingerprint": self._fingerprint,
+            "columns": asdict(self.columns),
+            "max_samples": self.max_samples,
+            "pairs": len(self),
+        }
+
+
+class UnknownLength(DataError, TypeError):
+    """Report that a stream has no length. Also a TypeError: `list(stream)` asks for a length and can do without."""
+
+
+class StreamingPairs(PairSource):
+    """Read a `datasets.IterableDataset` of Pick-a-Pic's schema in order, without keeping it.
+
+    A LatentCache can be built from it: one pass. For training without a cache, pass `window` on to PairSampler, which
+    then shuffles within that many consecutive pairs: those are kept in memory, encoded. A step back beyond them
+    starts the stream anew. The number of pairs is known only if `max_samples` says it.
+    """
+
+    has_preference = None
+
+    def __init__(
+        self,
+        dataset: "datasets.IterableDataset",
+        columns: Columns | None = None,
+        *,
+        name: str = "stream",
+        describe: Callable[[Path | None], dict[str, Any]],
+        max_samples: int | None = None,
+        rejects: Rejects | None = None,
+        window: int = 256,
+    ):
+        super().__init__(rejects)
+        self.name, self.columns, self.max_samples, self.window = name, columns or Columns(), max_samples, window
+        self._dataset, self._origin = undecoded(dataset, self.columns), describe
+        self._counted = 0  # rows counted so far: a second pass counts nothing twice
+        self._restart()
+
+    def __len__(self) -> int:
+        if self.max_samples is None:
+            raise UnknownLength(
+                f"The number of pairs in the stream {self.name} is not known beforehand. Set max_samples to use so "
+                "many of them, or build a latent cache from it."
+            )
+        return self.max_samples
+
+    def _restart(self) -> None:
+        self._ahead, self._next, self._kept = None, 0, {}
+
+    def _fetch(self, index: int) -> PairRow:
+        if index in self._kept:
+            return self._kept[index]
+        if self._ahead is None or index < self._next:
+            self._restart()
+            self._ahead = self._pairs()
+        for row in self._ahead:
+            self._kept[row.index] = row
+            self._next = row.index + 1
+            self._kept.pop(row.index - 2 * self.window, None)
+            if row.index == index:
+                return row
+        raise DataError(f"The stream {self.name} holds only {self._next} usable pairs, but max_samples asks for more.")
+
+    def iterate(self, start: int = 0) -> Iterator[PairRow]:
+        """Yield the pairs from `start` on, in one pass over the stream."""
+        for row in self._pairs():
+            if row.index >= start:
+                yield row
+
+    def _pairs(self) -> Iterator[PairRow]:
+        index = 0
+        for number, record in enumerate(self._records()):
+            row = self._judge(record, index, Place(self.name, number), fresh=number >= self._counted)
+            self._counted = max(self._counted, number + 1)
+            if row is not None:
+                index += 1
+                yield row
+                if index == self.max_samples:
+                    return
+        if index == 0:
+            self._check_usable()
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._dataset
+        except (pa.ArrowException, OSError, RuntimeError) as error:
+            raise DataError(f"The stream {self.name} broke off: {error} Finished work is kept; run again.") from error
+
+    def _judge(self, record: dict[str, Any], index: int, place: Place, *, fresh: bool) -> PairRow | None:
+        """Return the pair, or None for a row without one; count the row if it is seen for the first time."""
+        if place.row == 0:
+            self.columns.require(record, self.name)
+        self.counts.rows += fresh
+        winner, _ = self.columns.verdict(record)
+        if winner in (TIE, UNLABELLED):
+            self.counts.ties += fresh and winner == TIE
+            self.counts.unlabelled += fresh and winner == UNLABELLED
+            return None
+        try:
+            check_caption(record[self.columns.caption], place)
+            row = self.columns.pair(record, index, place)
+        except RowError as error:
+            self.rejects.add(error)
+            return None
+        self.counts.pairs += fresh
+        return row
+
+    def _describe(self, memo: Path | None) -> dict[str, Any]:
+        origin = {"format": "stream", "columns": asdict(self.columns), "max_samples": self.max_samples}
+        return {**origin, **self._origin(memo)}
+
+
+def undecoded(
+    dataset: "datasets.Dataset | datasets.IterableDataset", columns: Columns
+) -> "datasets.Dataset | datasets.IterableDataset":
+    """Return the data set with its image columns as encoded bytes: decoding is ours, late and once."""
+    import datasets
+
+    for name in columns.images:
+        if isinstance((dataset.features or {}).get(name), datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset

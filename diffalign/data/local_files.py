@@ -1,0 +1,230 @@
+"""Preference pairs whose images are files: a JSONL list, or a folder of winners beside a folder of losers."""
+
+import json
+import mmap
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffalign.data.fingerprints import digest_files
+from diffalign.data.pairs import PairRow, Place, RowError
+from diffalign.data.schema import TIE, UNLABELLED, Columns, check_caption, image_ref
+from diffalign.data.source import PairSource, Rejects
+from diffalign.errors import DataError
+
+
+class FilePairs(PairSource):
+    """Share what both layouts of image files need: opening checks every row and that its images exist."""
+
+    lists: list[Path]  # files that say which pairs there are
+
+    def _admit(self, rows: Iterator[PairRow | int | RowError], limit: int | None) -> Iterator[PairRow]:
+        """Count rows, drop ties and unusable ones, and yield the others."""
+        for row in rows:
+            self.counts.rows += 1
+            if isinstance(row, PairRow):
+                self.has_preference |= row.preference is not None
+                self.counts.pairs += 1
+                yield row
+                if self.counts.pairs == limit:
+                    return
+            elif isinstance(row, RowError):
+                self.rejects.add(row)
+            elif row == TIE:
+                self.counts.ties += 1
+            else:
+                self.counts.unlabelled += 1
+
+    @abstractmethod
+    def _paths(self, index: int) -> tuple[Path, Path]: ...
+
+    def _describe(self, memo: Path | None) -> dict[str, Any]:
+        images = sorted({path for index in range(len(self)) for path in self._paths(index)})
+        digests = dict(zip(images, digest_files(images, memo), strict=True))
+        content = blake2b(digest_size=16)
+        for index in range(len(self)):
+            content.update("".join(digests[path] for path in self._paths(index)).encode())
+        listed = zip(self.lists, digest_files(self.lists, memo), strict=True)
+        return {
+            "format": type(self).__name__,
+            "pairs": len(self),
+            "files": [{"name": f.name, "bytes": f.stat().st_size, "blake2b": digest} for f, digest in listed],
+            "images": {"files": len(images), "blake2b": content.hexdigest()},
+        }
+
+
+class JsonlPairs(FilePairs):
+    """Read a JSONL file, one pair a line; image paths are relative to the file.
+
+    A line is {"prompt" or "caption", "chosen", "rejected"[, "preference"]}, preference = P(chosen preferred), or
+    {"prompt" or "caption", "image_0", "image_1", "label_0"[, "label_1"]}, labels as in Pick-a-Pic. A preference of
+    0.5 is a tie. Only the position of each line is kept in memory.
+    """
+
+    def __init__(self, file: Path, columns: Columns, *, max_samples: int | None = None, rejects: Rejects | None = None):
+        super().__init__(rejects)
+        self.name, self.file, self.columns, self.lists = str(file), file, columns, [file]
+        self._mapped: mmap.mmap | None = None
+        if file.stat().st_size == 0:
+            raise DataError(f"{file} is empty.")
+        kept = [(row.chosen.place.row, self._offset) for row in self._admit(self._lines(), max_samples)]
+        self._lines_of, self._offsets = np.array(kept, dtype=np.int64).reshape(-1, 2).T
+        self._check_usable()
+
+    def _lines(self) -> Iterator[PairRow | int | RowError]:
+        self._offset = 0
+        with open(self.file, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield self._try(line, number)
+                self._offset += len(line)
+
+    def _try(self, line: bytes, number: int) -> PairRow | int | RowError:
+        try:
+            row = self._parse(line, number, self.counts.pairs)
+            if isinstance(row, PairRow):
+                _check_files(row)
+        except RowError as error:
+            return error
+        return row
+
+    def _parse(self, line: bytes, number: int, index: int) -> PairRow | int:
+        place = Place(str(self.file), number, "line")
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise RowError(place, "malformed line", f"not valid JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise RowError(place, "malformed line", f"expected a JSON object, got {type(record).__name__}")
+        caption = next((name for name in (self.columns.caption, "prompt", "caption") if name in record), None)
+        if caption is None:
+            raise RowError(place, "missing column", f'no "prompt" or "caption"; it has {", ".join(record)}')
+        if "chosen" in record and "rejected" in record:
+            return self._chosen(record, caption, index, place)
+        columns = Columns(self.columns.images, self.columns.labels, caption)
+        absent = [name for name in (*columns.images, columns.labels[0]) if name not in record]
+        if absent:
+            wanted = " and ".join(f'"{name}"' for name in (*columns.images, columns.labels[0]))
+            detail = f'expected "chosen" and "rejected", or {wanted}; it has {", ".join(record)}'
+            raise RowError(place, "missing column", detail)
+        winner, _ = columns.verdict(record)
+        return winner if winner in (TIE, UNLABELLED) else columns.pair(record, index, place, self.file.parent)
+
+    def _chosen(self, record: Mapping[str, Any], caption: str, index: int, place: Place) -> PairRow | int:
+        preference = record.get("preference")
+        if preference is not None:
+            if isinstance(preference, bool) or not isinstance(preference, int | float) or not 0.5 <= preference <= 1:
+                detail = f"preference is {preference!r}, expected P(chosen preferred) in [0.5, 1]"
+                raise RowError(place, "preference", detail)
+            if preference == 0.5:
+                return TIE
+        chosen, rejected = (image_ref(record[name], place, self.file.parent) for name in ("chosen", "rejected"))
+        known = {caption, "chosen", "rejected", "preference"}
+        extra = {k: v for k, v in record.items() if k not in known and isinstance(v, str | int | float | bool)}
+        prompt = check_caption(record[caption], place)
+        return PairRow(index, prompt, chosen, rejected, None if preference in (None, 1) else preference, extra)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def _fetch(self, index: int) -> PairRow:
+        if self._mapped is None:
+            with open(self.file, "rb") as file:
+                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = int(self._offsets[index])
+        end = self._mapped.find(b"\n", start)
+        return self._parse(self._mapped[start : end if end >= 0 else None], int(self._lines_of[index]), index)
+
+    def _paths(self, index: int) -> tuple[Path, Path]:
+        row = self._fetch(index)
+        return row.chosen.path, row.rejected.path
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mapped": None}
+
+
+class FolderPairs(FilePairs):
+    """Read winners from w/ and losers from l/, matched by file name without extension.
+
+    The caption stands in a .txt beside the winner, or in captions.json {stem: caption} beside the two folders.
+    """
+
+    def __init__(self, folder: Path, *, max_samples: int | None = None, rejects: Rejects | None = None):
+        super().__init__(rejects)
+        self.name, self.folder, self.lists = str(folder), folder, []
+        captions = self._captions(folder / "captions.json")
+        winners, losers = _images(folder / "w"), _images(folder / "l")
+        rows = (self._pair(stem, winners, losers, captions) for stem in sorted({*winners, *losers}))
+        self._pairs = [(r.prompt, r.chosen.path, r.rejected.path) for r in self._admit(rows, max_samples)]
+        self._check_usable()
+
+    def _captions(self, file: Path) -> dict[str, Any]:
+        if not file.exists():
+            return {}
+        try:
+            captions = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{file} is not valid JSON ({error}).") from error
+        if not isinstance(captions, dict):
+            raise DataError(f"{file} must map file names without extension to captions, got {type(captions).__name__}.")
+        return captions
+
+    def _pair(
+        self, stem: str, winners: dict[str, list[Path]], losers: dict[str, list[Path]], captions: dict[str, Any]
+    ) -> PairRow | RowError:
+        found = winners.get(stem) or losers[stem]
+        place = Place(str(found[0]), self.counts.rows, "pair")
+        for side, images in (("w", winners), ("l", losers)):
+            if len(images.get(stem, ())) != 1:
+                names = ", ".join(path.name for path in images.get(stem, ())) or "none"
+                detail = f'expected one image "{stem}" in {self.folder / side}, got {names}'
+                return RowError(place, "no partner", detail)
+        chosen, rejected = winners[stem][0], losers[stem][0]
+        beside = chosen.with_suffix(".txt")
+        try:
+            caption = captions[stem] if stem in captions else beside.read_text(encoding="utf-8").strip()
+            prompt = check_caption(caption, place)
+        except FileNotFoundError:
+            return RowError(place, "missing caption", f'expected {beside.name} beside it, or "{stem}" in captions.json')
+        except RowError as error:
+            return error
+        images = (image_ref(str(path), place, None) for path in (chosen, rejected))
+        return PairRow(self.counts.pairs, prompt, *images)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def _fetch(self, index: int) -> PairRow:
+        prompt, chosen, rejected = self._pairs[index]
+        images = (image_ref(str(path), Place(str(path), index, "pair"), None) for path in (chosen, rejected))
+        return PairRow(index, prompt, *images)
+
+    def _paths(self, index: int) -> tuple[Path, Path]:
+        return self._pairs[index][1:]
+
+    def _describe(self, memo: Path | None) -> dict[str, Any]:
+        prompts = blake2b("\0".join(prompt for prompt, *_ in self._pairs).encode(), digest_size=16)
+        return {**super()._describe(memo), "prompts": prompts.hexdigest()}
+
+
+def _images(folder: Path) -> dict[str, list[Path]]:
+    """Return the images of a folder by stem."""
+    if not folder.is_dir():
+        raise DataError(f'{folder} does not exist. The format "folders" needs w/ (winners) and l/ (losers) in it.')
+    known = Image.registered_extensions()
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in known and not path.name.startswith("."):
+            found.setdefault(path.stem, []).append(path)
+    return found
+
+
+def _check_files(row: PairRow) -> None:
+    for image in (row.chosen, row.rejected):
+        if image.path is not None and not image.path.is_file():
+            raise RowError(image.place, "missing image", f"there is no file {image.path}")

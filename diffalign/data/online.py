@@ -1,0 +1,128 @@
+"""Training batches without a cache: decode and encode while training."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.data.batch import Augment, PairBatch, PairEncoder
+from diffalign.data.cache import as_mask, as_preference
+from diffalign.data.pairs import PairRow, RowError
+from diffalign.data.source import PairSource
+from diffalign.data.transforms import PairTransform
+from diffalign.errors import DataError
+
+
+class OnlinePairs:
+    """Serve the batches of LatentCache straight from a source: for random crops, streams and small experiments.
+
+    Args:
+        source: the pairs. With on_error="skip", a pair with a broken image is replaced by the next usable one, so that
+            batches keep their size and remain a function of the indices.
+        encoder: VAE and text encoders (a Backbone).
+        transform: geometry.
+        workers: threads that decode images; default: up to 8.
+    """
+
+    def __init__(
+        self, source: PairSource, encoder: PairEncoder, transform: PairTransform, *, workers: int | None = None
+    ):
+        self.source, self.encoder, self.transform = source, encoder, transform
+        self._pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def has_preference(self) -> bool | None:
+        """Tell whether some pairs carry a soft label; None: not known before reading."""
+        return self.source.has_preference
+
+    def batch(self, indices: Sequence[int], augment: Augment) -> PairBatch:
+        """Read, cut and encode B pairs, augmented as `augment` says for their example ids; float32 on the CPU."""
+        read = self._rows(indices)
+        drawn = augment(torch.tensor([row.example_id for row in read], dtype=torch.int64))
+        flip = as_mask(drawn.flips, len(read), "flips")
+        drop = as_mask(drawn.drop_caption, len(read), "drop_caption")
+        if flip.any() and not self.transform.random_flip:
+            raise DataError("The transform forbids mirroring: set random_flip, or do not flip.")
+        if drawn.crops is None and not self.transform.center_crop:
+            raise ValueError("A random crop needs its draws: set crops [B,2].")
+        random_crop = not self.transform.center_crop
+        places = [tuple(map(float, crop)) for crop in drawn.crops] if random_crop else [None] * len(read)
+        cut = self._cut(read, flip, places)
+        rows = [row for row, *_ in cut]
+        # [B,2,...] to winners first, then losers.
+        images = torch.stack([images for _, images, _ in cut], dim=1).flatten(0, 1)
+        sizes = torch.stack([sizes for *_, sizes in cut], dim=1).flatten(0, 1)
+        prompts = ["" if d else row.prompt for row, d in zip(rows, drop, strict=True)]
+        with torch.no_grad():
+            mean, std = (moment.cpu().to(torch.float32) for moment in self.encoder.encode_images(images))
+            embeds, pooled = self._encode_prompts(prompts)
+        return PairBatch(
+            example_ids=torch.tensor([row.example_id for row in rows], dtype=torch.int64),
+            latent_mean=mean,
+            latent_std=std,
+            prompt_embeds=embeds.repeat(2, 1, 1),
+            pooled_prompt_embeds=None if pooled is None else pooled.repeat(2, 1),
+            sizes=sizes,
+            preference=self._preference(rows),
+            prompts=prompts,
+        )
+
+    def _cut(self, read: list[PairRow], flip: np.ndarray, places: list) -> list[tuple[PairRow, Tensor, Tensor]]:
+        """Decode and transform on threads; replace unusable pairs where that is allowed."""
+        tasks = []
+        for row, mirrored, place in zip(read, flip, places, strict=True):
+            tasks.append((row, mirrored, place, self._pool.submit(self._transform, row, mirrored, place)))
+        cut = []
+        for row, mirrored, place, task in tasks:
+            try:
+                cut.append((row, *task.result()))
+            except RowError as error:
+                self.source.rejects.add(error)
+                cut.append(self._substitute(row.index, mirrored, place))
+        return cut
+
+    def _rows(self, indices: Sequence[int]) -> list[PairRow]:
+        try:
+            return self.source.rows(list(indices))
+        except RowError:
+            return [self._readable(index) for index in indices]
+
+    def _readable(self, index: int) -> PairRow:
+        for step in range(len(self.source)):
+            try:
+                return self.source[(index + step) % len(self.source)]
+            except RowError as error:
+                self.source.rejects.add(error)
+        raise DataError(f"No pair of {self.source.name} can be read: {self.source.counts}.")
+
+    def _substitute(self, index: int, flip: bool, place: tuple | None) -> tuple[PairRow, Tensor, Tensor]:
+        for step in range(1, len(self.source)):
+            row = self._readable((index + step) % len(self.source))
+            try:
+                return row, *self._transform(row, flip, place)
+            except RowError as error:
+                self.source.rejects.add(error)
+        raise DataError(f"No pair of {self.source.name} has usable images: {self.source.counts}.")
+
+    def _transform(self, row: PairRow, flip: bool, place: tuple | None) -> tuple[Tensor, Tensor]:
+        return self.transform(row.chosen.load(), row.rejected.load(), flip=flip, crop=place)
+
+    def _encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+        """Encode each distinct prompt once."""
+        distinct = list(dict.fromkeys(prompts))
+        embeds, pooled = self.encoder.encode_prompts(distinct)
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
+        embeds = embeds.cpu().to(torch.float32)[rows]
+        return embeds, None if pooled is None else pooled.cpu().to(torch.float32)[rows]
+
+    def _preference(self, rows: list[PairRow]) -> Tensor | None:
+        soft = np.array([np.nan if row.preference is None else row.preference for row in rows])
+        if self.has_preference is False or (self.has_preference is None and np.isnan(soft).all()):
+            return None
+        return as_preference(soft)

@@ -1,0 +1,123 @@
+"""One preference pair: a prompt, the image people chose and the image they rejected."""
+
+import io
+import struct
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from diffalign.data.fingerprints import digest_bytes, stable_id
+from diffalign.errors import DataError
+
+# Beyond this ratio of the sides a picture is a strip: resizing its short side would need gigabytes.
+MAX_ASPECT_RATIO = 32
+
+# Everything Pillow's decoders are known to raise on damaged or hostile files.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+class Place(NamedTuple):
+    """Where a row stands, for messages: the file, the row in it, and whether rows are called rows or lines."""
+
+    file: str
+    row: int
+    unit: str = "row"
+
+
+NOWHERE = Place("image", 0)
+
+
+class RowError(DataError):
+    """Report one unusable row. With `on_error="skip"` such rows are counted and left out instead.
+
+    Args:
+        place: file and row.
+        reason: a short class of the fault, the key under which it is counted ("broken image").
+        detail: what exactly is wrong, in words.
+    """
+
+    def __init__(self, place: Place, reason: str, detail: str):
+        super().__init__(
+            f"{place.file}, {place.unit} {place.row}: {detail}. "
+            'Repair or remove it, or set on_error="skip" to leave out such rows (counted, and listed in error_log).'
+        )
+        self.place, self.reason, self.detail = place, reason, detail
+
+    def __reduce__(self):
+        return RowError, (self.place, self.reason, self.detail)
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """Refer to an encoded image held in memory (`data`) or in a file (`path`); nothing is decoded until `load`."""
+
+    data: bytes | None = field(default=None, repr=False)
+    path: Path | None = None
+    place: Place = NOWHERE
+
+    @cached_property
+    def content(self) -> bytes:
+        """Return the encoded bytes. Raises RowError when the file cannot be read."""
+        if self.data is not None:
+            return self.data
+        if self.path is None:
+            raise RowError(self.place, "missing image", "the image is empty (null)")
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise RowError(self.place, "missing image", f"cannot read {self.path} ({error.strerror})") from error
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Return the 16-byte hash of the encoded bytes: the same file content has the same digest anywhere."""
+        return digest_bytes(self.content)
+
+    @property
+    def identity(self) -> str:
+        """Return the digest in hexadecimal."""
+        return self.digest.hex()
+
+    def load(self) -> Image.Image:
+        """Decode to an upright RGB image; transparency is laid on white. Raises RowError when the image is broken."""
+        name = self.path or "the image"
+        try:
+            with Image.open(io.BytesIO(self.content)) as image:
+                rgb = _to_rgb(ImageOps.exif_transpose(image))
+        except RowError:
+            raise
+        except DECODE_ERRORS as error:
+            # Pillow's own words for this case hold a memory address: no two runs would report the same.
+            why = "no known image format" if isinstance(error, UnidentifiedImageError) else error
+            raise RowError(self.place, "broken image", f"cannot decode {name} ({why})") from error
+        if max(rgb.size) > MAX_ASPECT_RATIO * min(rgb.size):
+            width, height = rgb.size
+            raise RowError(self.place, "aspect ratio", f"{name} is {width}x{height}, too thin to be cropped")
+        return rgb
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        # convert("RGB") alone would show the arbitrary colours that hide under transparent pixels.
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """Hold one judged pair; ties never become a PairRow."""
+
+    index: int  # position among the usable pairs of its source
+    prompt: str
+    chosen: ImageRef
+    rejected: ImageRef
+    preference: float | None = None  # P(chosen preferred) in (0.5, 1); None for a plain winner
+    extra: dict[str, Any] = field(default_factory=dict)  # the remaining scalar columns, as they were
+
+    @cached_property
+    def example_id(self) -> int:
+        """Return an id in [0, 2**63) that depends on the prompt and the two images only, never on file order."""
+        return stable_id(self.prompt, self.chosen.digest, self.rejected.digest)

@@ -1,0 +1,151 @@
+"""Preference pairs in local parquet files of Pick-a-Pic's schema, read one row group at a time."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffalign.data.fingerprints import digest_files
+from diffalign.data.pairs import PairRow, Place, RowError
+from diffalign.data.schema import Columns, Scan
+from diffalign.data.source import PairSource, Rejects
+from diffalign.errors import DataError
+
+# Decompressed row groups kept for the next access, in bytes; at least one is always kept.
+KEPT_BYTES = 512 << 20
+READ_ERRORS = (pa.ArrowException, OSError)
+
+
+class ParquetPairs(PairSource):
+    """Read pairs from parquet files whose image columns hold encoded bytes (or datasets' {"bytes", "path"}).
+
+    Opening reads labels and captions only. An image comes with its row group, of which the latest stay in memory:
+    reading in order is fast, jumping about costs a row group each time. Train from a LatentCache on large sets.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        columns: Columns | None = None,
+        *,
+        max_samples: int | None = None,
+        rejects: Rejects | None = None,
+    ):
+        super().__init__(rejects)
+        self.name = str(files[0] if len(files) == 1 else files[0].parent)
+        self.columns = columns or Columns()
+        self.max_samples = max_samples
+        self.files, rows = [], []
+        missing, self.has_preference = max_samples, False
+        for file, scan in self._scans(files):
+            kept = scan.finish(self.rejects, missing)
+            self.has_preference |= scan.soft
+            rows.append(kept)
+            self.files.append(file)
+            missing = None if missing is None else missing - len(kept)
+            if missing == 0:
+                break
+        self._rows = np.concatenate(rows)
+        self._file_of = np.repeat(np.arange(len(rows), dtype=np.int32), [len(kept) for kept in rows])
+        self._groups: OrderedDict[tuple[int, int], pa.Table | str] = OrderedDict()
+        self._starts: dict[int, np.ndarray] = {}
+        self._check_usable()
+
+    def _scans(self, files: Sequence[Path]) -> Iterator[tuple[Path, Scan]]:
+        if self.max_samples is not None:  # later files may not be needed at all
+            yield from ((file, _scan(file, self.columns)) for file in files)
+            return
+        with ThreadPoolExecutor(8) as pool:
+            yield from zip(files, pool.map(lambda file: _scan(file, self.columns), files), strict=True)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _fetch(self, index: int) -> PairRow:
+        file, row = int(self._file_of[index]), int(self._rows[index])
+        if file not in self._starts:
+            with open_parquet(self.files[file]) as parquet:
+                sizes = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
+            self._starts[file] = np.concatenate([[0], np.cumsum(sizes)])
+        group = int(np.searchsorted(self._starts[file], row, side="right")) - 1
+        table, at = self._group(file, group), row - int(self._starts[file][group])
+        place = Place(str(self.files[file]), row)
+        if isinstance(table, str):
+            raise RowError(place, "unreadable row group", table)
+        record = {name: table.column(name)[at].as_py() for name in table.column_names}
+        return self.columns.pair(record, index, place, self.files[file].parent)
+
+    def _group(self, file: int, group: int) -> pa.Table | str:
+        """Return a row group, or the error met when reading it."""
+        key = (file, group)
+        if key in self._groups:
+            self._groups.move_to_end(key)
+            return self._groups[key]
+        try:
+            with open_parquet(self.files[file]) as parquet:
+                wanted = [f.name for f in parquet.schema_arrow if self._is_wanted(f)]
+                table = parquet.read_row_group(group, columns=wanted)
+        except READ_ERRORS as error:
+            table = f"row group {group} cannot be read ({error})"
+        self._groups[key] = table
+        while len(self._groups) > 1 and sum(_bytes(kept) for kept in self._groups.values()) > KEPT_BYTES:
+            self._groups.popitem(last=False)
+        return table
+
+    def _is_wanted(self, column: pa.Field) -> bool:
+        return column.name in self.columns.images or not (
+            pa.types.is_nested(column.type) or pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
+        )
+
+    def _describe(self, memo: Path | None) -> dict[str, Any]:
+        digests = digest_files(self.files, memo)
+        return {
+            "format": "parquet",
+            "columns": asdict(self.columns),
+            "max_samples": self.max_samples,
+            "pairs": len(self),
+            "files": [
+                {"name": file.name, "bytes": file.stat().st_size, "blake2b": digest}
+                for file, digest in zip(self.files, digests, strict=True)
+            ],
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Row groups are large and cheap to read again: worker processes start without them.
+        return {**self.__dict__, "_groups": OrderedDict()}
+
+
+def open_parquet(file: Path) -> pq.ParquetFile:
+    """Open a parquet file memory-mapped. Raises DataError when it is missing, truncated or no parquet file."""
+    try:
+        return pq.ParquetFile(file, memory_map=True)
+    except READ_ERRORS as error:
+        raise DataError(
+            f"{file} is no readable parquet file; it may be truncated or still downloading ({error}). Fetch it again."
+        ) from error
+
+
+def _scan(file: Path, columns: Columns) -> Scan:
+    scan = Scan()
+    with open_parquet(file) as parquet:
+        names = parquet.schema_arrow.names
+        columns.require(names, str(file))
+        for group in range(parquet.num_row_groups):
+            try:
+                table = parquet.read_row_group(group, columns=columns.light(names))
+            except READ_ERRORS as error:
+                raise DataError(
+                    f"{file}: row group {group} of {parquet.num_row_groups} cannot be read ({error}). Fetch it again."
+                ) from error
+            scan.add(table, columns, str(file))
+    return scan
+
+
+def _bytes(table: pa.Table | str) -> int:
+    return 0 if isinstance(table, str) else table.nbytes

@@ -1,0 +1,78 @@
+"""Small real things for the tests of diffalign.data: pictures, parquet files and an encoder with fixed weights."""
+
+import io
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import nn
+
+
+def picture(seed: int, size: tuple[int, int] = (24, 16), format: str = "PNG") -> bytes:
+    """Return an encoded picture (width, height) with structure in both directions."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format)
+    return buffer.getvalue()
+
+
+def rows(count: int, start: int = 0, **columns) -> list[dict]:
+    """Return rows of Pick-a-Pic's schema; every third prompt repeats and losers are the next pair's winners."""
+    made = []
+    for i in range(start, start + count):
+        first = i % 2 == 0
+        made.append(
+            {
+                "jpg_0": picture(i if first else i + 1),
+                "jpg_1": picture(i + 1 if first else i),
+                "label_0": float(first),
+                "label_1": float(not first),
+                "caption": f"prompt {i // 3}",
+                "model_0": "one",
+                "model_1": "two",
+                **columns,
+            }
+        )
+    return made
+
+
+def write_parquet(path: Path, data: list[dict], rows_per_group: int = 3) -> Path:
+    """Write rows with small row groups."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(data), path, row_group_size=rows_per_group)
+    return path
+
+
+class TinyEncoder(nn.Module):
+    """Encode images with a strided convolution and prompts with byte embeddings; weights are fixed by the seed."""
+
+    def __init__(self, seed: int = 0, pooled: bool = True, delay: float = 0.0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.moments = nn.Conv2d(3, 8, 4, stride=4)
+        self.bytes = nn.Embedding(256, 6)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=generator)
+        self.seed, self.pooled, self.delay = seed, pooled, delay
+        self.image_batches: list[int] = []
+        self.prompt_batches: list[list[str]] = []
+
+    def fingerprint(self) -> str:
+        return f"tiny {self.seed}"
+
+    def encode_images(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        time.sleep(self.delay)
+        self.image_batches.append(len(images))
+        mean, spread = self.moments(images).chunk(2, dim=1)
+        return mean, spread.sigmoid()
+
+    def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        time.sleep(self.delay)
+        self.prompt_batches.append(prompts)
+        padded = torch.tensor([list(prompt.encode()[:10].ljust(10, b"\0")) for prompt in prompts])
+        embeds = self.bytes(padded)
+        return embeds, embeds.mean(1) if self.pooled else None
