@@ -1,0 +1,46 @@
+"""The root of the command line: what commands there are, and what happens to errors."""
+
+import os
+import sys
+
+import typer
+from rich.console import Console
+
+from diffalign.cli import about, pictures, training, world
+from diffalign.errors import UserError
+
+app = typer.Typer(
+    name="diffalign",
+    help="Align text-to-image diffusion models with human preferences: train, score, evaluate, show.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+for module in (training, pictures, about, world):
+    module.register(app)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends with exit code 2 and a message, never with a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("Interrupted. What was finished is on disk; run the same command with --resume to continue.", code=130)
+    except Exception as error:
+        if not _is_users_mistake(error) or os.environ.get("DIFFALIGN_TRACEBACK"):
+            raise
+        _fail(str(error))
+
+
+def _is_users_mistake(error: Exception) -> bool:
+    from reward_models.errors import ScorerError
+
+    return isinstance(error, UserError | ScorerError)
+
+
+def _fail(message: str, code: int = 2) -> None:
+    Console(stderr=True, soft_wrap=True).print("[bold red]Error:[/] ", end="")
+    print(message, file=sys.stderr)
+    sys.exit(code)

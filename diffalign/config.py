@@ -1,0 +1,295 @@
+"""Configuration: a YAML file, one level of `base:`, overrides on the command line, strictly checked.
+
+    diffalign train configs/sdxl/dpo.yaml objective.beta=2000 learning_rate=1e-6
+
+Every key belongs to a section; a key that is unique among all sections, the hyperparameters of the configured objective
+included, may be written without it. Unknown keys, wrong types and impossible combinations are errors that say what was
+expected.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from diffalign import objectives
+from diffalign.backbones.adapters import ATTENTION
+from diffalign.denoising import NOISINGS
+from diffalign.errors import ConfigError, suggestion
+from diffalign.training.settings import (
+    LoggingSettings,
+    OptimizerSettings,
+    Settings,
+    TrainSettings,
+    ValidationSettings,
+)
+from diffalign.yaml_text import dump_yaml, parse_yaml
+
+
+class ModelSettings(Settings):
+    """Which model is aligned."""
+
+    pretrained_model_name_or_path: str
+    """A hub id, a diffusers folder or a single .safetensors file of SD1.5, SD2.1 or SDXL."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another VAE, such as madebyollin/sdxl-vae-fp16-fix."""
+    unet_init: str | None = None
+    """Start policy and reference from this UNet (a folder with unet/, or a UNet folder), e.g. an SFT model."""
+    revision: str | None = None
+    variant: str | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """Only for checkpoints whose scheduler config is wrong; null takes what the model says."""
+    zero_terminal_snr: bool = False
+    """Rescale the noise schedule so that the last level is pure noise (Lin et al. 2023)."""
+    tune: Literal["lora", "full"] = "lora"
+
+
+class LoraSettings(Settings):
+    """The adapter, if model.tune is lora. Names are those of diffusers' scripts."""
+
+    rank: int = Field(8, ge=1)
+    lora_alpha: float | None = Field(None, gt=0)
+    """The update is scaled by lora_alpha / rank; null means rank."""
+    lora_target_modules: list[str] = Field(list(ATTENTION), min_length=1)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    export_kohya: bool = False
+    """Also write the LoRA in the kohya layout that ComfyUI and A1111 read."""
+
+
+class DataSettings(Settings):
+    """Where the preference pairs come from and how they are prepared."""
+
+    dataset_name: str | None = None
+    """A data set on the hub with Pick-a-Pic's columns, e.g. yuvalkirstain/pickapic_v2."""
+    train_data_dir: str | None = None
+    """A parquet file, a folder of them, a .jsonl file, or a folder with w/ and l/."""
+    dataset_config_name: str | None = None
+    dataset_split_name: str = "train"
+    format: Literal["pickapic", "jsonl", "folders"] | None = None
+    """null tells it from the files."""
+    image_columns: list[str] = Field(["jpg_0", "jpg_1"], min_length=2, max_length=2)
+    label_columns: list[str] = Field(["label_0", "label_1"], min_length=2, max_length=2)
+    caption_column: str = "caption"
+    max_train_samples: int | None = Field(None, ge=1)
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do about rows that cannot be used: stop at the first, or count, list and skip them."""
+    resolution: int = Field(512, ge=8)
+    random_crop: bool = False
+    """Crop at random instead of in the middle; needs cache_latents: false."""
+    random_flip: bool = True
+    """Flip both images of a pair together, half of the time."""
+    proportion_empty_prompts: float = Field(0.0, ge=0, le=1)
+    """Share of pairs trained without their caption, so that guidance keeps working (0.2 in Diffusion-DPO)."""
+    cache_latents: bool = True
+    """Encode images and prompts once, into cache_dir, instead of at every step."""
+    cache_dir: str = "cache"
+    cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    vae_encode_batch_size: int = Field(8, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataSettings":
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise ValueError(
+                "give exactly one of data.dataset_name (hub) and data.train_data_dir (local files); null clears one"
+            )
+        if self.random_crop and self.cache_latents:
+            raise ValueError("data.random_crop needs data.cache_latents: false (a cached latent has one crop)")
+        return self
+
+
+class DenoisingSettings(Settings):
+    """How latents are noised."""
+
+    noising: Literal[tuple(NOISINGS)] = "shared"
+    """shared: one noise for both images of a pair, as in the code of Diffusion-DPO; independent: its Eq. 14."""
+    timestep_low: int = Field(0, ge=0)
+    timestep_high: int | None = Field(None, ge=1)
+    """Timesteps are drawn uniformly from [timestep_low, timestep_high); null means all."""
+
+    @model_validator(mode="after")
+    def _some_timestep(self) -> "DenoisingSettings":
+        low, high = self.timestep_low, self.timestep_high
+        if high is not None and low >= high:
+            raise ValueError(f"denoising.timestep_low must be below timestep_high, got {low} and {high}")
+        return self
+
+
+class Config(Settings):
+    """A whole training run."""
+
+    model: ModelSettings
+    lora: LoraSettings = LoraSettings()
+    data: DataSettings
+    objective: dict[str, Any]
+    denoising: DenoisingSettings = DenoisingSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    train: TrainSettings = TrainSettings()
+    validation: ValidationSettings = ValidationSettings()
+    logging: LoggingSettings = LoggingSettings()
+
+    @property
+    def objective_name(self) -> str:
+        """Return the name of the objective."""
+        return self.objective["name"]
+
+    def build_objective(self) -> objectives.Objective:
+        """Build the objective from its block; the block is known to be valid."""
+        return objectives.load(**self.objective)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Load a configuration file, lay it over its `base:`, apply `key=value` overrides and check the result.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown, or a value has the wrong type or range.
+    """
+    content = _with_base(Path(path))
+    # The objective's name first: it clears the block of another objective and decides which keys there are.
+    for override in sorted(overrides or [], key=lambda text: text.partition("=")[0].strip() != "objective.name"):
+        _apply(content, override)
+    return check(content)
+
+
+def check(content: dict[str, Any]) -> Config:
+    """Turn a plain dictionary into a checked configuration."""
+    try:
+        config = Config.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+    if not isinstance(config.objective.get("name"), str):
+        got = f", got {config.objective['name']!r}" if "name" in config.objective else ""
+        raise ConfigError(f'"objective.name" must be one of {", ".join(objectives.names())}{got}.')
+    config.build_objective()
+    return config
+
+
+def dump(config: Config) -> str:
+    """Write a configuration as YAML that `load` reads back."""
+    content = config.model_dump(mode="json")
+    if config.train.global_batch_size is not None:
+        del content["train"]["gradient_accumulation_steps"]  # follows from it; `load` refuses both
+    return dump_yaml(content)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"Cannot read the configuration {path}: {reason}.") from None
+    content = parse_yaml(text, str(path))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold sections such as model: and objective:, got {type(content).__name__}.")
+    # A section whose keys are all commented out.
+    return {section: {} if values is None and section != "base" else values for section, values in content.items()}
+
+
+def _with_base(path: Path) -> dict[str, Any]:
+    content = _read(path)
+    if "base" not in content:
+        return content
+    name = content.pop("base")
+    if not isinstance(name, str):
+        raise ConfigError(f'"base" in {path} must be a file name relative to that file, got {name!r}.')
+    base = _read(path.parent / name)
+    if "base" in base:
+        raise ConfigError(f"{path.parent / name} has a base of its own; only one level is allowed.")
+    return _merge(base, content)
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Lay one file over another, section by section; another objective replaces the block whole."""
+    merged = dict(base)
+    for section, values in changes.items():
+        below = base.get(section)
+        both = isinstance(below, dict) and isinstance(values, dict)
+        if both and section == "objective" and values.get("name", below.get("name")) != below.get("name"):
+            both = False
+        merged[section] = {**below, **values} if both else values
+    return merged
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f'An override is written key=value, e.g. objective.beta=2000; got "{override}".')
+    section, _, leaf = _qualify(key.strip(), content).rpartition(".")
+    value, block = parse_yaml(text, f'The override "{override}"'), content.setdefault(section, {})
+    if not isinstance(block, dict):
+        raise ConfigError(f'"{section}" must hold keys, got {block!r}.')
+    if (section, leaf) == ("objective", "name") and block.get("name") != value:
+        block.clear()
+    block[leaf] = value
+
+
+def _sections() -> dict[str, type[BaseModel]]:
+    return {name: field.annotation for name, field in Config.model_fields.items() if name != "objective"}
+
+
+def _keys(content: dict[str, Any]) -> dict[str, list[str]]:
+    """List the keys of every section; those of `objective` are the hyperparameters of the one that is configured."""
+    block = content.get("objective")
+    name = block.get("name") if isinstance(block, dict) else None
+    hyperparameters = objectives.fields(name) if name in objectives.names() else []
+    return {
+        **{section: list(model.model_fields) for section, model in _sections().items()},
+        "objective": ["name", *hyperparameters],
+    }
+
+
+def _qualify(key: str, content: dict[str, Any]) -> str:
+    """Return `section.key`, finding the section of a bare key."""
+    if "." in key:
+        return key
+    sections = _keys(content)
+    owners = [section for section, keys in sections.items() if key in keys]
+    if len(owners) == 1:
+        return f"{owners[0]}.{key}"
+    if owners:
+        raise ConfigError(f'"{key}" exists in several sections: write {" or ".join(f"{o}.{key}" for o in owners)}.')
+    known = [f"{section}.{name}" for section, keys in sections.items() for name in keys]
+    raise ConfigError(f'Unknown key "{key}".{_near(key, known)}')
+
+
+def _near(key: str, known: list[str]) -> str:
+    """Suggest a qualified key whose last part is near."""
+    leaves = {name.rpartition(".")[2]: name for name in known}
+    hint = suggestion(key.rpartition(".")[2], leaves)
+    return next((f' Did you mean "{full}"?' for leaf, full in leaves.items() if f'"{leaf}"' in hint), "")
+
+
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "string_type": "a word or text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a block of keys",
+    "model_type": "a block of keys",
+}
+_UNION_MEMBERS = ("str", "list[str]")  # pydantic adds the member that did not match to the path
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """Say in one line what is wrong with a value."""
+    key = ".".join(str(part) for part in error["loc"] if part not in _UNION_MEMBERS)
+    kind, value = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return f'Unknown key "{key}".{suggestion(key.rpartition(".")[2], _siblings(error["loc"]))}'
+    if kind == "missing":
+        return f'Missing key "{key}".'
+    got = f"got {value!r} ({type(value).__name__})"
+    if kind in _EXPECTED:
+        return f'"{key}" must be {_EXPECTED[kind]}, {got}.'
+    if kind == "value_error":
+        return f"{str(error['ctx']['error'])[0].upper()}{str(error['ctx']['error'])[1:]}."
+    message = error["msg"].removeprefix("Input should be ")
+    return f'"{key}" must be {message}, {got}.'
+
+
+def _siblings(location: tuple[Any, ...]) -> list[str]:
+    if len(location) == 1:
+        return list(Config.model_fields)
+    section = _sections().get(str(location[0]))
+    return list(section.model_fields) if section else []

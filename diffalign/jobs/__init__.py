@@ -1,0 +1,1 @@
+"""What the commands do: each file wires the layers below into one job, from a configuration to files on disk."""

@@ -1,0 +1,55 @@
+"""The model card of a run: what was trained on what, how, and how to use it."""
+
+from pathlib import Path
+
+from diffalign import config as configuration
+from diffalign.config import Config
+
+PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd15": "StableDiffusionPipeline"}
+SHOWN = ("loss", "implicit_accuracy", "margin", "chosen_drift", "rejected_drift", "pairs_per_second")
+
+
+def render(config: Config, family: str, metrics: dict[str, float], scores: str = "") -> str:
+    """Return the README.md of a trained model, with the front matter that the hub reads."""
+    base, lora = config.model.pretrained_model_name_or_path, config.model.tune == "lora"
+    data = config.data.dataset_name or Path(config.data.train_data_dir).name
+    header = ["---", f"base_model: {base}", "library_name: diffusers", "pipeline_tag: text-to-image"]
+    header += [f"datasets: [{config.data.dataset_name}]"] if config.data.dataset_name else []
+    header += [f"tags: [text-to-image, diffusers, {'lora, ' if lora else ''}{config.objective_name}, diffalign]", "---"]
+    rows = [f"| {name} | {metrics[name]:.4g} |" for name in SHOWN if name in metrics]
+    return "\n".join(
+        [
+            *header,
+            "",
+            f"# {Path(config.train.output_dir).name}",
+            "",
+            f"{'A LoRA for' if lora else 'A fine-tuned UNet of'} `{base}`, aligned with the preference pairs of {data} "
+            f"by {config.objective_name.upper()} in {config.train.max_train_steps} steps.",
+            "",
+            "```python",
+            *_usage(base, family, lora),
+            "```",
+            "",
+            *([scores, ""] if scores else []),
+            "| at the end of training | |",
+            "|---|---|",
+            *rows,
+            "",
+            "## Configuration",
+            "",
+            "```yaml",
+            configuration.dump(config).rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _usage(base: str, family: str, lora: bool) -> list[str]:
+    lines = ["import diffusers", "", f'pipe = diffusers.{PIPELINES[family]}.from_pretrained("{base}")']
+    if lora:
+        return [*lines, 'pipe.load_lora_weights("path/to/this/folder")']
+    return [
+        *lines,
+        'pipe.unet = diffusers.UNet2DConditionModel.from_pretrained("path/to/this/folder", subfolder="unet")',
+    ]

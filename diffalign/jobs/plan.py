@@ -1,0 +1,133 @@
+"""`diffalign train --dry-run`: what a run would do, without loading weights or data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+from torch import nn
+
+from diffalign import config as configuration
+from diffalign.backbones import adapters, loading, published, single_file
+from diffalign.config import Config
+from diffalign.errors import ModelError
+from diffalign.training import optimizer
+from diffalign.training.batching import BatchPlan
+
+GIB = 2**30
+BYTES = {"no": 4, "bf16": 2, "fp16": 2}
+# Optimizer state per trained parameter, bytes: two float32 moments, two bytes, a factored second moment.
+STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0.1}
+# Saved activations of one image at the native resolution, GiB: (LoRA, full) under autocast, then with checkpointing.
+# Counted on meta tensors, see docs/performance.md; they grow with the area of the image.
+ACTIVATIONS = {"sdxl": (1024, 7.25, 8.56, 0.5), "sd15": (512, 1.08, 1.35, 0.14)}
+NATIVE_WIDTH = {"sdxl": 320, "sd15": 320}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Estimate the memory of one device, in GiB; activations are None where nothing is known about the model."""
+
+    weights: float
+    reference: float
+    gradients: float
+    optimizer: float
+    activations: float | None
+
+    @property
+    def total(self) -> float:
+        """Return the sum of what is known."""
+        return self.weights + self.reference + self.gradients + self.optimizer + (self.activations or 0.0)
+
+
+def show(config: Config, console: Console) -> None:
+    """Print the resolved configuration, the batch arithmetic, the learning rate, parameters and memory."""
+    console.print(Syntax(configuration.dump(config), "yaml", background_color="default"))
+    world_size = max(torch.cuda.device_count(), 1)
+    plan = BatchPlan.of(config.train, world_size)
+    rate = optimizer.peak_learning_rate(config.optimizer, plan.global_batch_size)
+    denoiser, family, source = skeleton(config)
+    total, trained = _parameters(config, denoiser)
+    memory = estimate_memory(config, plan, family, denoiser, total, trained)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    rows = {
+        "objective": repr(config.build_objective()),
+        "batch": str(plan),
+        "pairs seen": f"{plan.global_batch_size * config.train.max_train_steps:,}",
+        "learning rate": f"{rate:.4g} after {config.optimizer.lr_warmup_steps} warm-up steps",
+        "model": f"{family}, {total:,} parameters ({source})",
+        "trained": f"{trained:,} parameters ({trained / total:.2%})",
+        "memory": _describe(memory),
+    }
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/]", value)
+    console.print(table)
+
+
+def skeleton(config: Config) -> tuple[nn.Module, str, str]:
+    """Return the denoiser without weights, its family, and where its shape was read.
+
+    A hub model that cannot be reached is taken to be the published SDXL base or SD1.5, by its name; a single file by
+    the names of its tensors.
+    """
+    name, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    classes = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
+    path = Path(name)
+    if path.is_file():
+        family = "sdxl" if single_file.family_of(path) == "sdxl" else "sd15"
+        return published.random_unet(family, device="meta"), family, f"counted as the published {family}"
+    try:
+        family = classes[loading.read_index(name, revision)["_class_name"]]
+        with torch.device("meta"):
+            shape = UNet2DConditionModel.load_config(name, subfolder="unet", revision=revision)
+            return UNet2DConditionModel.from_config(shape), family, "from its config"
+    except (ModelError, OSError) as error:
+        if path.exists() or (isinstance(error, ModelError) and error.__cause__ is None):
+            raise  # a broken folder, or a model of another family
+        if name.count("/") != 1:
+            raise ModelError(f'There is no model at "{name}": {error}') from None
+        family = "sdxl" if "xl" in name.lower() else "sd15"
+        return published.random_unet(family, device="meta"), family, f"not read; counted as the published {family}"
+
+
+def _parameters(config: Config, denoiser: nn.Module) -> tuple[int, int]:
+    total = sum(p.numel() for p in denoiser.parameters())
+    if config.model.tune == "full":
+        return total, total
+    lora = config.lora
+    trained = adapters.add_lora(denoiser, lora.rank, lora.lora_alpha, lora.lora_target_modules)
+    return total, sum(p.numel() for p in trained)
+
+
+def estimate_memory(
+    config: Config, plan: BatchPlan, family: str, denoiser: nn.Module, total: int, trained: int
+) -> MemoryPlan:
+    """Estimate what a step keeps on one device (weights that train and their gradients are float32)."""
+    half, full = BYTES[config.train.mixed_precision], config.model.tune == "full"
+    needs_copy = full and "reference" in config.build_objective().needs
+    activations = None
+    if denoiser.config.block_out_channels[0] == NATIVE_WIDTH[family]:
+        native, lora, everything, checkpointed = ACTIVATIONS[family]
+        image = checkpointed if config.train.gradient_checkpointing else everything if full else lora
+        scale = (config.data.resolution / native) ** 2 * (2 if half == 4 else 1)
+        images = plan.train_batch_size * (1 if config.build_objective().chosen_only else 2)
+        activations = image * scale * images
+    return MemoryPlan(
+        weights=(4 * total if full else half * total + 4 * trained) / GIB,
+        reference=half * total / GIB if needs_copy else 0.0,
+        gradients=4 * trained / GIB,
+        optimizer=STATE_BYTES[config.optimizer.name] * trained / GIB,
+        activations=activations,
+    )
+
+
+def _describe(memory: MemoryPlan) -> str:
+    parts = [f"weights {memory.weights:.2f}", f"gradients {memory.gradients:.2f}", f"optimizer {memory.optimizer:.2f}"]
+    if memory.reference:
+        parts.insert(1, f"reference {memory.reference:.2f}")
+    if memory.activations is None:
+        return f"about {memory.total:.2f} GiB ({', '.join(parts)}), activations not estimated for this size of model"
+    return f"about {memory.total:.1f} GiB ({', '.join(parts)}, activations {memory.activations:.2f})"

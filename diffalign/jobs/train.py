@@ -1,0 +1,157 @@
+"""`diffalign train`: from a configuration to an aligned model that diffusers loads."""
+
+import hashlib
+import json
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+
+from diffalign import config as configuration
+from diffalign.backbones import export
+from diffalign.backbones.base import Backbone
+from diffalign.config import Config
+from diffalign.data import PairSampler, PairSource
+from diffalign.errors import ConfigError
+from diffalign.jobs import assemble, model_card, validation
+from diffalign.training.batching import BatchPlan
+from diffalign.training.trainer import Trainer
+
+PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "bitsandbytes")
+
+
+def train(config: Config, console: Console | None = None) -> dict[str, float]:
+    """Run a training job; return its last metrics.
+
+    Leaves in `train.output_dir`: config.yaml, environment.json, metrics.jsonl, checkpoints, the LoRA
+    (pytorch_lora_weights.safetensors) or the UNet (unet/), README.md, and validation grids if asked for.
+    """
+    output_dir = Path(config.train.output_dir)
+    accelerator = make_accelerator(config)
+    console = console or Console(quiet=not accelerator.is_main_process)
+    set_seed(config.train.seed)  # only what is not keyed by example: LoRA dropout
+    plan = BatchPlan.of(config.train, accelerator.num_processes)
+    accelerator.gradient_accumulation_steps = plan.gradient_accumulation_steps
+    backbone = assemble.load_backbone(config, accelerator.mixed_precision)
+    source = assemble.open_source(config, output_dir / "unusable_rows.jsonl")
+    console.print(f"Data: {source.name}: {source.counts}.")
+    identity = run_identity(config, plan, backbone, source)
+    pairs = assemble.open_training_pairs(config, backbone, source, accelerator)
+    reference = assemble.prepare_networks(config, backbone, accelerator)
+    trainer = Trainer(
+        accelerator=accelerator,
+        policy=backbone.denoiser,
+        loss=assemble.preference_step(config, backbone, pairs, reference),
+        sampler=PairSampler(len(pairs), config.train.seed, window=getattr(source, "window", None)),
+        plan=plan,
+        train=config.train,
+        optimizer=config.optimizer,
+        logging=config.logging,
+        identity=identity,
+        on_step=validation.drawer(config, backbone, accelerator),
+        console=console,
+    )
+    console.print(f"Batch: {plan}. Learning rate {trainer.peak:.3g}.")
+    if accelerator.is_main_process:
+        write_provenance(output_dir, config, identity)
+    start_trackers(config, accelerator)
+    line = trainer.fit()
+    if accelerator.is_main_process:
+        export_model(config, backbone, output_dir, line)
+        console.print(f"Done: {output_dir}")
+    accelerator.end_training()
+    return line
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """Create the accelerator; `accelerate launch` decides about devices and processes.
+
+    Raises:
+        ConfigError: fp16 without a GPU.
+    """
+    train = config.train
+    if train.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError('train.mixed_precision "fp16" needs a GPU; this machine has none. Use bf16 or no.')
+    trackers = [name for name in config.logging.report_to if _installed(name)]
+    missing = sorted(set(config.logging.report_to) - set(trackers))
+    if missing:
+        raise ConfigError(f'logging.report_to names "{missing[0]}", which is not installed: pip install {missing[0]}.')
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.allow_tf32
+    return Accelerator(mixed_precision=train.mixed_precision, log_with=trackers or None, project_dir=train.output_dir)
+
+
+def start_trackers(config: Config, accelerator: Accelerator) -> None:
+    """Open the trackers and hand them the flat configuration."""
+    if not config.logging.report_to:
+        return
+    flat = {
+        f"{section}.{key}": value
+        for section, keys in config.model_dump(mode="json").items()
+        for key, value in keys.items()
+    }
+    plain = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in flat.items()}
+    accelerator.init_trackers(config.logging.tracker_name, config=plain)
+
+
+def run_identity(config: Config, plan: BatchPlan, backbone: Backbone, source: PairSource) -> dict[str, Any]:
+    """Return everything the weights of a run depend on: a resumed run must agree with its checkpoint on all of it."""
+    sections = config.model_dump(mode="json")
+    train = {key: sections["train"][key] for key in ("seed", "mixed_precision")}
+    train["global_batch_size"] = plan.global_batch_size
+    if config.optimizer.lr_scheduler in ("linear", "cosine"):
+        train["max_train_steps"] = config.train.max_train_steps
+    where = ("cache_dir", "train_data_dir", "dataset_name", "vae_encode_batch_size")
+    data = {key: value for key, value in sections["data"].items() if key not in where}
+    model = {"tune": config.model.tune, "denoiser": backbone.denoiser_fingerprint(), "encoders": backbone.fingerprint()}
+    adapter = {"lora": sections["lora"]} if config.model.tune == "lora" else {}
+    content = source.identify(Path(config.data.cache_dir) / "content_hashes.sqlite")
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    sections = {name: sections[name] for name in ("objective", "denoising", "optimizer")}
+    return {**sections, **adapter, "train": train, "model": model, "data": {**data, "content": digest}}
+
+
+def write_provenance(output_dir: Path, config: Config, identity: dict[str, Any]) -> None:
+    """Write down what this run is: resolved configuration, versions, command, identity of data and model."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "config.yaml").write_text(configuration.dump(config), encoding="utf8")
+    record = {"command": " ".join(sys.argv), "versions": versions(), "identity": identity}
+    (output_dir / "environment.json").write_text(json.dumps(record, indent=1), encoding="utf8")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, this machine's system and the packages that matter; absent ones are left out."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        if _installed(package):
+            found[package] = version(package)
+    return found
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def export_model(config: Config, backbone: Backbone, output_dir: Path, metrics: dict[str, float]) -> None:
+    """Write the trained weights in the formats of diffusers (and kohya, if asked for) and the model card."""
+    base = config.model.pretrained_model_name_or_path
+    metadata = {"objective": config.objective_name, "training_steps": config.train.max_train_steps}
+    if config.model.tune == "full":
+        export.save_full_unet(backbone.denoiser, output_dir)
+    else:
+        export.save_lora(backbone.denoiser, output_dir, base, metadata)
+        if config.lora.export_kohya:
+            file = output_dir / "kohya" / f"{output_dir.name}.safetensors"
+            prediction_type = backbone.path.prediction_type
+            export.save_kohya_lora(backbone.denoiser, file, base, metadata, prediction_type=prediction_type)
+    (output_dir / "README.md").write_text(model_card.render(config, backbone.family, metrics), encoding="utf8")

@@ -1,0 +1,232 @@
+"""`diffalign shapes build`: make every asset of the embedded world again, from seeds alone.
+
+assets/tiny-sdxl        the base model                          diffalign/shapes/pretraining.py
+assets/prompts          training captions and held-out prompts
+assets/tiny-pairs       preference pairs of the base model's own samples, in Pick-a-Pic v2's columns
+assets/tiny-pickscore, assets/tiny-hpsv2    reward models in the official formats, trained on pairs of the world
+"""
+
+import io
+import math
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+import reward_models
+from diffalign.backbones import loading
+from diffalign.errors import ConfigError
+from diffalign.evaluation import SamplingSettings, generate
+from diffalign.shapes import render
+from diffalign.shapes.captions import PALETTE, SHAPES, Scene, distinct_captions, scenes
+from diffalign.shapes.oracle import Oracle
+from diffalign.shapes.pipeline import build_pipeline
+from diffalign.shapes.pretraining import Pretraining, pretrain
+from diffalign.shapes.tokenizer import world_merges
+from reward_models import tiny, tokenization, training
+
+SAMPLING = SamplingSettings(num_inference_steps=16, guidance_scale=5.0, batch_size=64)
+PARTS = ("pipeline", "prompts", "pairs", "rewards")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Say how large the embedded world is; the defaults made `assets/`."""
+
+    seed: int = 0
+    training_captions: int = 2200
+    held_out_prompts: int = 400
+    candidates: int = 4  # samples a caption, of which the best and the worst become a pair
+    tie_gap: float = 0.03  # pairs whose oracle scores are closer become ties
+    label_temperature: float = 0.08  # P(label agrees with the oracle) = sigmoid(gap / label_temperature)
+    reward_pairs: int = 12_000
+    reward_steps: int = 1200
+
+
+def build(assets: Path, parts: list[str], world: World, pretraining: Pretraining, console: Console) -> None:
+    """Build the named parts, in order.
+
+    Raises:
+        ConfigError: an unknown part.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise ConfigError(f'Unknown part "{unknown[0]}" of the world. Available: {", ".join(PARTS)}.')
+    makers: dict[str, Callable[[], Any]] = {
+        "pipeline": lambda: build_base(assets / "tiny-sdxl", pretraining, console),
+        "prompts": lambda: write_prompts(assets / "prompts", world),
+        "pairs": lambda: write_pairs(assets, world, console),
+        "rewards": lambda: build_rewards(assets, world, console),
+    }
+    for part in PARTS:
+        if part in parts:
+            console.rule(part)
+            makers[part]()
+
+
+def build_base(folder: Path, recipe: Pretraining, console: Console) -> None:
+    """Train the base model and save it as a diffusers folder in float16."""
+    pipeline = build_pipeline(recipe.seed)
+    with Progress(console=console) as bar:
+        errors = pretrain(pipeline, recipe, bar)
+    console.print(errors)
+    save_base(pipeline, folder)
+
+
+def save_base(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
+    """Save in float16 safetensors, under the plain file names."""
+    pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+
+
+def write_prompts(folder: Path, world: World) -> None:
+    """Write the training captions and the held-out prompts, one a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lists = {
+        "tiny-train.txt": distinct_captions(world.seed + 1, world.training_captions, held_out=False),
+        "tiny-held-out.txt": distinct_captions(world.seed + 2, world.held_out_prompts, held_out=True),
+    }
+    for name, captions in lists.items():
+        (folder / name).write_text("\n".join(captions) + "\n", encoding="utf8")
+
+
+def write_pairs(assets: Path, world: World, console: Console) -> None:
+    """Sample the base model, let the oracle choose best and worst, label with noise, write Pick-a-Pic v2's columns."""
+    captions = (assets / "prompts" / "tiny-train.txt").read_text(encoding="utf8").splitlines()
+    pipeline = loading.load(assets / "tiny-sdxl").pipeline()
+    prompts = [caption for caption in captions for _ in range(world.candidates)]
+    seeds = [10_000 + world.seed * len(prompts) + i for i in range(len(prompts))]
+    images = generate(pipeline, prompts, seeds, SAMPLING)
+    scores = Oracle().score(images, prompts).view(-1, world.candidates)
+    rng = random.Random(world.seed + 3)
+    rows = []
+    for number, (caption, row) in enumerate(zip(captions, scores, strict=True)):
+        own = images[number * world.candidates : (number + 1) * world.candidates]
+        best, worst = int(row.argmax()), int(row.argmin())
+        rows.append(_labelled(number, caption, own[best], own[worst], float(row[best] - row[worst]), world, rng))
+    folder = assets / "tiny-pairs"
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet", row_group_size=256)
+    ties = sum(row["label_0"] == 0.5 for row in rows)
+    wrong = sum(row["label_0"] == (0.0 if row["image_0_uid"].endswith("best") else 1.0) for row in rows)
+    console.print(
+        f"{len(rows)} pairs, {ties} ties, {wrong} labels against the oracle; mean oracle score {scores.mean():.3f}"
+    )
+
+
+def _labelled(
+    number: int, caption: str, best: Image.Image, worst: Image.Image, gap: float, world: World, rng: random.Random
+) -> dict[str, Any]:
+    """Make a row: the two images in random order, preferred with a probability that grows with the oracle's gap."""
+    prefers_best = rng.random() < 1 / (1 + math.exp(-gap / world.label_temperature))
+    label_best = 0.5 if gap < world.tie_gap else float(prefers_best)
+    best_first = rng.random() < 0.5
+    images, uids = [_jpeg(best), _jpeg(worst)], [f"{number:05d}-best", f"{number:05d}-worst"]
+    if not best_first:
+        images, uids = images[::-1], uids[::-1]
+    label_0 = label_best if best_first else 1 - label_best
+    chosen = {1.0: uids[0], 0.0: uids[1]}.get(label_0, "tie")
+    return {
+        "are_different": label_0 != 0.5,
+        "best_image_uid": chosen,
+        "caption": caption,
+        "has_label": True,
+        "image_0_uid": uids[0],
+        "image_1_uid": uids[1],
+        "jpg_0": images[0],
+        "jpg_1": images[1],
+        "label_0": label_0,
+        "label_1": 1 - label_0,
+        "model_0": "tiny-sdxl",
+        "model_1": "tiny-sdxl",
+        "num_example_per_prompt": 1,
+        "ranking_id": number,
+        "user_id": 0,
+    }
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def build_rewards(assets: Path, world: World, console: Console) -> None:
+    """Train tiny PickScore and HPSv2 models with the project's own reward training, in their official formats."""
+    pairs = reward_pairs(assets, world)
+    held_out = rendered_pairs(1000, world.seed + 5, held_out=True)
+    common = {"batch_size": 64, "max_steps": world.reward_steps, "warmup_steps": 50, "learning_rate": 5e-4}
+    common |= {"eval_every": 200, "weight_decay": 0.05, "schedule": "cosine"}
+    recipes = {
+        # A CLIP from nothing first has to learn what words mean: PickScore's in-batch option provides that.
+        "pickscore": replace(training.PICKSCORE, in_batch_negatives=True, seed=world.seed, **common),
+        "hpsv2": replace(
+            training.PICKSCORE, in_batch_negatives=True, max_logit_scale=100.0, seed=world.seed + 1, **common
+        ),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        words = tokenization.write_hf_tokenizer(Path(scratch) / "tokenizer", world_merges(), text_length=32)
+        merges = tokenization.write_bpe_file(Path(scratch) / "bpe.txt.gz", world_merges())
+        makers = {
+            "pickscore": lambda folder: tiny.build_tiny_pickscore(folder, words, world.seed),
+            "hpsv2": lambda folder: tiny.build_tiny_hpsv2(folder, merges, world.seed),
+        }
+        for name, recipe in recipes.items():
+            folder = assets / f"tiny-{name}"
+            makers[name](folder)
+            scorer = reward_models.load(name, folder)
+            with Progress(console=console) as bar:
+                task = bar.add_task(name, total=recipe.max_steps)
+                result = training.train_reward(
+                    scorer,
+                    pairs,
+                    recipe,
+                    validation=held_out,
+                    directory=folder,
+                    log=lambda _, task=task: bar.advance(task),
+                )
+            console.print(f"{name}: agrees with the oracle on {result.best_accuracy:.1%} of held-out rendered pairs")
+
+
+def reward_pairs(assets: Path, world: World) -> list[tuple[Any, ...]]:
+    """Return training pairs for reward models: rendered right against wrong, and the base model's own pairs."""
+    rows = pq.read_table(assets / "tiny-pairs" / "train.parquet").to_pylist()
+    own = [(row["jpg_0"], row["jpg_1"], row["caption"], row["label_0"]) for row in rows]
+    return [*rendered_pairs(world.reward_pairs, world.seed + 4, held_out=False), *own]
+
+
+def rendered_pairs(number: int, seed: int, *, held_out: bool) -> list[tuple[Any, ...]]:
+    """Render pairs whose second image gets one attribute of the caption wrong; the order is drawn at random."""
+    rng = random.Random(seed)
+    stream, pairs = scenes(seed, held_out=held_out), []
+    for _ in range(number):
+        scene = next(stream)
+        right, wrong = render.render(scene, rng), render.render(corrupt(scene, rng), rng)
+        first = rng.random() < 0.5
+        pairs.append((right, wrong, scene.caption(), 1.0) if first else (wrong, right, scene.caption(), 0.0))
+    return pairs
+
+
+def corrupt(scene: Scene, rng: random.Random) -> Scene:
+    """Change one thing that the caption of a scene mentions."""
+    names = ["color", "shape", "background", "count" if scene.count > 1 else "shape"]
+    names += [name for name in ("size", "position") if getattr(scene, name)] * 2
+    choices = {
+        "color": [name for name in PALETTE if name not in (scene.color, scene.background, "white", "gray", "black")],
+        "shape": [name for name in SHAPES if name != scene.shape],
+        "background": [name for name in PALETTE if name not in (scene.color, scene.background)],
+        "count": [count for count in (1, 2, 3) if count != scene.count],
+        "size": [{"small": "large", "large": "small"}.get(scene.size or "", "small")],
+        "position": [name for name in ("left", "right", "top", "bottom") if name != scene.position],
+    }
+    name = rng.choice(names)
+    return replace(scene, **{name: rng.choice(choices[name])})

@@ -1,0 +1,138 @@
+"""Checkpoints: complete or not there at all, limited in number, refused by a run they do not belong to."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diffalign.errors import UserError
+
+STATE = "state.json"
+WEIGHTS = "trainable.safetensors"
+OPTIMIZER = "optimizer.pt"
+
+
+class CheckpointError(UserError):
+    """Report a checkpoint that cannot be written, read or resumed from."""
+
+
+def folders(output_dir: Path) -> list[Path]:
+    """List the checkpoints of a run, the oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def find(output_dir: Path, wanted: str) -> Path | None:
+    """Return the checkpoint named by `resume_from_checkpoint`; None if "latest" finds none, for a fresh start.
+
+    Raises:
+        CheckpointError: the folder that was named does not exist.
+    """
+    if wanted == "latest":
+        existing = folders(output_dir)
+        return existing[-1] if existing else None
+    for path in (Path(wanted), output_dir / wanted):
+        if (path / STATE).is_file():
+            return path
+    names = ", ".join(path.name for path in folders(output_dir)) or "none"
+    raise CheckpointError(f'There is no checkpoint "{wanted}". Checkpoints in {output_dir}: {names}.')
+
+
+def save(
+    output_dir: Path,
+    step: int,
+    parameters: dict[str, nn.Parameter],
+    optimizer_state: dict[str, Any],
+    identity: dict[str, Any],
+    limit: int | None,
+) -> Path:
+    """Write `checkpoint-<step>` beside its final place, move it there when complete, then drop the oldest ones.
+
+    Raises:
+        CheckpointError: it cannot be written, for instance because the disk is full; earlier ones stay as they are.
+    """
+    final = output_dir / f"checkpoint-{step}"
+    partial = output_dir / f".{final.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in parameters.items()}
+        save_file(tensors, partial / WEIGHTS)
+        torch.save(optimizer_state, partial / OPTIMIZER)
+        (partial / STATE).write_text(json.dumps({"step": step, "identity": identity}, indent=1), encoding="utf8")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    except (OSError, RuntimeError, SafetensorError) as error:  # three libraries, three ways to report a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        usable = folders(output_dir)
+        left = (
+            f"{usable[-1]} is intact: free some space and continue with --resume latest"
+            if usable
+            else "there is no earlier one"
+        )
+        reason = getattr(error, "strerror", None) or f"{error} (is the disk full?)"
+        raise CheckpointError(f"Cannot write {final}: {reason}. {left}.") from error
+    for path in _superseded(output_dir, step, limit):
+        shutil.rmtree(path, ignore_errors=True)
+    return final
+
+
+def _superseded(output_dir: Path, step: int, limit: int | None) -> list[Path]:
+    """List the checkpoints beyond the limit: those of later steps, left here by another run, go before the oldest."""
+    existing = folders(output_dir)
+    later = [path for path in existing if _step_of(path) > step]
+    return [*later, *(path for path in existing if path not in later)][:-limit] if limit else []
+
+
+def load(path: Path, parameters: dict[str, nn.Parameter], identity: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Restore the weights in place; return the number of finished steps and the optimizer's state.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or belongs to a run with other settings, data or model.
+    """
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf8"))
+        tensors = load_file(path / WEIGHTS)
+        optimizer_state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+        step, saved = state["step"], state["identity"]
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Delete it and resume from an earlier one.") from error
+    _require_same(path, saved, identity)
+    if tensors.keys() != parameters.keys():
+        odd = sorted(tensors.keys() ^ parameters.keys())[0]
+        raise CheckpointError(f'{path} holds other weights than this run trains: "{odd}" is only in one of them.')
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    return step, optimizer_state
+
+
+def _require_same(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse to continue a run under other conditions, naming each that differs."""
+    saved, current = _flat(saved), _flat(json.loads(json.dumps(current)))
+    keys = sorted(saved.keys() | current.keys())
+    differing = [key for key in keys if saved.get(key) != current.get(key)]
+    if differing:
+        lines = [f"  {key}: {saved.get(key)!r} there, {current.get(key)!r} now" for key in differing[:8]]
+        raise CheckpointError(
+            f"{path} belongs to a different run:\n" + "\n".join(lines) + "\nUse the settings, data and model it was "
+            "started with, or start afresh in another train.output_dir."
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

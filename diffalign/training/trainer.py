@@ -1,0 +1,183 @@
+"""The training loop. It knows steps, ranks and files, and nothing about diffusion."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from diffalign.errors import UserError
+from diffalign.training import checkpoint, optimizer
+from diffalign.training.batching import BatchPlan
+from diffalign.training.metrics import MetricsLog, RunningMean
+from diffalign.training.settings import LoggingSettings, OptimizerSettings, TrainSettings
+
+
+class NonFiniteLoss(UserError):
+    """Report a loss or gradient that is not a number; the weights are those of the step before."""
+
+
+class Sampler(Protocol):
+    """Tell which examples come next."""
+
+    def indices(self, position: int, count: int) -> list[int]:
+        """Return examples number `position` to `position + count - 1` of the endless sequence of epochs."""
+
+
+LossFunction = Callable[[nn.Module, list[int], int], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass
+class Trainer:
+    """Minimise a loss over examples drawn in order.
+
+    Args:
+        accelerator: devices, precision, processes, trackers.
+        policy: the network, not yet prepared by accelerate; its parameters that require a gradient are trained.
+        loss: given the network, example indices and the step, returns losses [B] and metrics [B].
+        identity: what a checkpoint must agree on to be resumed: settings, data, model.
+        on_step: called with the network and the number of finished steps, e.g. to draw validation pictures.
+    """
+
+    accelerator: Accelerator
+    policy: nn.Module
+    loss: LossFunction
+    sampler: Sampler
+    plan: BatchPlan
+    train: TrainSettings
+    optimizer: OptimizerSettings
+    logging: LoggingSettings
+    identity: dict[str, Any] = field(default_factory=dict)
+    on_step: Callable[[nn.Module, int], None] | None = None
+    console: Console = field(default_factory=Console)
+
+    def __post_init__(self) -> None:
+        self.output_dir = Path(self.train.output_dir)
+        self.parameters = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        unprepared = optimizer.build(self.parameters.values(), self.optimizer)
+        self.accelerator.gradient_accumulation_steps = self.plan.gradient_accumulation_steps
+        self.network, self.torch_optimizer = self.accelerator.prepare(self.policy, unprepared)
+        averaged = list(self.parameters.values())  # prepared first: the average lives on their device
+        self.ema = EMAModel(averaged, decay=self.optimizer.ema_decay) if self.optimizer.use_ema else None
+        self.peak = optimizer.peak_learning_rate(self.optimizer, self.plan.global_batch_size)
+        self.metrics = RunningMean()
+
+    def fit(self) -> dict[str, float]:
+        """Train to max_train_steps, from a checkpoint if asked to; return the last line of metrics."""
+        done = self._resume()
+        pairs = self.plan.global_batch_size
+        log = MetricsLog(self.output_dir / "metrics.jsonl", self.accelerator, done, pairs)
+        line = log.last
+        self.network.train()
+        with self._progress() as bar:
+            task = bar.add_task("training", total=self.train.max_train_steps, completed=done, note="")
+            for step in range(done, self.train.max_train_steps):
+                self._optimizer_step(step, self.sampler.indices(step * pairs, pairs))
+                finished = step + 1
+                last = finished == self.train.max_train_steps
+                if finished % self.logging.logging_steps == 0 or last:
+                    line = log.write(finished, self.metrics.pop(self.accelerator))
+                    bar.update(task, note=_note(line))
+                if finished % self.train.checkpointing_steps == 0 or last:
+                    self._save(finished)
+                if self.on_step is not None:
+                    self.on_step(self.policy, finished)
+                bar.update(task, advance=1)
+        if self.ema is not None:
+            self.ema.copy_to(list(self.parameters.values()))
+        return line
+
+    def _optimizer_step(self, step: int, indices: list[int]) -> None:
+        """Accumulate the gradient of the mean loss over the global batch, check it, clip it, and move."""
+        factor = optimizer.learning_rate_factor(self.optimizer, step, self.train.max_train_steps)
+        for group in self.torch_optimizer.param_groups:
+            group["lr"] = self.peak * factor
+        losses = []
+        for micro in self.plan.micro_batches(indices, self.accelerator.process_index):
+            with self.accelerator.accumulate(self.network):
+                loss, metrics = self.loss(self.network, micro, step)
+                # accelerate divides by the accumulation steps, DDP averages over ranks: the mean of the global batch.
+                self.accelerator.backward(loss.mean())
+            losses.append(loss.detach())
+            self.metrics.add(metrics)
+        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.optimizer.max_grad_norm)
+        self._require_finite(step, indices, torch.cat(losses), norm)
+        self.torch_optimizer.step()
+        self.torch_optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(list(self.parameters.values()))
+        self.metrics.add(
+            {"grad_norm": norm.detach(), "learning_rate": torch.tensor(self.peak * factor).to(norm.device)}
+        )
+
+    def _require_finite(self, step: int, indices: list[int], losses: Tensor, norm: Tensor) -> None:
+        """Stop before a step that would ruin the weights; float16 gradients may overflow, its scaler skips those."""
+        scaled = self.accelerator.mixed_precision == "fp16"
+        finite = torch.isfinite(losses.sum() if scaled else losses.sum() + norm)
+        finite = self.accelerator.reduce(finite.float(), reduction="mean") == 1
+        if finite:
+            return
+        report = self.output_dir / f"nonfinite-step-{step}-rank-{self.accelerator.process_index}.json"
+        mine = [i for micro in self.plan.micro_batches(indices, self.accelerator.process_index) for i in micro]
+        rows = [{"index": i, "loss": str(loss)} for i, loss in zip(mine, losses.tolist(), strict=True)]
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps({"step": step, "grad_norm": str(norm.item()), "pairs": rows}, indent=1))
+        bad = [row["index"] for row in rows if not math.isfinite(float(row["loss"]))]
+        raise NonFiniteLoss(
+            f"Step {step}: the {'loss of pairs ' + str(bad[:8]) if bad else 'gradient'} is not finite. No step was "
+            f"taken; the batch is listed in {report}. Lower optimizer.learning_rate, or use train.mixed_precision=bf16 "
+            "or no."
+        )
+
+    def _resume(self) -> int:
+        wanted = self.train.resume_from_checkpoint
+        path = checkpoint.find(self.output_dir, wanted) if wanted else None
+        if path is None:
+            return 0
+        step, state = checkpoint.load(path, self.parameters, self.identity)
+        if step > self.train.max_train_steps:
+            raise checkpoint.CheckpointError(
+                f"{path} has done {step} steps already, more than train.max_train_steps {self.train.max_train_steps}. "
+                "Raise that, or name an earlier checkpoint."
+            )
+        self.torch_optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.accelerator.device)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.console.print(f"Resuming from {path} at step {step}.")
+        return step
+
+    def _save(self, step: int) -> None:
+        if self.accelerator.is_main_process:
+            state: dict[str, Any] = {"optimizer": self.torch_optimizer.state_dict()}
+            if self.ema is not None:
+                state["ema"] = self.ema.state_dict()
+            if self.accelerator.scaler is not None:
+                state["scaler"] = self.accelerator.scaler.state_dict()
+            limit = self.train.checkpoints_total_limit
+            checkpoint.save(self.output_dir, step, self.parameters, state, self.identity, limit)
+        self.accelerator.wait_for_everyone()
+
+    def _progress(self) -> Progress:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn())
+        note = TextColumn("{task.fields[note]}")
+        hidden = not self.accelerator.is_main_process
+        return Progress(TextColumn("{task.description}"), *columns, note, console=self.console, disable=hidden)
+
+
+def _note(line: dict[str, float]) -> str:
+    """Word the metrics people watch."""
+    parts = [f"loss {line['loss']:.4f}"]
+    if "implicit_accuracy" in line:
+        parts.append(f"accuracy {line['implicit_accuracy']:.2f}")
+    return "  ".join([*parts, f"{line['pairs_per_second']:.1f} pairs/s"])
