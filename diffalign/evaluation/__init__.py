@@ -1,0 +1,39 @@
+"""Draw pictures with two models, score them, say who wins and how sure that is, and show it.
+
+base = generate_to("out/base", pipeline, prompts, seeds, settings, identity="base")
+dpo = generate_to("out/dpo", trained_pipeline, prompts, seeds, settings, identity="dpo")
+base.require_comparable(dpo)
+comparison = Comparison.from_tables(
+    score_table(base.paths, base.prompts, scorers, model="base", **base.columns),
+    score_table(dpo.paths, dpo.prompts, scorers, model="dpo", **dpo.columns),
+)
+comparison.write("out")
+write_report("out/report.html", comparison, {"base": base.images, "dpo": dpo.images})
+"""
+
+from diffalign.evaluation.comparison import Comparison, pick_prompts
+from diffalign.evaluation.generation import SamplingSettings, generate, generate_to, prompt_plan
+from diffalign.evaluation.grid import comparison_grid, grid_of, save_grid
+from diffalign.evaluation.manifest import Manifest
+from diffalign.evaluation.report import write_report
+from diffalign.evaluation.results import AttributeResult, Bootstrap, ScorerResult
+from diffalign.evaluation.scoring import attribute_table, score_table
+
+__all__ = [
+    "AttributeResult",
+    "Bootstrap",
+    "Comparison",
+    "Manifest",
+    "SamplingSettings",
+    "ScorerResult",
+    "attribute_table",
+    "comparison_grid",
+    "generate",
+    "generate_to",
+    "grid_of",
+    "pick_prompts",
+    "prompt_plan",
+    "save_grid",
+    "score_table",
+    "write_report",
+]

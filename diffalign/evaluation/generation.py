@@ -1,0 +1,199 @@
+"""Draw pictures through a diffusers pipeline, reproducibly and resumably."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from diffalign.errors import DataError, ModelError, UserError
+from diffalign.evaluation.manifest import Manifest, atomic_write
+from diffalign.evaluation.progress import progress_bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """State how pictures are drawn; everything but `batch_size` changes what is drawn."""
+
+    num_inference_steps: int = 30  # >= 1, with the scheduler of the pipeline
+    guidance_scale: float = 5.0  # >= 0; 7.5 is usual for SD 1.5 and 5.0 for SDXL; <= 1 switches guidance off
+    negative_prompt: str = ""  # "" is the pipeline's own default, which SDXL takes to mean zeroed embeddings
+    height: int | None = None  # pixels; None: what the denoiser was made for
+    width: int | None = None
+    batch_size: int = 8  # pictures at a time; halved when memory runs out
+
+    def __post_init__(self) -> None:
+        """Raise UserError for values no pipeline can draw with."""
+        for name in ("num_inference_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.guidance_scale >= 0:
+            raise UserError(f"guidance_scale must be at least 0, got {self.guidance_scale}. 5 to 7.5 is usual.")
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            if size is not None and (size < 8 or size % 8):
+                raise UserError(
+                    f"{name} must be a positive multiple of 8, got {size}. Try {max(8, round(size / 8) * 8)}."
+                )
+
+
+def prompt_plan(
+    prompts: Sequence[str], images_per_prompt: int = 1, seed: int = 0
+) -> tuple[list[int], list[str], list[int]]:
+    """Return (prompt_ids, prompts, seeds), one entry a picture, with another seed for every picture.
+
+    One seed for all prompts would give them all the same noise: what that noise happens to favour would look like a
+    property of the model, and resampling prompts would not see it.
+    """
+    ids = [index for index in range(len(prompts)) for _ in range(images_per_prompt)]
+    return ids, [prompts[index] for index in ids], [seed + position for position in range(len(ids))]
+
+
+def generate(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings | None = None,
+    *,
+    progress: bool = True,
+) -> list[Image.Image]:
+    """Return one picture per prompt and seed.
+
+    Every picture has its own CPU generator, so up to float rounding it is what
+    `pipeline(prompt, generator=torch.Generator().manual_seed(seed), ...)` draws, whatever the batch size.
+
+    Raises:
+        DataError: for prompts and seeds that do not match.
+        ModelError: for a safety checker, values that are not finite or too little memory for one picture.
+    """
+    settings = settings or SamplingSettings()
+    return [image for batch in _batches(pipeline, prompts, seeds, settings, progress) for image in batch]
+
+
+def generate_to(
+    directory: str | Path,
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings | None = None,
+    *,
+    identity: str,
+    prompt_ids: Sequence[int] | None = None,
+    progress: bool = True,
+) -> Manifest:
+    """Draw pictures into a folder of PNG files and return its manifest; finished pictures are not drawn again.
+
+    Args:
+        directory: made if missing. A folder drawn before may be extended by new prompts and seeds.
+        identity: what the pictures depend on besides the settings: the model, best with a fingerprint of its weights.
+        prompt_ids: pictures with the same id count as one prompt; by default those with the same text.
+
+    Raises:
+        DataError: if the folder holds pictures of another model, other settings or other prompts; on a full disk.
+    """
+    settings = settings or SamplingSettings()
+    _check_request(pipeline, prompts, seeds)
+    ids = pd.factorize(pd.Series(prompts, dtype=object))[0] if prompt_ids is None else prompt_ids
+    if len(ids) != len(prompts):
+        raise DataError(f"Got {len(prompts)} prompts but {len(ids)} prompt ids: every picture needs one of each.")
+    requested = pd.DataFrame({"prompt_id": list(map(int, ids)), "prompt": list(prompts), "seed": list(map(int, seeds))})
+    manifest = Manifest.plan(directory, requested, settings=_drawing_record(pipeline, settings), identity=identity)
+    todo = [row for row, path in enumerate(manifest.paths) if not path.exists()]
+    drawn = _batches(pipeline, [prompts[row] for row in todo], [seeds[row] for row in todo], settings, progress)
+    waiting = iter(todo)
+    for batch in drawn:
+        for image in batch:
+            path = manifest.paths[next(waiting)]
+            with atomic_write(path) as temporary:
+                image.save(temporary, format="PNG")
+    return manifest
+
+
+def _batches(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    progress: bool,
+) -> Iterator[list[Image.Image]]:
+    _check_request(pipeline, prompts, seeds)
+    size = settings.batch_size
+    with _quiet(pipeline), progress_bar(len(prompts), "Drawing", progress) as advance:
+        start = 0
+        while start < len(prompts):
+            chosen = slice(start, start + size)
+            try:
+                images = _draw(pipeline, prompts[chosen], seeds[chosen], settings)
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    raise ModelError("Memory ran out drawing a single picture. Draw smaller or in bfloat16.") from error
+                size = max(1, size // 2)
+                continue
+            yield images
+            start += len(images)
+            advance(len(images))
+
+
+@torch.no_grad()
+def _draw(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings
+) -> list[Image.Image]:
+    arrays = pipeline(
+        prompt=list(prompts),
+        negative_prompt=[settings.negative_prompt] * len(prompts) if settings.negative_prompt else None,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        height=settings.height,
+        width=settings.width,
+        generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
+        output_type="np",
+    ).images
+    # The pipeline's own conversion would turn NaN into black pictures without a word.
+    bad = ~np.isfinite(arrays).reshape(len(arrays), -1).all(axis=1)
+    if bad.any():
+        raise ModelError(
+            f"The picture for {prompts[int(bad.argmax())]!r} is not finite. In float16 the SDXL VAE overflows: "
+            'use bfloat16, float32 or the VAE "madebyollin/sdxl-vae-fp16-fix"; otherwise the model has diverged.'
+        )
+    return pipeline.numpy_to_pil(arrays)
+
+
+def _check_request(pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    if len(prompts) != len(seeds):
+        raise DataError(f"Got {len(prompts)} prompts but {len(seeds)} seeds: every picture needs one of each.")
+    if getattr(pipeline, "safety_checker", None) is not None:
+        raise ModelError(
+            "The pipeline has a safety checker, which blacks out pictures and falsifies every score. "
+            "Load it with safety_checker=None, requires_safety_checker=False."
+        )
+
+
+@contextmanager
+def _quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Silence the pipeline's bar over its steps for the time of the context."""
+    before = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)
+
+
+def _drawing_record(pipeline: DiffusionPipeline, settings: SamplingSettings) -> dict[str, Any]:
+    """Return what two models must share for their pictures to be comparable: all but weights and batch size."""
+    record = asdict(settings)
+    del record["batch_size"]
+    scheduler, vae = pipeline.scheduler, pipeline.vae
+    record["pipeline"] = type(pipeline).__name__
+    record["dtype"] = str(pipeline.dtype).removeprefix("torch.")
+    record["vae"] = {"dtype": str(vae.dtype).removeprefix("torch."), "scaling_factor": vae.config.scaling_factor}
+    record["scheduler"] = {"class": type(scheduler).__name__} | {
+        key: value for key, value in scheduler.config.items() if not key.startswith("_")
+    }
+    return record

@@ -1,0 +1,156 @@
+"""The record of a folder of drawn pictures: which file shows which prompt and seed, and how it was drawn."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffalign.errors import DataError
+
+FILE_NAME = "manifest.parquet"
+_METADATA_KEY = b"diffalign"
+_KEYS = ["prompt_id", "seed"]
+_COLUMNS = ["prompt_id", "prompt", "seed", "file"]
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling to write; move it to `path` on success, so that what exists is complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise DataError(
+            f"Could not write {path}: {reason}. What was finished before is intact; fix this and run again to go on."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """List the pictures of one model: `table` has prompt_id, prompt, seed and file, one row a picture."""
+
+    directory: Path
+    table: pd.DataFrame
+    settings: Mapping[str, Any]  # all that shaped the pictures but the weights
+    identity: str  # the weights
+
+    @classmethod
+    def plan(
+        cls, directory: str | Path, requested: pd.DataFrame, *, settings: Mapping[str, Any], identity: str
+    ) -> Self:
+        """Write the manifest of pictures about to be drawn, adding to one that is there; return the requested part.
+
+        It is written before the first picture, so that an interrupted folder still knows what it holds.
+        """
+        directory = Path(directory)
+        if duplicated := int(requested.duplicated(_KEYS).sum()):
+            raise DataError(f"{duplicated} pictures repeat a prompt and seed drawn already. Use another seed for each.")
+        files = [f"{row.prompt_id:05d}-{row.seed}.png" for row in requested.itertuples()]
+        table = requested.assign(file=files)[_COLUMNS]
+        settings = json.loads(json.dumps(settings, default=str))
+        planned = cls(directory, table, settings, identity)
+        whole = planned
+        if (directory / FILE_NAME).exists():
+            before = cls.read(directory)
+            before._require_same(planned)
+            merged = pd.concat([before.table, table]).drop_duplicates(_KEYS, ignore_index=True)
+            whole = cls(directory, merged, settings, identity)
+        whole._write()
+        return planned
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Self:
+        """Read the manifest of a folder; raise DataError if there is none or it cannot be read."""
+        file = Path(directory) / FILE_NAME
+        if not file.exists():
+            raise DataError(f"{file} does not exist. Expected a folder of pictures drawn by diffalign.")
+        try:
+            stored = pq.read_table(file)
+            record = json.loads(stored.schema.metadata[_METADATA_KEY])
+            table = stored.to_pandas()[_COLUMNS]
+        except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{file} is not a manifest written by diffalign ({error}). Draw into a new folder."
+            ) from error
+        return cls(Path(directory), table, record["settings"], record["identity"])
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts, in the order of the table."""
+        return self.table["prompt"].tolist()
+
+    @property
+    def columns(self) -> dict[str, list[int]]:
+        """The prompt_id and seed of every picture, as `score_table` takes them."""
+        return {name: self.table[name].tolist() for name in _KEYS}
+
+    @cached_property
+    def paths(self) -> list[Path]:
+        """The files, in the order of the table."""
+        return [self.directory / name for name in self.table["file"]]
+
+    @cached_property
+    def images(self) -> dict[tuple[int, int], Path]:
+        """The file of every (prompt_id, seed)."""
+        keys = zip(self.table["prompt_id"].tolist(), self.table["seed"].tolist(), strict=True)
+        return dict(zip(keys, self.paths, strict=True))
+
+    def require_comparable(self, other: Self) -> None:
+        """Raise DataError unless both models drew the same prompts and seeds with the same settings."""
+        self._require_same_settings(other)
+        only = set(self.images) ^ set(other.images)
+        if only:
+            raise DataError(
+                f"{len(only)} pictures exist in only one of {self.directory} and {other.directory}, the first is "
+                f"prompt {min(only)[0]} with seed {min(only)[1]}. Draw the same prompts and seeds with both models."
+            )
+        self._require_same_prompts(other)
+
+    def _require_same(self, other: Self) -> None:
+        if self.identity != other.identity:
+            raise DataError(
+                f'{self.directory} holds pictures of "{self.identity}", not of "{other.identity}". '
+                "Use another folder or delete this one."
+            )
+        self._require_same_settings(other)
+        self._require_same_prompts(other)
+
+    def _require_same_settings(self, other: Self) -> None:
+        for key in sorted(set(self.settings) | set(other.settings)):
+            here, there = self.settings.get(key), other.settings.get(key)
+            if here != there:
+                raise DataError(
+                    f"The pictures in {self.directory} were drawn with {key} = {here!r}, those of {other.directory} "
+                    f"with {there!r}. Use the same settings, or another folder."
+                )
+
+    def _require_same_prompts(self, other: Self) -> None:
+        both = self.table.merge(other.table, on=_KEYS, suffixes=("", "_other"))
+        changed = both[both["prompt"] != both["prompt_other"]]
+        if len(changed):
+            row = changed.iloc[0]
+            raise DataError(
+                f"Prompt {row.prompt_id} is {row.prompt!r} in {self.directory} but {row.prompt_other!r} now. "
+                "Use the same list of prompts, or another folder."
+            )
+
+    def _write(self) -> None:
+        record = json.dumps({"settings": self.settings, "identity": self.identity})
+        table = pa.Table.from_pandas(self.table, preserve_index=False)
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _METADATA_KEY: record.encode()})
+        with atomic_write(self.directory / FILE_NAME) as temporary:
+            pq.write_table(table, temporary)

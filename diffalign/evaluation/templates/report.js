@@ -1,0 +1,105 @@
+(() => {
+  const root = document.documentElement;
+  const all = (selector, from = document) => [...from.querySelectorAll(selector)];
+  const one = (selector, from = document) => from.querySelector(selector);
+
+  const theme = one(".theme");
+  theme.hidden = false;
+  theme.addEventListener("click", () => {
+    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    root.dataset.theme = dark ? "light" : "dark";
+  });
+
+  const copy = one(".copy");
+  if (copy && navigator.clipboard) {
+    copy.hidden = false;
+    copy.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(one(".command code").textContent);
+      copy.textContent = "Copied";
+      setTimeout(() => { copy.textContent = "Copy"; }, 1500);
+    });
+  }
+
+  const toolbar = one(".toolbar");
+  if (!toolbar) return;
+  toolbar.hidden = false;
+  const list = one(".pairs");
+  const [scorer, order] = all("select", toolbar);
+  const search = one("input", toolbar);
+  const cards = all("article", list).map((node) => ({
+    node,
+    text: one(".prompt", node).textContent.toLowerCase(),
+    place: [Number(node.dataset.prompt), Number(node.dataset.seed)],
+    scores: JSON.parse(node.dataset.scores),
+  }));
+  let show = "all";
+
+  const orders = {
+    wins: (a, b) => b.change - a.change,
+    losses: (a, b) => a.change - b.change,
+    size: (a, b) => Math.abs(b.change) - Math.abs(a.change),
+    prompt: (a, b) => a.place[0] - b.place[0] || a.place[1] - b.place[1],
+  };
+
+  function update() {
+    const wanted = search.value.trim().toLowerCase();
+    let shown = 0;
+    for (const card of cards) {
+      const [base, aligned] = card.scores[scorer.value];
+      card.change = aligned - base;
+      card.kind = card.change > 0 ? "win" : card.change < 0 ? "loss" : "tie";
+      card.node.hidden = (show !== "all" && card.kind !== show) || !card.text.includes(wanted);
+      shown += !card.node.hidden;
+      const figures = all("figure", card.node);
+      figures[0].classList.toggle("won", card.kind === "loss");
+      figures[1].classList.toggle("won", card.kind === "win");
+    }
+    cards.sort(orders[order.value]);
+    list.append(...cards.map((card) => card.node));
+    one("output", toolbar).textContent = `${shown} shown`;
+    one(".empty").hidden = shown > 0;
+  }
+
+  for (const button of all("[data-show]", toolbar)) {
+    button.addEventListener("click", () => {
+      show = button.dataset.show;
+      for (const other of all("[data-show]", toolbar)) other.setAttribute("aria-pressed", String(other === button));
+      update();
+    });
+  }
+  for (const control of [scorer, order]) control.addEventListener("change", update);
+  search.addEventListener("input", update);
+
+  const dialog = one("dialog");
+  let open = null;
+  function enlarge(node) {
+    open = node;
+    const stage = one(".stage", dialog);
+    stage.replaceChildren(...all("figure", node).map((figure) => {
+      const large = document.createElement("figure");
+      large.className = figure.className;
+      large.append(one("img", figure).cloneNode(), one("figcaption", figure).cloneNode(true));
+      return large;
+    }));
+    one(".prompt", dialog).replaceChildren(...one(".prompt", node).cloneNode(true).childNodes);
+    if (!dialog.open) dialog.showModal();
+  }
+  function go(by) {
+    const visible = cards.filter((card) => !card.node.hidden).map((card) => card.node);
+    const next = visible[(visible.indexOf(open) + by + visible.length) % visible.length];
+    if (by === 0 || !next) dialog.close();
+    else enlarge(next);
+  }
+  list.addEventListener("click", (event) => {
+    if (event.target.closest(".open")) enlarge(event.target.closest("article"));
+  });
+  for (const button of all("[data-go]", dialog)) button.addEventListener("click", () => go(Number(button.dataset.go)));
+  dialog.addEventListener("keydown", (event) => {
+    if (event.key === "ArrowLeft") go(-1);
+    if (event.key === "ArrowRight") go(1);
+  });
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog) dialog.close();
+  });
+  update();
+})();
