@@ -1,0 +1,149 @@
+"""LoRA adapters on a denoiser (Hu et al. 2021, arXiv:2106.09685): add, switch off, collect, freeze."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from diffalign.errors import ModelError, suggestion
+
+ADAPTER = "default"
+ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
+# How A starts. B is always 0: the adapted network starts as the base, so the DPO logit is exactly 0 at step 0.
+INITS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "gaussian": lambda a, generator: nn.init.normal_(a, std=1 / a.shape[0], generator=generator),
+    "kaiming": lambda a, generator: nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator),
+}
+
+
+def add_lora(
+    denoiser: nn.Module,
+    rank: int,
+    alpha: float | None = None,
+    target_modules: Sequence[str] = ATTENTION,
+    dropout: float = 0.0,
+    init: str = "gaussian",
+    seed: int = 0,
+) -> list[nn.Parameter]:
+    """Freeze `denoiser`, add LoRA layers to it and return their parameters, in float32.
+
+    W x becomes W x + alpha / rank * B A x, with B = 0 at the start.
+
+    Args:
+        denoiser: a diffusers UNet without adapters.
+        rank: columns of B, at least 1.
+        alpha: scale, > 0; `rank` when None, so that the factor is 1.
+        target_modules: names, or ends of names, of the Linear and Conv2d modules to adapt.
+        dropout: probability in [0, 1) that an input of A is dropped in training.
+        init: of A: "gaussian" (std 1/rank, diffusers' scripts) or "kaiming" (uniform, peft's default).
+        seed: of A; the same on every device and in every dtype.
+
+    Raises:
+        ModelError: an argument is out of range, a target matches no module, or there are adapters already.
+    """
+    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    alpha = rank if alpha is None else alpha
+    _check_numbers(rank, alpha, dropout, init)
+    if has_adapters(denoiser):
+        raise ModelError("This network has adapters already. Load it again, or fuse them first.")
+    _check_targets(denoiser, targets)
+    freeze(denoiser)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout)
+    with torch.random.fork_rng(devices=[]):  # peft draws numbers too; _start replaces them
+        denoiser.add_adapter(config, adapter_name=ADAPTER)
+    _start(denoiser, INITS[init], seed)
+    return trainable_parameters(denoiser)
+
+
+@contextmanager
+def adapters_off(denoiser: nn.Module) -> Iterator[None]:
+    """Run the base network inside the `with` block; the adapters return afterwards, also after an exception.
+
+    Works on a wrapped network (DDP, compiled) too. A training loop uses `adapter_switch`, which searches once.
+
+    Raises:
+        ModelError: there are no adapters, so that the block would run the network unchanged.
+    """
+    with adapter_switch(denoiser)():
+        yield
+
+
+def adapter_switch(denoiser: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """Return `adapters_off` for the adapter layers that `denoiser` has now, found once and not at every use.
+
+    Raises:
+        ModelError: there are no adapters.
+    """
+    layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        raise ModelError("This network has no adapters to switch off. Call add_lora first.")
+
+    @contextmanager
+    def off() -> Iterator[None]:
+        # peft's own enable_adapters also rewrites requires_grad of every adapter weight: 30 ms a pass on SDXL, and
+        # weights somebody froze would come back trainable.
+        before = [layer.disable_adapters for layer in layers]
+        try:
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, disabled in zip(layers, before, strict=True):
+                layer._disable_adapters = disabled
+
+    return off
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Tell whether any layer of `module` carries an adapter."""
+    return any(isinstance(part, BaseTunerLayer) for part in module.modules())
+
+
+def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require a gradient, in the order of the network."""
+    return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Require no gradient for any parameter of `module`, and return it; train/eval mode stays."""
+    return module.requires_grad_(False)
+
+
+def _start(denoiser: nn.Module, init: Callable[[Tensor, torch.Generator], Tensor], seed: int) -> None:
+    # peft makes the adapters in the dtype of the base. A step of 1e-6 would be lost in bfloat16 weights, and A would
+    # depend on the dtype; so they become float32, and A is drawn on the CPU.
+    generator = torch.Generator().manual_seed(seed)
+    for layer in denoiser.modules():
+        if isinstance(layer, BaseTunerLayer):
+            a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            a.data, b.data = a.data.float(), b.data.float()
+            a.data.copy_(init(torch.empty(a.shape), generator))
+
+
+def _check_numbers(rank: int, alpha: float, dropout: float, init: str) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ModelError(f"LoRA rank must be an integer of at least 1, got {rank!r}. Usual: 4 to 128.")
+    if not alpha > 0:
+        raise ModelError(f"LoRA alpha must be > 0, got {alpha!r}. Leave it out to use the rank ({rank}).")
+    if not 0 <= dropout < 1:
+        raise ModelError(f"LoRA dropout must be in [0, 1), got {dropout!r}.")
+    if init not in INITS:
+        raise ModelError(f'Unknown LoRA init "{init}".{suggestion(init, INITS)} Available: {", ".join(INITS)}.')
+
+
+def _check_targets(denoiser: nn.Module, targets: list[str]) -> None:
+    adaptable = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if not targets:
+        raise ModelError("target_modules is empty: name at least one module, such as to_q.")
+    for target in targets:
+        # peft ignores a target without a match as long as another one has some.
+        if not any(name == target or name.endswith("." + target) for name in adaptable):
+            endings = {".".join(name.split(".")[-size:]) for name in adaptable for size in (1, 2)}
+            raise ModelError(
+                f'LoRA target "{target}" matches no Linear or Conv2d module.{suggestion(target, endings)} '
+                f"The attention layers are {', '.join(ATTENTION)}."
+            )

@@ -1,0 +1,209 @@
+"""Write trained weights in the layouts other programs load, and put such weights into a pipeline for evaluation."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffalign.backbones.adapters import ADAPTER, has_adapters
+from diffalign.backbones.files import LORA_FILE, load_errors, quiet_diffusers, read_header, write_atomically
+from diffalign.backbones.kohya import kohya_metadata, kohya_tensors
+from diffalign.backbones.loading import load, load_unet
+from diffalign.errors import ModelError
+
+UNET_FILE = "diffusion_pytorch_model.safetensors"
+
+
+def save_lora(
+    denoiser: nn.Module,
+    directory: str | Path,
+    base_model: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(directory)` loads, alpha included.
+
+    Args:
+        denoiser: the unwrapped UNet with the adapters of `add_lora`.
+        directory: folder to write to; made if missing.
+        base_model: what the adapters belong on, for the file's metadata.
+        metadata: further entries of the file's metadata; values become strings.
+        state_dict: the UNet's full state dict, where its own is sharded or an average is wanted.
+        dtype: of the file; the tensors' own (float32) when None.
+
+    Raises:
+        ModelError: there are no adapters, or the file cannot be written (a previous one is intact).
+    """
+    lora, config = _adapter(denoiser, state_dict, dtype)
+    # Only what decides the result, so that other versions of peft accept it.
+    settings = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": sorted(config.target_modules),
+        "lora_dropout": config.lora_dropout,
+    }
+    header = _strings(base_model, metadata)
+    header[LORA_ADAPTER_METADATA_KEY] = json.dumps({f"unet.{key}": value for key, value in settings.items()})
+    tensors = {f"unet.{key}": tensor for key, tensor in lora.items()}
+    return write_atomically(Path(directory) / LORA_FILE, lambda path: save_file(tensors, path, metadata=header))
+
+
+def save_kohya_lora(
+    denoiser: nn.Module,
+    file: str | Path,
+    base_model: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    prediction_type: str = "epsilon",
+    state_dict: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the adapters as one `lora_unet_*` file, the layout of ComfyUI, A1111 and kohya's sd-scripts.
+
+    Arguments and errors as in `save_lora`; `file` names the file itself and `prediction_type` goes to its metadata.
+    """
+    file = Path(file)
+    if file.suffix != ".safetensors":
+        raise ModelError(f'A kohya LoRA is one .safetensors file, got "{file}".')
+    lora, config = _adapter(denoiser, state_dict, dtype)
+    tensors = kohya_tensors(lora, denoiser, config.lora_alpha)
+    header = kohya_metadata(denoiser, config.r, config.lora_alpha, prediction_type, file.stem)
+    if base_model is not None:
+        header["ss_sd_model_name"] = base_model
+    header |= _strings(base_model, metadata)
+    return write_atomically(file, lambda path: save_file(tensors, path, metadata=header))
+
+
+def save_full_unet(
+    denoiser: nn.Module,
+    directory: str | Path,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write `directory/unet/` (config.json and safetensors), which `UNet2DConditionModel.from_pretrained` loads.
+
+    Arguments and errors as in `save_lora`. The new folder takes the old one's place only once it is complete.
+    """
+    if has_adapters(denoiser):
+        raise ModelError("This network has LoRA adapters: export them with save_lora.")
+    tensors = {name: _for_file(tensor, dtype) for name, tensor in (state_dict or denoiser.state_dict()).items()}
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        denoiser.save_config(folder)
+        save_file(tensors, folder / UNET_FILE, metadata={"format": "pt"})
+
+    return write_atomically(Path(directory) / "unet", write)
+
+
+def load_adapter_into(pipeline: Any, source: str | Path) -> Any:
+    """Return a pipeline with the weights at `source`: `pipeline` itself, or a new one if `source` is a whole pipeline.
+
+    source: a LoRA file or folder (diffusers' or kohya's layout), a UNet folder, a folder with `unet/`, a pipeline
+    folder, or a hub id of a LoRA or a UNet.
+
+    Raises:
+        ModelError: nothing of the kind is there, or it does not fit this pipeline.
+    """
+    path = Path(source)
+    if path.is_file() or _is_lora_folder(path):
+        return _load_lora(pipeline, path.parent if path.is_file() else path, _lora_name(path), str(source))
+    if (path / "model_index.json").is_file():
+        backbone = load(path, torch_dtype=pipeline.unet.dtype).to(pipeline.device)
+        return backbone.pipeline()
+    if path.is_dir():
+        return _replace_unet(pipeline, source)
+    try:
+        return _replace_unet(pipeline, source)
+    except ModelError as error:
+        try:
+            return _load_lora(pipeline, str(source), LORA_FILE, str(source))
+        except ModelError:
+            raise error from None
+
+
+def _adapter(denoiser: nn.Module, state_dict: dict[str, Tensor] | None, dtype: torch.dtype | None) -> tuple[dict, Any]:
+    if not has_adapters(denoiser):
+        raise ModelError("This network has no LoRA adapters: export it with save_full_unet.")
+    lora = get_peft_model_state_dict(denoiser, state_dict=state_dict, adapter_name=ADAPTER)
+    return {key: _for_file(tensor, dtype) for key, tensor in lora.items()}, denoiser.peft_config[ADAPTER]
+
+
+def _for_file(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.detach().to("cpu", dtype).contiguous()
+
+
+def _strings(base_model: str | None, metadata: Mapping[str, Any] | None) -> dict[str, str]:
+    entries = {"format": "pt"} | ({} if base_model is None else {"base_model": base_model})
+    return entries | {key: str(value) for key, value in (metadata or {}).items()}
+
+
+def _is_lora_folder(path: Path) -> bool:
+    return path.is_dir() and bool(_lora_files(path))
+
+
+def _lora_files(folder: Path) -> list[Path]:
+    if (folder / LORA_FILE).is_file():
+        return [folder / LORA_FILE]
+    candidates = [path for path in sorted(folder.glob("*.safetensors")) if path.name != UNET_FILE]
+    return [path for path in candidates if any("lora" in name for name in read_header(path))]
+
+
+def _lora_name(path: Path) -> str:
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ModelError(f'"{path}" is not a .safetensors file. Give a LoRA file, a LoRA folder or a UNet folder.')
+        return path.name
+    files = _lora_files(path)
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ModelError(f'"{path}" holds several LoRA files ({names}). Give one of them.')
+    return files[0].name
+
+
+def _load_lora(pipeline: Any, folder: Path | str, name: str, source: str) -> Any:
+    expected = _count_unet_modules(folder / name) if isinstance(folder, Path) else None
+    before = set(getattr(pipeline.unet, "peft_config", {}))
+    # For each text encoder a UNet-only LoRA draws a warning that ends in "open an issue".
+    with load_errors("the LoRA", source), quiet_diffusers():
+        pipeline.load_lora_weights(str(folder), weight_name=name, use_safetensors=True)
+    new = set(getattr(pipeline.unet, "peft_config", {})) - before
+    fitting = sum(not new.isdisjoint(part.lora_A) for part in pipeline.unet.modules() if hasattr(part, "lora_A"))
+    # diffusers only logs what did not fit the UNet.
+    if fitting == 0 or (expected is not None and fitting != expected):
+        raise ModelError(
+            f'Only {fitting} of the {expected or "UNet"} modules in the LoRA "{source}" fit this UNet. '
+            "Check that it was trained on this model family."
+        )
+    return pipeline
+
+
+def _count_unet_modules(file: Path) -> int:
+    names = read_header(file)
+    # The A (down) matrices in the layouts of peft, kohya and older diffusers.
+    ends = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight", "_lora.down.weight")
+    count = sum(name.endswith(ends) and not name.startswith(("text_encoder", "lora_te")) for name in names)
+    if count == 0:
+        raise ModelError(f'"{file}" has no LoRA tensors for a UNet. Give a LoRA of one, or a folder with unet/.')
+    return count
+
+
+def _replace_unet(pipeline: Any, source: str | Path) -> Any:
+    unet = load_unet(source, pipeline.unet.dtype)
+    for key in ("cross_attention_dim", "addition_embed_type", "in_channels"):
+        if unet.config[key] != pipeline.unet.config[key]:
+            raise ModelError(
+                f'The UNet of "{source}" has {key} {unet.config[key]}, this pipeline {pipeline.unet.config[key]}: '
+                "they belong to different families. Give the base model this UNet was trained from."
+            )
+    pipeline.register_modules(unet=unet.to(pipeline.device))
+    return pipeline

@@ -1,0 +1,175 @@
+"""Configurations of SD1.5 and SDXL base as published, so that neither a hub nor a cache is needed to build them."""
+
+import gzip
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTokenizer
+
+from diffalign.errors import ModelError
+
+# stable-diffusion-v1-5/stable-diffusion-v1-5, unet/config.json: 859,520,964 parameters.
+UNET_SD15 = {
+    "sample_size": 64,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+    "layers_per_block": 2,
+}
+# stabilityai/stable-diffusion-xl-base-1.0, unet/config.json: 2,567,463,684 parameters.
+UNET_SDXL = {
+    "sample_size": 128,
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "cross_attention_dim": 2048,
+    "layers_per_block": 2,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+UNETS = {"sd15": UNET_SD15, "sdxl": UNET_SDXL}
+
+_VAE = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+}
+_SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+}
+_CLIP_L = {
+    "model_type": "clip_text_model",
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+    "eos_token_id": 49407,
+}
+_CLIP_BIG_G = _CLIP_L | {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+# Per family: component folder -> (library, class, configuration).
+COMPONENTS: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
+    "sd15": {
+        "unet": ("diffusers", "UNet2DConditionModel", UNET_SD15),
+        "vae": ("diffusers", "AutoencoderKL", _VAE | {"sample_size": 512, "scaling_factor": 0.18215}),
+        "scheduler": ("diffusers", "PNDMScheduler", _SCHEDULE),
+        "text_encoder": ("transformers", "CLIPTextModel", _CLIP_L),
+        "tokenizer": ("transformers", "CLIPTokenizer", {"pad_token": "<|endoftext|>"}),
+    },
+    "sdxl": {
+        "unet": ("diffusers", "UNet2DConditionModel", UNET_SDXL),
+        "vae": ("diffusers", "AutoencoderKL", _VAE | {"sample_size": 1024, "scaling_factor": 0.13025}),
+        "scheduler": ("diffusers", "EulerDiscreteScheduler", _SCHEDULE | {"timestep_spacing": "leading"}),
+        "text_encoder": ("transformers", "CLIPTextModel", _CLIP_L),
+        "text_encoder_2": ("transformers", "CLIPTextModelWithProjection", _CLIP_BIG_G),
+        "tokenizer": ("transformers", "CLIPTokenizer", {"pad_token": "<|endoftext|>"}),
+        "tokenizer_2": ("transformers", "CLIPTokenizer", {"pad_token": "!"}),
+    },
+}
+CLIP_MERGES = 48894  # with 256 letters, 256 final letters and 2 marks they make the 49,408 tokens
+PIPELINE_NAMES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+
+
+def random_unet(
+    family: str, torch_dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", seed: int = 0
+) -> UNet2DConditionModel:
+    """Build the published UNet of "sd15" or "sdxl" with random weights, made in `torch_dtype` on `device`.
+
+    For benchmarks and memory plans: "meta" as the device costs no memory.
+
+    Raises:
+        ModelError: another family.
+    """
+    if family not in UNETS:
+        raise ModelError(f'No published UNet for "{family}". Available: {", ".join(UNETS)}.')
+    previous, device = torch.get_default_dtype(), torch.device(device)
+    torch.set_default_dtype(torch_dtype)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+            torch.manual_seed(seed)
+            return UNet2DConditionModel(**UNETS[family])
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def write_config_folder(family: str, folder: Path) -> Path:
+    """Write the family's pipeline folder without weights: model_index.json, configurations and tokenizers."""
+    index: dict[str, Any] = {"_class_name": PIPELINE_NAMES[family]}
+    if family == "sdxl":
+        index["force_zeros_for_empty_prompt"] = True
+    for name, (library, class_name, config) in COMPONENTS[family].items():
+        index[name] = [library, class_name]
+        target = folder / name
+        target.mkdir(parents=True)
+        if class_name == "CLIPTokenizer":
+            clip_tokenizer(**config).save_pretrained(target)
+        else:
+            file = "scheduler_config.json" if name == "scheduler" else "config.json"
+            _write_json(target / file, {"_class_name": class_name} | config)
+    if family == "sd15":
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    _write_json(folder / "model_index.json", index)
+    return folder
+
+
+def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
+    """Build OpenAI's CLIP tokenizer (49,408 tokens) from the merge table that open_clip ships.
+
+    Raises:
+        ModelError: open_clip is not installed.
+    """
+    package = importlib.util.find_spec("open_clip")
+    if package is None or not package.submodule_search_locations:
+        raise ModelError(
+            "The CLIP vocabulary is read from the package open_clip, which is not installed. Run "
+            "`pip install open_clip_torch`, or name a diffusers folder with tokenizers as `config`."
+        )
+    table = Path(next(iter(package.submodule_search_locations))) / "bpe_simple_vocab_16e6.txt.gz"
+    with gzip.open(table, "rt", encoding="utf-8") as stream:
+        # The first line is a version and the table is longer than what CLIP uses of it.
+        merges = [tuple(line.split()) for line in stream.read().split("\n")[1 : 1 + CLIP_MERGES]]
+    alphabet = byte_alphabet()
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(merge) for merge in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=77)
+
+
+def byte_alphabet() -> list[str]:
+    """Return the 256 printable characters that stand for bytes in byte-level BPE, in CLIP's order (from "!")."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    shifted = range(0x100, 0x100 + 256 - len(printable))
+    return [chr(code) for code in (*printable, *shifted)]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")

@@ -1,0 +1,44 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, no micro-conditioning."""
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from diffalign.backbones.base import Backbone, Conditioning
+
+
+class SD15(Backbone):
+    """Adapt StableDiffusionPipeline checkpoints (SD1.4, SD1.5, SD2.0, SD2.1 and their fine-tunes)."""
+
+    family = "sd15"
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, None]:
+        """Return the last hidden states [N,L,D] of the text encoder, in its dtype, and None."""
+        encoder = self.text_encoders[0]
+        tokens = self._tokenize(self.tokenizers[0], prompts).to(encoder.device)
+        mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
+        return encoder(tokens.input_ids, attention_mask=mask)[0], None
+
+    def condition(self, prompt_embeds: Tensor, pooled: Tensor | None, sizes: Tensor | None) -> Conditioning:
+        """Build the conditioning from the embeddings [N,L,D]; this family knows no pooled embeddings and no sizes."""
+        return Conditioning(prompt_embeds)
+
+    def predict(self, denoiser: nn.Module, xt: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        """Return the UNet's prediction [N,C,h,w] in its dtype."""
+        dtype = self._dtype(denoiser)
+        text = cond.prompt_embeds.to(dtype)
+        return denoiser(xt.to(dtype), timesteps, encoder_hidden_states=text, return_dict=False)[0]
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        """Return a StableDiffusionPipeline over these modules, safety checker off."""
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoders[0],
+            tokenizer=self.tokenizers[0],
+            unet=self.denoiser,
+            scheduler=type(self.scheduler).from_config(self.scheduler.config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )

@@ -1,0 +1,162 @@
+"""The published configurations: sizes, tokenizers, and the names of SDXL's modules in the original UNet."""
+
+import json
+
+import diffusers
+import open_clip
+import pytest
+import torch
+import transformers
+
+from diffalign.backbones import published
+from diffalign.backbones.adapters import ATTENTION, add_lora
+from diffalign.backbones.kohya import kohya_metadata, ldm_name
+from diffalign.errors import ModelError
+
+# Counts of the checkpoints on the hub.
+PARAMETERS = {
+    ("sd15", "unet"): 859_520_964,
+    ("sd15", "vae"): 83_653_863,
+    ("sd15", "text_encoder"): 123_060_480,
+    ("sdxl", "unet"): 2_567_463_684,
+    ("sdxl", "vae"): 83_653_863,
+    ("sdxl", "text_encoder"): 123_060_480,
+    ("sdxl", "text_encoder_2"): 694_659_840,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("published")
+    return {family: published.write_config_folder(family, root / family) for family in published.PIPELINE_NAMES}
+
+
+@pytest.fixture(scope="module")
+def sdxl_unet():
+    return published.random_unet("sdxl", device="meta")
+
+
+def _count(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("family", "name"), PARAMETERS)
+def test_parameter_counts(folders, family, name):
+    library, class_name = json.loads((folders[family] / "model_index.json").read_text())[name]
+    loader = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
+    with torch.device("meta"):
+        if library == "diffusers":
+            module = loader.from_config(loader.load_config(folders[family] / name))
+        else:
+            module = loader(transformers.CLIPTextConfig.from_pretrained(folders[family] / name))
+    assert _count(module) == PARAMETERS[family, name]
+
+
+def test_random_unet_on_meta_has_the_dtype_and_restores_the_default():
+    unet = published.random_unet("sd15", torch.float16, device="meta")
+    assert _count(unet) == PARAMETERS["sd15", "unet"]
+    assert unet.dtype == torch.float16
+    assert unet.conv_in.weight.is_meta
+    assert torch.get_default_dtype() == torch.float32
+    with pytest.raises(ModelError, match='"flux"'):
+        published.random_unet("flux")
+
+
+def test_random_unet_is_seeded(monkeypatch):
+    small = published.UNET_SD15 | {"block_out_channels": [32] * 4, "cross_attention_dim": 16}
+    monkeypatch.setitem(published.UNETS, "sd15", small)
+    state = torch.get_rng_state()
+    first = published.random_unet("sd15", seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.conv_in.weight.dtype == torch.bfloat16
+    assert torch.equal(first.conv_in.weight, published.random_unet("sd15", seed=1).conv_in.weight)
+    assert not torch.equal(first.conv_in.weight, published.random_unet("sd15", seed=2).conv_in.weight)
+
+
+def test_lora_size_of_sdxl():
+    """Rank 64 on the attention: shared/reference/performance.md counts 92.9 M trainable parameters."""
+    parameters = add_lora(published.random_unet("sdxl", device="meta"), 64)
+    assert sum(parameter.numel() for parameter in parameters) == 92_897_280
+
+
+@pytest.mark.parametrize(("pad_token", "pad_id"), [("<|endoftext|>", 49407), ("!", 0)])
+def test_clip_tokenizer_agrees_with_open_clip(pad_token, pad_id):
+    tokenizer = published.clip_tokenizer(pad_token)
+    assert len(tokenizer) == 49408
+    assert tokenizer.model_max_length == 77
+    assert tokenizer.pad_token_id == pad_id
+    # Without "!": where it pads, Hugging Face's tokenizer takes it for a mark of its own and splits "!!".
+    texts = ["a photo of an astronaut riding a horse.", "caf\u00e9 2024, it's the dog's  \n \u2603", "", "x" * 500]
+    ours = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    reference = open_clip.tokenize(texts)
+    for row, expected in zip(ours, reference, strict=True):
+        end = int((expected == 49407).nonzero()[0])
+        assert torch.equal(row[: end + 1], expected[: end + 1])
+        assert (row[end + 1 :] == pad_id).all()
+
+
+def test_written_tokenizers_and_schedulers_load(folders):
+    for family, folder in folders.items():
+        index = json.loads((folder / "model_index.json").read_text())
+        for name, (_, class_name) in ((key, value) for key, value in index.items() if isinstance(value, list)):
+            if name.startswith("tokenizer"):
+                tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / name)
+                assert tokenizer.pad_token == published.COMPONENTS[family][name][2]["pad_token"]
+                assert tokenizer("a cat").input_ids == [49406, 320, 2368, 49407]
+            elif name == "scheduler":
+                scheduler = getattr(diffusers, class_name).from_pretrained(folder / name)
+                assert scheduler.alphas_cumprod[-1] == pytest.approx(0.0047, abs=1e-4)
+
+
+def test_ldm_names_of_sdxl_attention(sdxl_unet):
+    """Blocks with attention in SDXL's original UNet and their number of transformer layers (ComfyUI, kohya)."""
+    depths = {
+        **dict.fromkeys(["input_blocks.4.1", "input_blocks.5.1"], 2),
+        **dict.fromkeys(["output_blocks.3.1", "output_blocks.4.1", "output_blocks.5.1"], 2),
+        **dict.fromkeys(["input_blocks.7.1", "input_blocks.8.1", "middle_block.1"], 10),
+        **dict.fromkeys(["output_blocks.0.1", "output_blocks.1.1", "output_blocks.2.1"], 10),
+    }
+    expected = {
+        f"{block}.transformer_blocks.{layer}.{attention}.{projection}"
+        for block, depth in depths.items()
+        for layer in range(depth)
+        for attention in ("attn1", "attn2")
+        for projection in ATTENTION
+    }
+    names = [name for name, _ in sdxl_unet.named_modules() if name.endswith(ATTENTION)]
+    assert {ldm_name(name, sdxl_unet) for name in names} == expected
+    assert len(names) == len(expected) == 560
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("conv_in", "input_blocks.0.0"),
+        ("down_blocks.0.resnets.1.conv1", "input_blocks.2.0.in_layers.2"),
+        ("down_blocks.0.downsamplers.0.conv", "input_blocks.3.0.op"),
+        ("down_blocks.1.resnets.0.conv_shortcut", "input_blocks.4.0.skip_connection"),
+        ("down_blocks.2.attentions.1.proj_out", "input_blocks.8.1.proj_out"),
+        ("mid_block.resnets.0.time_emb_proj", "middle_block.0.emb_layers.1"),
+        ("mid_block.resnets.1.conv2", "middle_block.2.out_layers.3"),
+        ("up_blocks.0.upsamplers.0.conv", "output_blocks.2.2.conv"),
+        ("up_blocks.2.resnets.2.conv2", "output_blocks.8.0.out_layers.3"),
+        ("add_embedding.linear_1", "label_emb.0.0"),
+    ],
+)
+def test_ldm_names_of_sdxl_modules(sdxl_unet, name, expected):
+    assert ldm_name(name, sdxl_unet) == expected
+
+
+def test_unknown_modules_have_no_ldm_name(sdxl_unet):
+    with pytest.raises(ModelError, match="encoder_hid_proj"):
+        ldm_name("encoder_hid_proj", sdxl_unet)
+
+
+def test_kohya_metadata_of_sd2():
+    unet = published.random_unet("sd15", device="meta")
+    unet.register_to_config(cross_attention_dim=1024)
+    metadata = kohya_metadata(unet, 4, 8, "v_prediction", "x")
+    assert metadata["ss_base_model_version"] == "sd_v2_v"
+    assert metadata["ss_v2"] == "True"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+    assert kohya_metadata(unet, 4, 8, "epsilon", "x")["ss_base_model_version"] == "sd_v2"

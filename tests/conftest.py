@@ -1,0 +1,56 @@
+"""Fixtures and rules shared by all tests: no network, fixed seeds, GPU tests only where there is a GPU."""
+
+import os
+
+# Before any import that reads it: nothing here may ask the hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import socket
+
+import pytest
+import torch
+
+from tests.tiny import build_tiny_sd15, build_tiny_sdxl
+
+LOCAL = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip GPU tests on machines without one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network():
+    """Let sockets reach this machine only (gloo needs that); a test that asks the hub fails at once."""
+    connect = socket.socket.connect
+
+    def connect_locally(self, address):
+        host = address[0] if isinstance(address, tuple) else None
+        if host is not None and host not in LOCAL and host != socket.gethostname():
+            raise RuntimeError(f"A test tried to reach {host}. Tests run without a network.")
+        return connect(self, address)
+
+    socket.socket.connect = connect_locally
+    yield
+    socket.socket.connect = connect
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory):
+    """Return the folder of a random-weight SDXL pipeline; treat it as read-only."""
+    return build_tiny_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd15(tmp_path_factory):
+    """Return the folder of a random-weight SD1.5 pipeline; treat it as read-only."""
+    return build_tiny_sd15(tmp_path_factory.mktemp("models") / "tiny-sd15")

@@ -1,0 +1,188 @@
+"""Whole training runs on a random-weight tiny SDXL: what they leave, and that equal runs leave equal weights."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffalign.backbones import loading
+from diffalign.backbones.export import load_adapter_into
+from diffalign.errors import UserError
+from diffalign.evaluation import SamplingSettings, generate
+from diffalign.training import metrics
+
+WEIGHTS = "trainable.safetensors"
+STEPS = SamplingSettings(num_inference_steps=3, guidance_scale=3.0)
+
+
+def variant(content, tmp_path, name, **sections):
+    """Return a copy of a configuration with other values and an output folder of its own."""
+    changed = copy.deepcopy(content)
+    for section, values in sections.items():
+        changed[section] = {**changed.get(section, {}), **values}
+    changed["train"]["output_dir"] = str(tmp_path / name)
+    return changed
+
+
+def weights(content, step=4):
+    return load_file(Path(content["train"]["output_dir"]) / f"checkpoint-{step}" / WEIGHTS)
+
+
+def assert_same_bits(first, second):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def assert_close(first, second):
+    # The bulk agrees to rounding; AdamW turns rounding of a gradient near zero into a visible step here and there.
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=2e-2, atol=2e-4, msg=name)
+    moved = max(tensor.abs().max().item() for name, tensor in first.items() if "lora_B" in name)
+    assert moved > 1e-3  # not trivially equal
+
+
+class TestLora:
+    def test_it_leaves_what_users_expect(self, content, run):
+        line = run(content)
+        output = Path(content["train"]["output_dir"])
+        left = {path.name for path in output.iterdir()}
+        assert left >= {"pytorch_lora_weights.safetensors", "README.md", "config.yaml", "environment.json"}
+        assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+        assert not list(output.glob(".*.partial"))
+        assert json.loads((output / "environment.json").read_text())["identity"]["objective"]["name"] == "dpo"
+        lines = metrics.read(output / "metrics.jsonl")
+        assert [row["step"] for row in lines] == [1, 2, 3, 4]
+        assert lines[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+        assert lines[0]["margin"] == 0.0
+        assert lines[0]["implicit_accuracy"] == 0.5
+        assert line["loss"] != pytest.approx(0.6931472, abs=1e-5)
+        wanted = {"chosen_drift", "rejected_drift", "grad_norm", "saturation", "pairs_per_second", "peak_memory_gib"}
+        assert wanted <= line.keys()
+
+    def test_the_export_draws_other_pictures_than_the_base(self, content, run, tiny_sdxl):
+        run(content)
+        pipeline = loading.load(tiny_sdxl).pipeline()
+        before = generate(pipeline, ["a red circle"], [0], STEPS, progress=False)[0]
+        load_adapter_into(pipeline, content["train"]["output_dir"])
+        after = generate(pipeline, ["a red circle"], [0], STEPS, progress=False)[0]
+        assert before.tobytes() != after.tobytes()
+
+    def test_kohya_export_if_asked_for(self, content, run):
+        content["lora"]["export_kohya"] = True
+        run(content)
+        tensors = load_file(Path(content["train"]["output_dir"]) / "kohya" / "run.safetensors")
+        assert any(name.startswith("lora_unet_") and name.endswith(".alpha") for name in tensors)
+
+
+class TestEqualRuns:
+    def test_the_same_run_twice_leaves_the_same_bits(self, content, run, tmp_path):
+        first, second = (variant(content, tmp_path, name) for name in ("a", "b"))
+        run(first)
+        run(second)
+        assert_same_bits(weights(first), weights(second))
+
+    @pytest.mark.parametrize("tune", ["lora", "full"])
+    def test_resumed_is_uninterrupted(self, content, run, tmp_path, tune):
+        sections = {"model": {"tune": tune}, "optimizer": {"learning_rate": 1e-4, "use_ema": True}}
+        whole = variant(content, tmp_path, "whole", **sections)
+        halves = variant(content, tmp_path, "halves", **sections)
+        run(whole)
+        halves["train"]["max_train_steps"] = 2
+        run(halves)
+        halves["train"] |= {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
+        run(halves)
+        assert_same_bits(weights(whole), weights(halves))
+        exported = "pytorch_lora_weights.safetensors" if tune == "lora" else "unet/diffusion_pytorch_model.safetensors"
+        paths = [Path(c["train"]["output_dir"]) / exported for c in (whole, halves)]
+        assert_same_bits(*map(load_file, paths))
+
+    def test_accumulation_equals_the_large_batch(self, content, run, tmp_path):
+        large = variant(content, tmp_path, "large")
+        split = variant(content, tmp_path, "split", train={"train_batch_size": 1, "gradient_accumulation_steps": 4})
+        run(large)
+        run(split)
+        assert_close(weights(large), weights(split))
+
+    def test_gradient_checkpointing_changes_nothing(self, content, run, tmp_path):
+        plain = variant(content, tmp_path, "plain")
+        checkpointed = variant(content, tmp_path, "checkpointed", train={"gradient_checkpointing": True})
+        run(plain)
+        run(checkpointed)
+        assert_close(weights(plain), weights(checkpointed))
+
+    def test_encoding_online_equals_the_cache(self, content, run, tmp_path):
+        cached = variant(content, tmp_path, "cached", data={"cache_dtype": "float32"})
+        online = variant(content, tmp_path, "online", data={"cache_latents": False, "cache_dtype": "float32"})
+        run(cached)
+        run(online)
+        assert_close(weights(cached), weights(online))
+
+    def test_another_seed_is_another_run(self, content, run, tmp_path):
+        first, second = (variant(content, tmp_path, str(seed), train={"seed": seed}) for seed in (0, 1))
+        run(first)
+        run(second)
+        different = [name for name, t in weights(first).items() if not torch.equal(t, weights(second)[name])]
+        assert different
+
+
+class TestVariants:
+    def test_full_fine_tuning_exports_a_unet(self, content, run, tmp_path):
+        full = variant(content, tmp_path, "full", model={"tune": "full"}, optimizer={"learning_rate": 1e-5})
+        line = run(full)
+        first = metrics.read(tmp_path / "full" / "metrics.jsonl")[0]
+        assert first["margin"] == 0.0  # the frozen copy sees the same bits
+        assert line["chosen_drift"] != 0.0
+        assert (tmp_path / "full" / "unet" / "config.json").is_file()
+
+    def test_bf16_starts_at_a_logit_of_exactly_zero(self, content, run, tmp_path):
+        for tune in ("lora", "full"):
+            half = variant(content, tmp_path, tune, model={"tune": tune}, train={"mixed_precision": "bf16"})
+            run(half)
+            assert metrics.read(tmp_path / tune / "metrics.jsonl")[0]["margin"] == 0.0
+
+    def test_sft_looks_at_winners_only(self, content, run):
+        content["objective"] = {"name": "sft"}
+        line = run(content)
+        assert "implicit_accuracy" not in line
+        assert line["loss"] == pytest.approx(line["policy_error"])
+
+    def test_sd15(self, content, run, tiny_sd15):
+        content["model"]["pretrained_model_name_or_path"] = str(tiny_sd15)
+        assert run(content)["grad_norm"] > 0
+
+    def test_validation_draws_grids(self, content, run):
+        content["validation"] = {
+            "validation_steps": 2,
+            "validation_prompts": ["a red circle"],
+            "num_inference_steps": 2,
+        }
+        run(content)
+        grids = sorted((Path(content["train"]["output_dir"]) / "validation").iterdir())
+        assert [grid.name for grid in grids] == ["step-000002.png", "step-000004.png"]
+
+    def test_tensorboard_is_written(self, content, run):
+        content["logging"]["report_to"] = ["tensorboard"]
+        run(content)
+        assert list(Path(content["train"]["output_dir"]).rglob("events.out.tfevents.*"))
+
+
+class TestRefusals:
+    def test_resuming_under_other_conditions_names_them(self, content, run):
+        run(content)
+        content["objective"]["beta"] = 500.0
+        content["train"] |= {"max_train_steps": 6, "resume_from_checkpoint": "latest"}
+        with pytest.raises(UserError, match=r"objective\.beta: 2000\.0 there, 500\.0 now"):
+            run(content)
+
+    def test_resuming_with_other_data_is_refused(self, content, run, tmp_path):
+        from tests.e2e.pairs import write_pairs
+
+        run(content)
+        content["data"]["train_data_dir"] = str(write_pairs(tmp_path / "other", 12))
+        content["train"] |= {"max_train_steps": 6, "resume_from_checkpoint": "latest"}
+        with pytest.raises(UserError, match=r"data\.content"):
+            run(content)

@@ -1,0 +1,165 @@
+"""Real diffusers pipelines with random weights, small enough for a test: 64x64 images, 16x16 latents."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+IMAGE_SIZE = 64
+LATENT_SIZE = 16
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+WORDS = ("a", "on", "red", "blue", "green", "circle", "square", "background", "photo", "of", "the", "cat")
+# The schedule both published families were trained on.
+DDPM_SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+}
+
+
+def tiny_unet_sdxl() -> UNet2DConditionModel:
+    """Return SDXL's UNet topology (three levels, two layers a block, 0/1/2 transformers) at a few channels."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 16, 32),
+        layers_per_block=2,
+        norm_num_groups=8,
+        cross_attention_dim=48,
+        attention_head_dim=(2, 2, 4),
+        transformer_layers_per_block=(1, 1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+    )
+
+
+def tiny_unet_sd15() -> UNet2DConditionModel:
+    """Return SD1.5's UNet topology (four levels, two layers a block, convolutional projections) at a few channels."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        block_out_channels=(16, 16, 16, 32),
+        layers_per_block=2,
+        norm_num_groups=8,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+    )
+
+
+def tiny_vae(scaling_factor: float) -> AutoencoderKL:
+    """Return an autoencoder that halves the image twice into four channels."""
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+        scaling_factor=scaling_factor,
+    )
+
+
+def tiny_tokenizer(pad_token: str = EOS) -> CLIPTokenizer:
+    """Return a CLIP tokenizer over the byte alphabet and the merges of a few words; 77 tokens like the published."""
+    merges = _merges(WORDS)
+    alphabet = list(_byte_alphabet())
+    tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges] + [BOS, EOS]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=77)
+
+
+def tiny_text_config(tokenizer: CLIPTokenizer, hidden_size: int, hidden_act: str) -> CLIPTextConfig:
+    """Return a three-layer CLIP text encoder configuration that fits `tokenizer`."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        projection_dim=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        hidden_act=hidden_act,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def build_tiny_sdxl(directory: str | Path, seed: int = 0) -> Path:
+    """Write a random-weight StableDiffusionXLPipeline of about 0.5 M parameters to `directory` and return its path."""
+    tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionXLPipeline(
+            vae=tiny_vae(0.13025),
+            text_encoder=CLIPTextModel(tiny_text_config(tokenizer, 16, "quick_gelu")),
+            text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(tokenizer_2, 32, "gelu")),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=tiny_unet_sdxl(),
+            scheduler=EulerDiscreteScheduler(timestep_spacing="leading", **DDPM_SCHEDULE),
+            add_watermarker=False,
+        )
+    return _save(pipeline, directory)
+
+
+def build_tiny_sd15(directory: str | Path, seed: int = 0, prediction_type: str = "epsilon") -> Path:
+    """Write a random-weight StableDiffusionPipeline of about 0.5 M parameters to `directory` and return its path."""
+    tokenizer = tiny_tokenizer()
+    schedule = DDPM_SCHEDULE | {"prediction_type": prediction_type}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionPipeline(
+            vae=tiny_vae(0.18215),
+            text_encoder=CLIPTextModel(tiny_text_config(tokenizer, 32, "quick_gelu")),
+            tokenizer=tokenizer,
+            unet=tiny_unet_sd15(),
+            scheduler=PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, **schedule),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    return _save(pipeline, directory)
+
+
+def _save(pipeline, directory: str | Path) -> Path:
+    directory = Path(directory)
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    # The published repositories carry the vocabulary in CLIP's own two files; other loaders read these.
+    for folder in directory.glob("tokenizer*"):
+        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        lines = ["#version: 0.2", *(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return directory
+
+
+def _merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Join each word's letters from left to right, so that every word in `words` becomes one token."""
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            merges[pieces[0], pieces[1]] = None
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+    return list(merges)
+
+
+def _byte_alphabet() -> str:
+    """Return the 256 printable characters that byte-level BPE writes bytes with, in byte order from "!"."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    shifted = range(0x100, 0x100 + 256 - len(printable))
+    return "".join(chr(code) for code in [*printable, *shifted])
