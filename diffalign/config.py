@@ -90,7 +90,7 @@ class DataSettings(Settings):
     def _one_source(self) -> "DataSettings":
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise ValueError(
-                "give exactly one of data.dataset_name (hub) and data.train_data_dir (local files); null clears one"
+                "Give exactly one of data.dataset_name (hub) and data.train_data_dir (local files); null clears one"
             )
         if self.random_crop and self.cache_latents:
             raise ValueError("data.random_crop needs data.cache_latents: false (a cached latent has one crop)")
@@ -110,7 +110,7 @@ class DenoisingSettings(Settings):
     def _some_timestep(self) -> "DenoisingSettings":
         low, high = self.timestep_low, self.timestep_high
         if high is not None and low >= high:
-            raise ValueError(f"denoising.timestep_low must be below timestep_high, got {low} and {high}")
+            raise ValueError(f"denoising.timestep_low must be below denoising.timestep_high, got {low} and {high}")
         return self
 
 
@@ -283,7 +283,7 @@ def _explain(error: dict[str, Any]) -> str:
     if kind in _EXPECTED:
         return f'"{key}" must be {_EXPECTED[kind]}, {got}.'
     if kind == "value_error":
-        return f"{str(error['ctx']['error'])[0].upper()}{str(error['ctx']['error'])[1:]}."
+        return f"{error['ctx']['error']}."
     message = error["msg"].removeprefix("Input should be ")
     return f'"{key}" must be {message}, {got}.'
 

@@ -11,15 +11,24 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. A module imports its own package and the layers below it, never a neighbour in its layer.
 LAYERS = (
     {"errors"},
+    {"yaml_text"},
     {"objectives"},
     {"denoising"},
     {"backbones", "data"},
     {"rollout", "training", "evaluation", "shapes"},
     {"config"},
+    {"jobs"},
     {"cli"},
     {"__main__"},
 )
-USES_REWARD_MODELS = ("diffalign.rollout", "diffalign.data.filtering", "diffalign.evaluation", "diffalign.cli")
+USES_REWARD_MODELS = (
+    "diffalign.rollout",
+    "diffalign.data.filtering",
+    "diffalign.evaluation",
+    "diffalign.shapes",
+    "diffalign.jobs",
+    "diffalign.cli",
+)
 TORCH_ONLY = ("objectives", "denoising")
 
 

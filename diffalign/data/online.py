@@ -89,14 +89,16 @@ class OnlinePairs:
 
     def _rows(self, indices: Sequence[int]) -> list[PairRow]:
         try:
-            return self.source.rows(list(indices))
+            rows = self.source.rows(list(indices))
+            list(self._pool.map(_hashed, rows))
         except RowError:
             return [self._readable(index) for index in indices]
+        return rows
 
     def _readable(self, index: int) -> PairRow:
         for step in range(len(self.source)):
             try:
-                return self.source[(index + step) % len(self.source)]
+                return _hashed(self.source[(index + step) % len(self.source)])
             except RowError as error:
                 self.source.rejects.add(error)
         raise DataError(f"No pair of {self.source.name} can be read: {self.source.counts}.")
@@ -126,3 +128,9 @@ class OnlinePairs:
         if self.has_preference is False or (self.has_preference is None and np.isnan(soft).all()):
             return None
         return as_preference(soft)
+
+
+def _hashed(row: PairRow) -> PairRow:
+    """Return the row after its images were read and hashed. Raises RowError when a file is gone."""
+    row.example_id  # noqa: B018 (kept by the row)
+    return row

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from huggingface_hub import try_to_load_from_cache
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
@@ -68,29 +69,33 @@ def show(config: Config, console: Console) -> None:
 
 
 def skeleton(config: Config) -> tuple[nn.Module, str, str]:
-    """Return the denoiser without weights, its family, and where its shape was read.
+    """Return the denoiser without weights, its family, and where its shape was read. Nothing is downloaded.
 
-    A hub model that cannot be reached is taken to be the published SDXL base or SD1.5, by its name; a single file by
-    the names of its tensors.
+    A hub model that is not in the local cache counts as the published SDXL base or SD1.5, by its name; a single file
+    does so by the names of its tensors.
+
+    Raises:
+        ModelError: a path that does not exist, or a folder that is no pipeline of a supported family.
     """
     name, revision = config.model.pretrained_model_name_or_path, config.model.revision
-    classes = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
-    path = Path(name)
-    if path.is_file():
-        family = "sdxl" if single_file.family_of(path) == "sdxl" else "sd15"
+    if Path(name).is_dir():
+        family = loading.PIPELINES[loading.read_index(name)["_class_name"]].family
+        return _on_meta(Path(name) / "unet" / "config.json"), family, "from its config"
+    if Path(name).is_file():
+        family = "sdxl" if single_file.family_of(Path(name)) == "sdxl" else "sd15"
         return published.random_unet(family, device="meta"), family, f"counted as the published {family}"
-    try:
-        family = classes[loading.read_index(name, revision)["_class_name"]]
-        with torch.device("meta"):
-            shape = UNet2DConditionModel.load_config(name, subfolder="unet", revision=revision)
-            return UNet2DConditionModel.from_config(shape), family, "from its config"
-    except (ModelError, OSError) as error:
-        if path.exists() or (isinstance(error, ModelError) and error.__cause__ is None):
-            raise  # a broken folder, or a model of another family
-        if name.count("/") != 1:
-            raise ModelError(f'There is no model at "{name}": {error}') from None
-        family = "sdxl" if "xl" in name.lower() else "sd15"
-        return published.random_unet(family, device="meta"), family, f"not read; counted as the published {family}"
+    if name.count("/") != 1:
+        raise ModelError(f'There is no model at "{name}". Give a diffusers folder, a .safetensors file or a hub id.')
+    family = "sdxl" if "xl" in name.lower() else "sd15"
+    cached = try_to_load_from_cache(name, "unet/config.json", revision=revision)
+    if isinstance(cached, str):
+        return _on_meta(Path(cached)), family, "from its config in the hub cache"
+    return published.random_unet(family, device="meta"), family, f"not read; counted as the published {family}"
+
+
+def _on_meta(file: Path) -> nn.Module:
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(file))
 
 
 def _parameters(config: Config, denoiser: nn.Module) -> tuple[int, int]:

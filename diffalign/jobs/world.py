@@ -49,8 +49,8 @@ class World:
     candidates: int = 4  # samples a caption, of which the best and the worst become a pair
     tie_gap: float = 0.03  # pairs whose oracle scores are closer become ties
     label_temperature: float = 0.08  # P(label agrees with the oracle) = sigmoid(gap / label_temperature)
-    reward_pairs: int = 12_000
-    reward_steps: int = 1200
+    reward_pairs: int = 10_000
+    reward_steps: int = 600
 
 
 def build(assets: Path, parts: list[str], world: World, pretraining: Pretraining, console: Console) -> None:

@@ -49,7 +49,8 @@ def render_dataset(number: int, seed: int) -> tuple[torch.Tensor, list[str]]:
 
 def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     peak = optimizer.param_groups[0]["lr"]
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.05)
+    warmup = max(0.05, 2 / max(steps, 3))  # OneCycleLR divides by zero where the share is a single step
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=warmup)
 
 
 def _start_precise(vae: torch.nn.Module) -> None:

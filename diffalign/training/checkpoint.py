@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,9 @@ def load(path: Path, parameters: dict[str, nn.Parameter], identity: dict[str, An
     Raises:
         CheckpointError: the checkpoint is damaged, or belongs to a run with other settings, data or model.
     """
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf8"))
-        tensors = load_file(path / WEIGHTS)
-        optimizer_state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-        step, saved = state["step"], state["identity"]
-    except Exception as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Delete it and resume from an earlier one.") from error
+    step, saved = _read(path, STATE, lambda file: _step_and_identity(json.loads(file.read_text(encoding="utf8"))))
+    tensors = _read(path, WEIGHTS, load_file)
+    optimizer_state = _read(path, OPTIMIZER, lambda file: torch.load(file, map_location="cpu", weights_only=True))
     _require_same(path, saved, identity)
     if tensors.keys() != parameters.keys():
         odd = sorted(tensors.keys() ^ parameters.keys())[0]
@@ -116,6 +113,20 @@ def load(path: Path, parameters: dict[str, nn.Parameter], identity: dict[str, An
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return step, optimizer_state
+
+
+def _read(path: Path, name: str, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path / name)
+    except Exception as error:  # what a broken file raises depends on the library and on where it is broken
+        raise CheckpointError(
+            f"{path} is damaged: {name} cannot be read ({type(error).__name__}). Delete the folder and resume from an "
+            "earlier one."
+        ) from error
+
+
+def _step_and_identity(state: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    return state["step"], state["identity"]
 
 
 def _require_same(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:

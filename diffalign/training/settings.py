@@ -61,7 +61,7 @@ class TrainSettings(Settings):
     def _one_way_to_accumulate(self) -> "TrainSettings":
         if self.global_batch_size is not None and "gradient_accumulation_steps" in self.model_fields_set:
             raise ValueError(
-                "give train.global_batch_size or train.gradient_accumulation_steps, not both: one gives the other "
+                "Give train.global_batch_size or train.gradient_accumulation_steps, not both: one gives the other "
                 "(train.global_batch_size: null switches it off)"
             )
         return self

@@ -123,9 +123,10 @@ class TestContent:
 
     def test_batch_helpers(self, parquet, tmp_path):
         batch = build(parquet, tmp_path).batch([0, 3], fixed(flips=[False, False], drop_caption=[False, False]))
-        noise = torch.randn(batch.latent_mean.shape)
+        noise = torch.randn(batch.latent_mean.shape, generator=torch.Generator().manual_seed(0))
         x0 = sample_latents(batch, noise)
-        torch.testing.assert_close((x0 - batch.latent_mean) / batch.latent_std, noise, rtol=1e-4, atol=1e-4)
+        assert torch.equal(sample_latents(batch, torch.zeros_like(noise)), batch.latent_mean)
+        torch.testing.assert_close(x0 - batch.latent_mean, batch.latent_std * noise, rtol=1e-4, atol=1e-5)
         winners = batch.winners()
         assert torch.equal(winners.latent_mean, batch.latent_mean[:2])
         assert winners.prompt_embeds.shape[0] == winners.sizes.shape[0] == winners.pooled_prompt_embeds.shape[0] == 2
@@ -355,6 +356,19 @@ class TestBrokenImages:
         assert source.counts.skipped == {"broken image": 1, "missing image": 1}
 
 
+def test_online_replaces_a_pair_whose_file_vanished(tmp_path):
+    lines = [{"prompt": "a cat", "chosen": f"{i}.png", "rejected": f"{i + 1}.png"} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    source = open_pairs(tmp_path / "pairs.jsonl", on_error="skip")
+    ids = [row.example_id for row in source]
+    (tmp_path / "0.png").unlink()
+    batch = OnlinePairs(source, TinyEncoder(), TRANSFORM).batch([0, 2], fixed([False] * 2, [False] * 2))
+    assert batch.example_ids.tolist() == [ids[1], ids[2]]
+    assert source.counts.skipped == {"missing image": 1}
+
+
 def test_random_crops_online(parquet):
     source = open_pairs(parquet)
     online = OnlinePairs(source, TinyEncoder(), PairTransform(16, center_crop=False))
@@ -381,9 +395,10 @@ BUILD = """
 import sys, torch
 torch.set_num_threads(1)
 from tests.data.world import TinyEncoder
-from diffalign.data import Augmentation, LatentCache, PairTransform, open_pairs
+from diffalign.data import LatentCache, PairTransform, open_pairs
 source = open_pairs(sys.argv[1], on_error="skip")
-LatentCache.build(source, TinyEncoder(delay=0.2), PairTransform(16), sys.argv[2], batch_size=4, progress=False,
+encoder = TinyEncoder(**{sys.argv[3]: 0.3})
+LatentCache.build(source, encoder, PairTransform(16), sys.argv[2], batch_size=4, progress=False,
                   dtype="float32")
 """
 
@@ -396,11 +411,12 @@ class TestResume:
         data[50]["jpg_1"] = data[50]["jpg_1"][:50]
         return write_parquet(tmp_path / "a.parquet", data, 8)
 
-    @pytest.mark.parametrize("phase", ["images", "prompts"])
+    @pytest.mark.parametrize("phase", ["image", "prompt"])
     def test_kill_minus_nine(self, many, tmp_path, phase):
-        wanted = {"images": lambda state: 5 < state.get("next", 0) < 40, "prompts": lambda s: s.get("images_done")}
+        wanted = {"image": lambda state: 5 < state.get("next", 0) < 40, "prompt": lambda s: s.get("images_done")}
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen([sys.executable, "-c", BUILD, many, tmp_path / "killed"], env=environment)
+        command = [sys.executable, "-c", BUILD, many, tmp_path / "killed", f"{phase}_delay"]
+        process = subprocess.Popen(command, env=environment)
         progress = wait_for(tmp_path / "killed", wanted[phase], process)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -412,19 +428,23 @@ class TestResume:
         done = progress["arrays"]["latents.npy"]["rows"]
         assert 0 < done
         assert sum(encoder.image_batches) <= sum(whole.image_batches) - 2 * done
-        assert (encoder.image_batches == []) == (phase == "prompts")
+        assert (encoder.image_batches == []) == (phase == "prompt")
 
-    @pytest.mark.parametrize("after", range(1, 7))
-    def test_stopped_after_any_batch(self, parquet, tmp_path, after):
+    @pytest.mark.parametrize("after", range(1, 11))
+    def test_stopped_after_any_batch(self, tmp_path, after):
+        # Three images a batch and none shared: every other batch ends inside a pair.
+        data = [dict(row, jpg_0=picture(2 * i), jpg_1=picture(2 * i + 1)) for i, row in enumerate(rows(7))]
+        file = write_parquet(tmp_path / "a.parquet", data)
         encoder, whole = TinyEncoder(), TinyEncoder()
         try:
-            build(parquet, tmp_path / "stopped", FailingEncoder(after))
+            build(file, tmp_path / "stopped", FailingEncoder(after), batch_size=3)
         except RuntimeError:
-            build(parquet, tmp_path / "stopped", encoder)
-        build(parquet, tmp_path / "whole", whole)
+            build(file, tmp_path / "stopped", encoder, batch_size=3)
+        build(file, tmp_path / "whole", whole, batch_size=3)
         assert_same_cache(tmp_path / "stopped", tmp_path / "whole")
+        assert whole.image_batches == [3] * 8 + [2] * 2
         # A batch is committed with its mirror images: an odd number of calls loses one.
-        assert len(encoder.image_batches) == len(whole.image_batches) - after // 2 * 2
+        assert encoder.image_batches == whole.image_batches[after // 2 * 2 :]
 
     def test_what_was_written_after_the_last_commit_is_dropped(self, parquet, tmp_path):
         with pytest.raises(RuntimeError):
@@ -463,7 +483,7 @@ class TestResume:
             build(parquet, tmp_path)
 
     def test_two_at_once_build_once(self, parquet, tmp_path):
-        encoders = [TinyEncoder(delay=0.02) for _ in range(3)]
+        encoders = [TinyEncoder(image_delay=0.02) for _ in range(3)]
         threads = [threading.Thread(target=build, args=(parquet, tmp_path, encoder)) for encoder in encoders]
         for thread in threads:
             thread.start()

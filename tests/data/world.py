@@ -50,14 +50,14 @@ def write_parquet(path: Path, data: list[dict], rows_per_group: int = 3) -> Path
 class TinyEncoder(nn.Module):
     """Encode images with a strided convolution and prompts with byte embeddings; weights are fixed by the seed."""
 
-    def __init__(self, seed: int = 0, pooled: bool = True, delay: float = 0.0):
+    def __init__(self, seed: int = 0, pooled: bool = True, image_delay: float = 0.0, prompt_delay: float = 0.0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.moments = nn.Conv2d(3, 8, 4, stride=4)
         self.bytes = nn.Embedding(256, 6)
         for parameter in self.parameters():
             nn.init.normal_(parameter, generator=generator)
-        self.seed, self.pooled, self.delay = seed, pooled, delay
+        self.seed, self.pooled, self.image_delay, self.prompt_delay = seed, pooled, image_delay, prompt_delay
         self.image_batches: list[int] = []
         self.prompt_batches: list[list[str]] = []
 
@@ -65,13 +65,13 @@ class TinyEncoder(nn.Module):
         return f"tiny {self.seed}"
 
     def encode_images(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        time.sleep(self.delay)
+        time.sleep(self.image_delay)
         self.image_batches.append(len(images))
         mean, spread = self.moments(images).chunk(2, dim=1)
         return mean, spread.sigmoid()
 
     def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        time.sleep(self.delay)
+        time.sleep(self.prompt_delay)
         self.prompt_batches.append(prompts)
         padded = torch.tensor([list(prompt.encode()[:10].ljust(10, b"\0")) for prompt in prompts])
         embeds = self.bytes(padded)

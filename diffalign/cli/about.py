@@ -1,0 +1,49 @@
+"""Commands that tell: info, list, show."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def info() -> None:
+    """Print versions, devices, optional parts and cache folders: paste it into a bug report.
+
+    Example: `diffalign info`
+    """
+    from diffalign.jobs import about
+
+    about.info(Console())
+
+
+def list_(kind: Annotated[str, typer.Argument(metavar="KIND", help="objectives, scorers or configs.")]) -> None:
+    """List what there is to use.
+
+    Example: `diffalign list objectives`
+    """
+    from diffalign.jobs import about
+
+    about.list_kind(kind, Console())
+
+
+def show(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="objective, scorer or config.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Such as dpo, pickscore, configs/tiny/dpo.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For a config: changes to the file.")
+    ] = None,
+) -> None:
+    """Explain an objective (paper, equation, hyperparameters), a scorer (its card) or a config (all its values).
+
+    Example: `diffalign show objective dpo`
+    """
+    from diffalign.jobs import about
+
+    about.show(kind, name, overrides or [], Console())
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(info)
+    app.command(name="list")(list_)
+    app.command()(show)

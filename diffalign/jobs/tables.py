@@ -1,0 +1,60 @@
+"""Tables for the terminal, and files of tables."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from diffalign.errors import UserError
+from diffalign.evaluation.manifest import atomic_write
+from diffalign.evaluation.scoring import format_score
+
+_WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
+    ".parquet": lambda table, path: table.to_parquet(path, index=False),
+    ".csv": lambda table, path: table.to_csv(path, index=False),
+    ".jsonl": lambda table, path: table.to_json(path, orient="records", lines=True),
+}
+
+
+def check_suffix(out: Path) -> None:
+    """Raise UserError unless a table can be written to `out`."""
+    if out.suffix.lower() not in _WRITERS:
+        raise UserError(f'Cannot write a table as "{out}": expected a name ending in {", ".join(_WRITERS)}.')
+    if out.is_dir():
+        raise UserError(f'"{out}" is a folder. Give the name of a file, e.g. {out / "scores.parquet"}.')
+
+
+def write(table: pd.DataFrame, out: Path) -> None:
+    """Write a table in the format that the suffix of `out` names, whole or not at all."""
+    check_suffix(out)
+    with atomic_write(out) as temporary:
+        _WRITERS[out.suffix.lower()](table, temporary)
+
+
+def plain(*columns: str, title: str | None = None) -> Table:
+    """Return an empty table; the first column is text, the others are numbers."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return table
+
+
+def means(scores: pd.DataFrame) -> Table:
+    """Return mean and standard error by model (down) and scorer (across)."""
+    judges, models = list(scores["scorer"].unique()), list(scores["model"].unique())
+    table = plain("model", "pictures", *judges, title="Mean score +- standard error")
+    groups = scores.groupby(["model", "scorer"], sort=False)["score"]
+    average, error, count = groups.mean(), groups.sem(), groups.count()
+    largest = {judge: scores.loc[scores["scorer"] == judge, "score"].abs().max() for judge in judges}
+    for model in models:
+        cells = [str(count[model, judges[0]])]
+        for judge in judges:
+            text = format_score(average[model, judge], largest[judge])
+            if count[model, judge] > 1:
+                text += f" +- {format_score(error[model, judge], largest[judge] / 10)}"
+            cells.append(text)
+        table.add_row(Text(str(model)), *cells)
+    return table

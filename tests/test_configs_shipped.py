@@ -1,0 +1,130 @@
+"""Every configuration that is shipped loads, and says what it would do without weights, data or a network."""
+
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from diffalign import config as configuration
+from diffalign import objectives
+from diffalign.backbones.files import read_header
+from diffalign.errors import ModelError
+from diffalign.jobs import plan
+from diffalign.shapes.pipeline import build_unet
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "accelerate")
+NAMES = [str(path.relative_to(CONFIGS)) for path in SHIPPED]
+PUBLISHED = {"sdxl": 2_567_463_684, "sd15": 859_520_964}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Return a folder whose assets/tiny-sdxl says of which shape the embedded model is, and holds no weights."""
+    root = tmp_path_factory.mktemp("root")
+    unet = build_unet()
+    unet.save_config(root / "assets" / "tiny-sdxl" / "unet")
+    index = {"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (root / "assets" / "tiny-sdxl" / "model_index.json").write_text(json.dumps(index))
+    return root, sum(parameter.numel() for parameter in unet.parameters())
+
+
+def shown(config: configuration.Config) -> str:
+    console = Console(record=True, width=200, file=io.StringIO())
+    plan.show(config, console)
+    return console.export_text()
+
+
+def test_there_are_recipes_of_every_size():
+    assert {path.parent.name for path in SHIPPED} >= {"tiny", "sd15", "sdxl"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_loads_and_says_what_it_would_do(name, world, monkeypatch):
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    folder, tiny_parameters = world
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(plan.torch.cuda, "device_count", lambda: 1)
+    config = configuration.load(CONFIGS / name)
+    objective = config.build_objective()
+    assert type(objective) is objectives.objective_class(config.objective["name"])
+
+    text = shown(config)
+    family = Path(name).parent.name
+    total = PUBLISHED.get(family, tiny_parameters)
+    assert re.search(rf"model\s+{'sdxl' if family == 'tiny' else family}, {total:,} parameters", text)
+    assert ("from its config" in text) == (family == "tiny")
+    assert repr(objective) in text
+    trained = int(re.search(r"trained\s+([\d,]+) parameters", text)[1].replace(",", ""))
+    assert (trained == total) == (config.model.tune == "full")
+    assert 0 < trained <= total
+    wanted = config.train.global_batch_size or config.train.train_batch_size * config.train.gradient_accumulation_steps
+    assert f"= {wanted} pairs per optimizer step" in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_resolved_form_loads_again(name, tmp_path):
+    config = configuration.load(CONFIGS / name)
+    (tmp_path / "config.yaml").write_text(configuration.dump(config), encoding="utf8")
+    assert configuration.load(tmp_path / "config.yaml") == config
+
+
+def test_runs_write_into_folders_of_their_own():
+    folders = [configuration.load(path).train.output_dir for path in SHIPPED]
+    assert len(set(folders)) == len(folders)
+
+
+def test_the_learning_rates_of_the_papers_are_reached():
+    rates = {}
+    for name in ("sdxl/dpo.yaml", "sd15/dpo.yaml"):
+        config = configuration.load(CONFIGS / name)
+        rates[name] = config.optimizer.learning_rate * config.train.global_batch_size
+        assert config.optimizer.scale_lr
+    assert rates == pytest.approx({"sdxl/dpo.yaml": 2.048e-5, "sd15/dpo.yaml": 2.048e-5})
+
+
+def test_a_tiny_run_needs_little_memory(world, monkeypatch):
+    monkeypatch.chdir(world[0])
+    text = shown(configuration.load(CONFIGS / "tiny" / "dpo.yaml"))
+    assert float(re.search(r"about ([\d.]+) GiB", text)[1]) < 0.1
+
+
+def test_memory_is_added_up_as_stated(monkeypatch):
+    monkeypatch.setattr(plan.torch.cuda, "device_count", lambda: 1)
+    config = configuration.load(CONFIGS / "sdxl" / "dpo.yaml", ["optimizer.name=adamw"])
+    batch = plan.BatchPlan.of(config.train, 1)
+    denoiser, family, _ = plan.skeleton(config)
+    memory = plan.estimate_memory(config, batch, family, denoiser, PUBLISHED["sdxl"], PUBLISHED["sdxl"])
+    gigabytes = PUBLISHED["sdxl"] / 2**30
+    assert memory.weights == pytest.approx(4 * gigabytes)  # float32 weights that train
+    assert memory.reference == pytest.approx(2 * gigabytes)  # a bfloat16 copy
+    assert memory.gradients == pytest.approx(4 * gigabytes)
+    assert memory.optimizer == pytest.approx(8 * gigabytes)
+    assert memory.activations == pytest.approx(2 * 0.5)  # two images of 1024 x 1024, checkpointed
+
+
+def test_a_single_file_is_recognised_by_its_tensors(tmp_path):
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    names = ["model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.1.model.ln_final.weight"]
+    save_file({name: zeros(1) for name in names}, tmp_path / "merge.safetensors")
+    assert read_header(tmp_path / "merge.safetensors").keys() >= set(names)
+    overrides = [f"pretrained_model_name_or_path={tmp_path / 'merge.safetensors'}"]
+    denoiser, family, source = plan.skeleton(configuration.load(CONFIGS / "sd15" / "dpo.yaml", overrides))
+    assert (family, source) == ("sdxl", "counted as the published sdxl")
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) == PUBLISHED["sdxl"]
+
+
+def test_models_that_cannot_be_trained_are_refused_by_the_plan_too(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    config = configuration.load(CONFIGS / "sdxl" / "dpo.yaml", [f"pretrained_model_name_or_path={tmp_path}"])
+    with pytest.raises(ModelError, match="FluxPipeline"):
+        plan.skeleton(config)
+    config = configuration.load(CONFIGS / "sdxl" / "dpo.yaml", ["pretrained_model_name_or_path=absent"])
+    with pytest.raises(ModelError, match='There is no model at "absent"'):
+        plan.skeleton(config)

@@ -1,0 +1,202 @@
+import errno
+import json
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from diffalign.training import checkpoint
+from diffalign.training.checkpoint import CheckpointError
+
+IDENTITY = {"objective": {"name": "dpo", "beta": 2000.0}, "train": {"seed": 0}, "data": {"columns": ("jpg_0", "jpg_1")}}
+
+
+def parameters(value: float, size: int = 3) -> dict[str, nn.Parameter]:
+    return {
+        "layer.weight": nn.Parameter(torch.full((size, 2), value)),
+        "bias": nn.Parameter(torch.full((size,), value)),
+    }
+
+
+def save(directory: Path, step: int, limit: int | None = None, identity=None, size: int = 3) -> Path:
+    state = {"optimizer": {"exp_avg": torch.full((size,), float(step))}}
+    return checkpoint.save(directory, step, parameters(float(step), size), state, identity or IDENTITY, limit)
+
+
+def values(path: Path, identity=None) -> tuple[int, float, float]:
+    """Return the step, the weight and the optimizer's state that a checkpoint restores."""
+    restored = parameters(-1.0)
+    step, state = checkpoint.load(path, restored, identity or IDENTITY)
+    (weight,) = {value for tensor in restored.values() for value in tensor.detach().flatten().tolist()}
+    return step, weight, state["optimizer"]["exp_avg"][0].item()
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_what_was_saved_comes_back(tmp_path):
+    assert values(save(tmp_path, 7)) == (7, 7.0, 7.0)
+    assert names(tmp_path) == ["checkpoint-7"]
+
+
+def test_the_oldest_are_dropped_by_number_and_not_by_name(tmp_path):
+    for step in (8, 9, 10, 11):
+        save(tmp_path, step, limit=3)
+    assert [path.name for path in checkpoint.folders(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-11"]
+
+
+def test_without_a_limit_all_are_kept(tmp_path):
+    for step in range(5):
+        save(tmp_path, step)
+    assert len(checkpoint.folders(tmp_path)) == 5
+
+
+def test_leftovers_of_a_longer_run_do_not_push_out_the_new_checkpoint(tmp_path):
+    for step in (1000, 1500):
+        save(tmp_path, step, limit=2)
+    assert values(save(tmp_path, 100, limit=2)) == (100, 100.0, 100.0)
+    save(tmp_path, 200, limit=2)
+    assert names(tmp_path) == ["checkpoint-100", "checkpoint-200"]
+
+
+def test_latest_is_the_one_with_most_steps(tmp_path):
+    assert checkpoint.find(tmp_path, "latest") is None
+    assert checkpoint.find(tmp_path / "absent", "latest") is None
+    for step in (9, 10):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert checkpoint.find(tmp_path, "latest") == tmp_path / "checkpoint-10"
+
+
+def test_a_checkpoint_is_found_by_name_and_by_path(tmp_path):
+    path = save(tmp_path, 4)
+    assert checkpoint.find(tmp_path, "checkpoint-4") == path
+    assert checkpoint.find(tmp_path / "elsewhere", str(path)) == path
+
+
+def test_a_missing_checkpoint_names_those_there_are(tmp_path):
+    save(tmp_path, 4)
+    with pytest.raises(CheckpointError, match=r'no checkpoint "checkpoint-5"\. Checkpoints in .*: checkpoint-4\.$'):
+        checkpoint.find(tmp_path, "checkpoint-5")
+    with pytest.raises(CheckpointError, match=r": none\.$"):
+        checkpoint.find(tmp_path / "empty", "checkpoint-5")
+
+
+def test_a_save_that_was_killed_leaves_nothing_that_counts(tmp_path):
+    save(tmp_path, 3)
+    partial = tmp_path / ".checkpoint-6.partial"
+    partial.mkdir()
+    (partial / checkpoint.WEIGHTS).write_bytes(b"half")
+    assert checkpoint.find(tmp_path, "latest") == tmp_path / "checkpoint-3"
+    assert values(save(tmp_path, 6)) == (6, 6.0, 6.0)
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_a_checkpoint_appears_only_when_it_is_complete(tmp_path, monkeypatch):
+    seen = []
+
+    def look(source, target):
+        seen.append((sorted(p.name for p in Path(source).iterdir()), Path(target).exists()))
+        os.rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", look)
+    save(tmp_path, 2)
+    assert seen == [(["optimizer.pt", "state.json", "trainable.safetensors"], False)]
+
+
+def full_disk(kind):
+    """Return a function that writes half a file and then fails the way `kind` does on a full disk."""
+    error = {
+        "save_file": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        "torch.save": RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598"),
+        "os.replace": OSError(errno.ENOSPC, "No space left on device"),
+    }[kind]
+
+    def fail(_, path):
+        if Path(path).parent.name.endswith(".partial"):
+            Path(path).write_bytes(b"half")
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("kind", ["save_file", "torch.save", "os.replace"])
+def test_a_full_disk_leaves_the_earlier_checkpoint_usable(tmp_path, monkeypatch, kind):
+    save(tmp_path, 3, limit=1)
+    module, _, name = f"checkpoint.{kind}".rpartition(".")
+    target = {"checkpoint": checkpoint, "checkpoint.torch": torch, "checkpoint.os": os}[module]
+    monkeypatch.setattr(target, name, full_disk(kind))
+    with pytest.raises(CheckpointError) as caught:
+        save(tmp_path, 6, limit=1)
+    monkeypatch.undo()
+    message = str(caught.value)
+    assert message.startswith(f"Cannot write {tmp_path / 'checkpoint-6'}: ")
+    assert f"{tmp_path / 'checkpoint-3'} is intact: free some space and continue with --resume latest" in message
+    assert "space left" in message or "disk full" in message
+    assert names(tmp_path) == ["checkpoint-3"]
+    assert values(checkpoint.find(tmp_path, "latest")) == (3, 3.0, 3.0)
+
+
+@pytest.mark.parametrize("size", [5000, 400])
+def test_the_errors_of_the_libraries_themselves_are_understood(tmp_path, size):
+    # A limit on the size of files fails in the writing code as a full disk does; small weights pass, torch.save fails.
+    save(tmp_path, 3)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000 + 12 * size * (size < 1000), before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint-3 is intact"):
+            checkpoint.save(tmp_path, 6, parameters(1.0, size), {"optimizer": torch.zeros(10_000)}, IDENTITY, limit=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == ["checkpoint-3"]
+
+
+def test_a_full_disk_before_the_first_checkpoint_says_that_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save_file", full_disk("save_file"))
+    with pytest.raises(CheckpointError, match="there is no earlier one"):
+        save(tmp_path, 3)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("file", [checkpoint.STATE, checkpoint.WEIGHTS, checkpoint.OPTIMIZER])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "other content"])
+def test_a_damaged_checkpoint_is_named(tmp_path, file, damage):
+    target = save(tmp_path, 3) / file
+    content = {"truncated": target.read_bytes()[:20], "other content": b"{}"}.get(damage)
+    target.unlink() if content is None else target.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"checkpoint-3 is damaged: {file} cannot be read .*an earlier one"):
+        values(tmp_path / "checkpoint-3")
+
+
+def test_another_run_is_refused_with_what_differs(tmp_path):
+    path = save(tmp_path, 3)
+    other = {"objective": {"name": "dpo", "beta": 500.0}, "train": {"seed": 0}, "model": "abc"}
+    with pytest.raises(CheckpointError) as caught:
+        values(path, other)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{path} belongs to a different run:"
+    assert lines[1:4] == [
+        "  data.columns: ['jpg_0', 'jpg_1'] there, None now",
+        "  model: None there, 'abc' now",
+        "  objective.beta: 2000.0 there, 500.0 now",
+    ]
+    assert "train.output_dir" in lines[4]
+
+
+def test_an_identity_survives_json(tmp_path):
+    path = save(tmp_path, 3)
+    assert json.loads((path / checkpoint.STATE).read_text())["identity"]["data"] == {"columns": ["jpg_0", "jpg_1"]}
+    assert values(path)[0] == 3
+
+
+def test_other_weights_are_refused_and_nothing_is_overwritten(tmp_path):
+    path = save(tmp_path, 3)
+    other = {"layer.weight": nn.Parameter(torch.zeros(3, 2)), "scale": nn.Parameter(torch.zeros(3))}
+    with pytest.raises(CheckpointError, match='"bias" is only in one of them'):
+        checkpoint.load(path, other, IDENTITY)
+    assert other["layer.weight"].abs().sum() == 0
