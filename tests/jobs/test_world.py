@@ -1,0 +1,75 @@
+"""How the embedded world's pairs are made, and what the shipped assets hold."""
+
+import random
+from itertools import islice
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import reward_models
+from diffalign.data import open_pairs
+from diffalign.errors import ConfigError
+from diffalign.jobs import world
+from diffalign.shapes.captions import parse, scenes
+from diffalign.shapes.oracle import Oracle
+from diffalign.shapes.pretraining import Pretraining
+
+ASSETS = Path(__file__).parents[2] / "assets"
+
+
+def test_a_corrupted_scene_differs_in_one_thing_its_caption_mentions():
+    rng = random.Random(0)
+    for scene in islice(scenes(1, held_out=False), 200):
+        wrong = world.corrupt(scene, rng)
+        changed = [name for name in vars(scene) if getattr(scene, name) != getattr(wrong, name)]
+        assert len(changed) == 1
+        assert wrong.color != wrong.background
+
+
+def test_rendered_pairs_are_labelled_as_the_oracle_sees_them():
+    pairs = world.rendered_pairs(100, seed=3, held_out=True)
+    first, second, prompts, labels = zip(*pairs, strict=True)
+    oracle = Oracle()
+    gap = oracle.score(first, prompts) - oracle.score(second, prompts)
+    assert ((gap > 0) == (torch.tensor(labels) == 1)).float().mean() == 1.0
+    assert 0.3 < sum(labels) / len(labels) < 0.7
+    assert all(parse(prompt).held_out for prompt in prompts)
+
+
+def test_labels_follow_the_logistic_annotator():
+    image, rng = Image.new("RGB", (8, 8)), random.Random(0)
+    for gap, share in ((0.08, 0.731), (0.2, 0.924)):
+        rows = [world._labelled(i, "a", image, image, gap, world.World(), rng) for i in range(2000)]
+        agree = sum(row["best_image_uid"].endswith("best") for row in rows) / len(rows)
+        assert agree == pytest.approx(share, abs=0.03)
+    assert world._labelled(0, "a", image, image, 0.01, world.World(), rng)["label_0"] == 0.5
+
+
+def test_unknown_parts_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match='Unknown part "pears"'):
+        world.build(tmp_path, ["pears"], world.World(), Pretraining(), None)
+
+
+def test_the_shipped_pairs_are_read_and_never_show_a_held_out_combination():
+    source = open_pairs(ASSETS / "tiny-pairs")
+    assert len(source) >= 2000
+    assert source.counts.ties > 0
+    captions = pq.read_table(ASSETS / "tiny-pairs" / "train.parquet", columns=["caption"]).column(0).to_pylist()
+    assert not any(parse(caption).held_out for caption in captions)
+
+
+def test_the_shipped_prompts_are_held_out():
+    prompts = (ASSETS / "prompts" / "tiny-held-out.txt").read_text().splitlines()
+    assert len(set(prompts)) == len(prompts) >= 256
+    assert all(parse(prompt).held_out for prompt in prompts)
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2"])
+def test_the_shipped_reward_models_agree_with_the_oracle(name):
+    scorer = reward_models.load(name, ASSETS / f"tiny-{name}")
+    first, second, prompts, labels = zip(*world.rendered_pairs(200, seed=11, held_out=True), strict=True)
+    agree = (scorer.compare(first, second, prompts) > 0.5) == (torch.tensor(labels) == 1)
+    assert agree.float().mean() > 0.7  # measured: above 0.8

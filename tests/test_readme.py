@@ -1,0 +1,84 @@
+"""Every command in the README parses, every training command plans its run, and the tables name what exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+
+from diffalign import config as configuration
+from diffalign import objectives
+from diffalign.cli import app
+from diffalign.jobs import plan
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf8")
+GROUP = typer.main.get_command(app)
+
+
+def commands() -> list[list[str]]:
+    """Return the arguments of every diffalign command in a code block."""
+    found = []
+    for block in re.findall(r"```\n(.*?)```", README, flags=re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            if words[:2] == ["accelerate", "launch"]:
+                words = ["diffalign", *words[words.index("-m") + 2 :]]
+            if words and words[0] == "diffalign":
+                found.append(words[1:])
+    return found
+
+
+def parse(words: list[str]):
+    """Parse a command without running it; click complains about what it does not know."""
+    name, command = words[0], GROUP.commands[words[0]]
+    if hasattr(command, "commands"):
+        return parse_in(command, words[1:])
+    return command.make_context(name, list(words[1:]))
+
+
+def parse_in(group, words: list[str]):
+    return group.commands[words[0]].make_context(words[0], list(words[1:]))
+
+
+def test_the_readme_has_commands():
+    names = {words[0] for words in commands()}
+    assert {"train", "generate", "grid", "score"} <= names
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands_parse(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert parse(words) is not None
+
+
+@pytest.mark.parametrize("words", [w for w in commands() if w[0] == "train" and "betta" not in str(w)], ids=" ".join)
+def test_training_commands_plan_their_run(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    context = parse(words)
+    config = configuration.load(context.params["config"], list(context.params["overrides"] or []))
+    console = Console(record=True, width=200)
+    plan.show(config, console)
+    assert "pairs per optimizer step" in console.export_text()
+
+
+def test_the_table_lists_every_objective():
+    listed = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
+    assert sorted(listed) == objectives.names()
+
+
+def test_every_documented_file_exists():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_every_configuration_is_named_in_a_table():
+    row = {
+        name: line for line in README.splitlines() for name in objectives.names() if line.startswith(f"| `{name}` |")
+    }
+    for folder in ("tiny", "sd15", "sdxl"):
+        for path in (ROOT / "configs" / folder).glob("*.yaml"):
+            name = configuration.load(path).objective_name
+            assert folder in row[name], path
