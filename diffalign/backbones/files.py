@@ -117,6 +117,7 @@ def write_atomically(target: Path, write: Callable[[Path], None]) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        _share(temporary)
         _sync(temporary)
         _replace(temporary, target)
     except (OSError, SafetensorError) as error:
@@ -127,6 +128,15 @@ def write_atomically(target: Path, write: Callable[[Path], None]) -> Path:
     finally:
         _remove(temporary)
     return target
+
+
+def _share(written: Path) -> None:
+    """Give files the permissions of any new file: safetensors makes them readable by their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in [written, *written.rglob("*")] if written.is_dir() else [written]:
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def _replace(temporary: Path, target: Path) -> None:
