@@ -7,6 +7,7 @@ included, may be written without it. Unknown keys, wrong types and impossible co
 expected.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,8 +160,13 @@ def check(content: dict[str, Any]) -> Config:
     if not isinstance(config.objective.get("name"), str):
         got = f", got {config.objective['name']!r}" if "name" in config.objective else ""
         raise ConfigError(f'"objective.name" must be one of {", ".join(objectives.names())}{got}.')
-    config.build_objective()
-    return config
+    return config.model_copy(update={"objective": {"name": config.objective_name} | _hyperparameters(config)})
+
+
+def _hyperparameters(config: Config) -> dict[str, Any]:
+    """Return all hyperparameters of the objective, defaults included; `beta=500` means 500.0."""
+    given, known = dataclasses.asdict(config.build_objective()), objectives.fields(config.objective_name)
+    return {name: float(value) if known[name].type is float else value for name, value in given.items()}
 
 
 def dump(config: Config) -> str:

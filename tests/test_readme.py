@@ -21,8 +21,8 @@ GROUP = typer.main.get_command(app)
 def commands() -> list[list[str]]:
     """Return the arguments of every diffalign command in a code block."""
     found = []
-    for block in re.findall(r"```\n(.*?)```", README, flags=re.DOTALL):
-        for line in block.splitlines():
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE):
+        for line in block.splitlines() if not language else []:
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if words[:2] == ["accelerate", "launch"]:
                 words = ["diffalign", *words[words.index("-m") + 2 :]]
