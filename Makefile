@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/diffalign demo
 
 test: setup
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 slow: setup
 	$(BIN)/python -m pytest -q -m slow
