@@ -12,6 +12,7 @@ from typing import Any
 
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
 
 from diffalign.errors import ModelError
 
@@ -83,6 +84,8 @@ def pickle_message(path: Path) -> str:
 @contextmanager
 def load_errors(what: str, source: str) -> Iterator[None]:
     """Turn what diffusers, transformers, safetensors and the hub raise while loading into a ModelError."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # a bar for each module says nothing; downloads keep theirs
     try:
         with warnings.catch_warnings():
             # diffusers 0.42 passes this argument to a huggingface_hub that has dropped it.
@@ -93,6 +96,9 @@ def load_errors(what: str, source: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise ModelError(f'Cannot load {what} of "{source}": {reason}{_hub_hint(source)}') from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from diffalign.backbones.base import Backbone
 from diffalign.config import Config
 from diffalign.data import LatentCache, OnlinePairs, PairSource, PairTransform, open_pairs
 from diffalign.denoising import FrozenDenoiser
+from diffalign.errors import ConfigError
 from diffalign.training.preference_step import Pairs, PreferenceStep
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,6 +85,8 @@ def prepare_networks(config: Config, backbone: Backbone, accelerator: Accelerato
     policy's autocast, so that the first logits are exactly 0.
     """
     denoiser, lora = backbone.denoiser.to(accelerator.device), config.lora
+    if config.train.enable_xformers_memory_efficient_attention:
+        _use_xformers(denoiser)  # before it is copied: both must run the same kernels
     needs_reference = "reference" in config.build_objective().needs
     reference: FrozenDenoiser | None = None
     if config.model.tune == "lora":
@@ -103,6 +106,16 @@ def prepare_networks(config: Config, backbone: Backbone, accelerator: Accelerato
     if config.train.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     return reference
+
+
+def _use_xformers(denoiser: nn.Module) -> None:
+    try:
+        denoiser.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError) as error:  # not installed; or installed without a GPU
+        raise ConfigError(
+            f"train.enable_xformers_memory_efficient_attention cannot be used here ({error}). "
+            'Install it with pip install "diffalign[xformers]" on a GPU machine, or leave it off.'
+        ) from None
 
 
 def _store_half(module: nn.Module, mixed_precision: str) -> None:

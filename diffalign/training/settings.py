@@ -51,6 +51,8 @@ class TrainSettings(Settings):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast for the networks; weights that train, errors and losses stay float32."""
     gradient_checkpointing: bool = False
+    enable_xformers_memory_efficient_attention: bool = False
+    """Use xformers' attention in the UNet. PyTorch's own (the default) is as fast on recent GPUs."""
     allow_tf32: bool = False
     checkpointing_steps: int = Field(500, ge=1)
     checkpoints_total_limit: int | None = Field(2, ge=1)

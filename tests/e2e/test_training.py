@@ -171,6 +171,13 @@ class TestVariants:
 
 
 class TestRefusals:
+    def test_xformers_without_a_gpu(self, content, run):
+        content["train"]["enable_xformers_memory_efficient_attention"] = True
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+        with pytest.raises(UserError, match="enable_xformers_memory_efficient_attention cannot be used here"):
+            run(content)
+
     def test_resuming_under_other_conditions_names_them(self, content, run):
         run(content)
         content["objective"]["beta"] = 500.0

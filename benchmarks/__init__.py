@@ -1,0 +1,1 @@
+"""What is measured, how, and the recorded results. Nothing here is timed inside a test."""
