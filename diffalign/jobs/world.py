@@ -36,6 +36,7 @@ from diffalign.shapes.tokenizer import world_merges
 from reward_models import tiny, tokenization, training
 
 SAMPLING = SamplingSettings(num_inference_steps=16, guidance_scale=5.0, batch_size=64)
+VALIDATION_PAIRS = 1000  # rendered, of held-out combinations; the best step of a reward model is chosen on them
 PARTS = ("pipeline", "prompts", "pairs", "rewards")
 
 
@@ -163,7 +164,7 @@ def _jpeg(image: Image.Image) -> bytes:
 def build_rewards(assets: Path, world: World, console: Console) -> None:
     """Train tiny PickScore and HPSv2 models with the project's own reward training, in their official formats."""
     pairs = reward_pairs(assets, world)
-    held_out = rendered_pairs(1000, world.seed + 5, held_out=True)
+    held_out = rendered_pairs(VALIDATION_PAIRS, world.seed + 5, held_out=True)
     common = {"batch_size": 64, "max_steps": world.reward_steps, "warmup_steps": 50, "learning_rate": 5e-4}
     common |= {"eval_every": 200, "weight_decay": 0.05, "schedule": "cosine"}
     recipes = {

@@ -1,6 +1,7 @@
 """How the embedded world's pairs are made, and what the shipped assets hold."""
 
 import random
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 import reward_models
+from diffalign.backbones import loading
 from diffalign.data import open_pairs
 from diffalign.errors import ConfigError
 from diffalign.jobs import world
@@ -73,3 +76,18 @@ def test_the_shipped_reward_models_agree_with_the_oracle(name):
     first, second, prompts, labels = zip(*world.rendered_pairs(200, seed=11, held_out=True), strict=True)
     agree = (scorer.compare(first, second, prompts) > 0.5) == (torch.tensor(labels) == 1)
     assert agree.float().mean() > 0.7  # measured: above 0.8
+
+
+def test_the_whole_world_can_be_built_at_a_small_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "SAMPLING", replace(world.SAMPLING, num_inference_steps=2))
+    monkeypatch.setattr(world, "VALIDATION_PAIRS", 8)
+    small = world.World(training_captions=4, held_out_prompts=3, candidates=2, reward_pairs=24, reward_steps=2)
+    recipe = Pretraining(images=32, vae_steps=2, vae_batch_size=4, unet_steps=2, unet_batch_size=4)
+    world.build(tmp_path, list(world.PARTS), small, recipe, Console(quiet=True))
+    assert loading.load(tmp_path / "tiny-sdxl").family == "sdxl"
+    table = pq.read_table(tmp_path / "tiny-pairs" / "train.parquet")
+    assert table.num_rows == 4
+    assert set(table.column_names) == set(pq.read_schema(ASSETS / "tiny-pairs" / "train.parquet").names)
+    picture, prompt = Image.new("RGB", (64, 64), "red"), "a red circle on a blue background"
+    for name in ("pickscore", "hpsv2"):
+        assert reward_models.load(name, tmp_path / f"tiny-{name}").score([picture], [prompt]).isfinite().all()
