@@ -64,16 +64,10 @@ def open_training_pairs(config: Config, backbone: Backbone, source: PairSource, 
     backbone.offload_encoders(accelerator.device)
     if not data.cache_latents:
         return OnlinePairs(source, backbone, transform)
-    with accelerator.main_process_first():
-        cache = LatentCache.build(
-            source,
-            backbone,
-            transform,
-            data.cache_dir,
-            dtype=data.cache_dtype,
-            batch_size=data.vae_encode_batch_size,
-            progress=accelerator.is_main_process,
-        )
+    # Every rank asks; one builds behind a file lock while the others wait there. A barrier would time out on real data.
+    cache = LatentCache.build(
+        source, backbone, transform, data.cache_dir, dtype=data.cache_dtype, batch_size=data.vae_encode_batch_size
+    )
     backbone.offload_encoders("cpu")
     return cache
 
