@@ -106,6 +106,23 @@ class Objective(ABC, Generic[ErrorsT]):
         """Return the loss of every example [B], unreduced: the trainer takes the mean over the global batch."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScaledMargin(Objective[PairErrors]):
+    """Share what the DPO family has in common: a loss that is a function of logit = beta/2 * margin."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"reference"})
+    layout: ClassVar[Literal["pair", "single", "list", "transition"]] = "pair"
+
+    beta: float = 5000.0  # strength of the KL anchor, > 0; larger stays closer to the reference
+
+    def __post_init__(self) -> None:
+        check_number("beta", self.beta, above=0.0)
+
+    def logit(self, errors: PairErrors) -> Tensor:
+        """Return beta/2 * margin [B]: the log-odds given to the label, exactly 0 where policy and reference agree."""
+        return self.beta / 2 * errors.margin
+
+
 def check_number(
     name: str, value: float, *, above: float | None = None, at_least: float | None = None, below: float | None = None
 ) -> None:

@@ -1,16 +1,15 @@
 """Diffusion-DPO (Wallace et al. 2023, "Diffusion Model Alignment Using Direct Preference Optimization", 2311.12908)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffalign.objectives.base import Objective, PairErrors, check_number
+from diffalign.objectives.base import PairErrors, ScaledMargin, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPO(Objective[PairErrors]):
+class DPO(ScaledMargin):
     """Raise the winner's denoising likelihood over the loser's, relative to the reference.
 
     L = -log sigmoid( beta/2 * [(reference_w - policy_w) - (reference_l - policy_l)] )    Eq. 14
@@ -45,19 +44,11 @@ class DPO(Objective[PairErrors]):
         tensor([0.3514])
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"reference"})
-    layout: ClassVar = "pair"
-
-    beta: float = 5000.0
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("beta", self.beta, above=0.0)
+        super().__post_init__()
         check_number("label_smoothing", self.label_smoothing, at_least=0.0, below=0.5)
-
-    def logit(self, errors: PairErrors) -> Tensor:
-        """Return beta/2 * margin [B]: the log-odds given to the label, exactly 0 where policy and reference agree."""
-        return self.beta / 2 * errors.margin
 
     def loss(self, errors: PairErrors) -> Tensor:
         """Return Eq. 14 for every pair [B]."""

@@ -83,14 +83,13 @@ class PreferenceStep:
 
     def _pair_metrics(self, errors: PairErrors) -> dict[str, Tensor]:
         metrics = {"policy_error": (errors.policy_w + errors.policy_l).detach() / 2}
+        if hasattr(self.objective, "logit"):
+            metrics["saturation"] = (self.objective.logit(errors).detach().abs() > SATURATED).float()
         if errors.reference_w is None:
             return metrics | {"raw_margin": (errors.policy_l - errors.policy_w).detach()}
-        metrics |= {
+        return metrics | {
             "implicit_accuracy": errors.implicit_accuracy,
             "margin": errors.margin.detach(),
             "chosen_drift": (errors.policy_w - errors.reference_w).detach(),
             "rejected_drift": (errors.policy_l - errors.reference_l).detach(),
         }
-        if hasattr(self.objective, "logit"):
-            metrics["saturation"] = (self.objective.logit(errors).detach().abs() > SATURATED).float()
-        return metrics

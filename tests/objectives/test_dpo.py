@@ -9,26 +9,7 @@ from torch import tensor
 from diffalign.errors import ConfigError
 from diffalign.objectives import PairErrors, load
 from tests import golden
-
-RECORDS = golden.load("objectives")
-
-
-def golden_errors(record):
-    leaves = {key: tensor(value, requires_grad=key.startswith("m")) for key, value in record["inputs"].items()}
-    errors = PairErrors(
-        policy_w=leaves["m_w"], policy_l=leaves["m_l"], reference_w=leaves["r_w"], reference_l=leaves["r_l"]
-    )
-    return errors, leaves
-
-
-def assert_loss_and_gradients(record, objective):
-    errors, leaves = golden_errors(record)
-    loss = objective.loss(errors)
-    loss.mean().backward()
-    golden.assert_close(record, "per_example_loss", loss)
-    golden.assert_close(record, "mean_loss", loss.mean())
-    golden.assert_close(record, "grad_m_w", leaves["m_w"].grad)
-    golden.assert_close(record, "grad_m_l", leaves["m_l"].grad)
+from tests.objectives.records import RECORDS, assert_loss_and_gradients, golden_errors
 
 
 @pytest.mark.parametrize("name", [name for name in RECORDS if name.startswith("dpo_")])
