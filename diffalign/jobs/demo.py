@@ -72,8 +72,9 @@ def draw(config: Config, output_dir: Path, prompts: list[str], seed: int) -> tup
     for name in ("base", "aligned"):
         if name == "aligned":
             pipeline = load_adapter_into(pipeline, output_dir)
-        identity = f"{name} {backbone.denoiser_fingerprint()}"
-        folder = output_dir / "images" / name
+            backbone.denoiser = pipeline.unet  # another module after full fine-tuning: the fingerprint must be its own
+        fingerprint = backbone.denoiser_fingerprint()
+        identity, folder = f"{name} {fingerprint}", output_dir / "images" / f"{name}-{fingerprint[:8]}"
         drawn.append(generate_to(folder, pipeline, texts, seeds, SAMPLING, identity=identity, prompt_ids=ids))
     return drawn[0], drawn[1]
 
