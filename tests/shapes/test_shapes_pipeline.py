@@ -49,6 +49,11 @@ def test_the_noise_schedule_is_sdxls(pipeline):
     assert {key: pipeline.scheduler.config[key] for key in published} == published
 
 
+def test_the_tokenizers_pad_as_sdxls_do(pipeline):
+    published = [COMPONENTS["sdxl"][name][2]["pad_token"] for name in ("tokenizer", "tokenizer_2")]
+    assert [pipeline.tokenizer.pad_token, pipeline.tokenizer_2.pad_token] == published
+
+
 def test_the_seed_decides_about_the_weights(pipeline):
     same, other = build_pipeline(0), build_pipeline(1)
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
