@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from diffalign import config as configuration
 from diffalign.data import PairSampler, PairTransform
-from diffalign.jobs import assemble
+from diffalign.jobs import assemble, examples
 from diffalign.training.batching import BatchPlan
 from diffalign.training.trainer import Trainer
 
@@ -56,8 +56,8 @@ def diffalign_step(config: configuration.Config) -> Callable[[int], None]:
     """Return a function that takes one optimizer step as `diffalign train` does."""
     accelerator = Accelerator()
     backbone = assemble.load_backbone(config, "no")
-    source = assemble.open_source(config)
-    pairs = assemble.open_training_pairs(config, backbone, source, accelerator)
+    source = examples.open_source(config)
+    pairs = examples.open_encoded(config, backbone, source, accelerator)
     reference = assemble.prepare_networks(config, backbone, accelerator)
     trainer = Trainer(
         accelerator=accelerator,
@@ -78,7 +78,7 @@ def diffalign_step(config: configuration.Config) -> Callable[[int], None]:
 def script_step(config: configuration.Config) -> Callable[[int], None]:
     """Return a function that takes one optimizer step as the public scripts do."""
     backbone = assemble.load_backbone(config, "no")
-    source = assemble.open_source(config)
+    source = examples.open_source(config)
     assemble.prepare_networks(config, backbone, Accelerator())
     unet, count = backbone.denoiser.train(), config.train.train_batch_size
     scheduler = DDPMScheduler.from_config(backbone.scheduler.config)

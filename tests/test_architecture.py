@@ -15,7 +15,7 @@ LAYERS = (
     {"objectives"},
     {"denoising"},
     {"backbones", "data"},
-    {"rollout", "training", "evaluation", "shapes"},
+    {"rollout", "training", "evaluation", "filtering", "shapes"},
     {"config"},
     {"jobs"},
     {"cli"},
@@ -23,7 +23,7 @@ LAYERS = (
 )
 USES_REWARD_MODELS = (
     "diffalign.rollout",
-    "diffalign.data.filtering",
+    "diffalign.filtering",
     "diffalign.evaluation",
     "diffalign.shapes",
     "diffalign.jobs",

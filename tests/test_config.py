@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from diffalign import config as configuration
-from diffalign.config import parse_yaml
+from diffalign.yaml_text import parse_yaml
 from diffalign.errors import ConfigError
 from diffalign.objectives.dpo import DPO
 from diffalign.objectives.sft import SFT
@@ -131,7 +131,7 @@ class TestObjective:
     @pytest.mark.parametrize("block", ["objective:", "objective:\n  beta: 5.0", "objective:\n  name: 5"])
     def test_a_missing_name_lists_what_there_is(self, tmp_path, block):
         text = MINIMAL[: MINIMAL.index("objective")] + block
-        with pytest.raises(ConfigError, match=r'"objective\.name" must be one of dpo, '):
+        with pytest.raises(ConfigError, match=r'"objective\.name" must be one of apo, '):
             configuration.load(write(tmp_path, text))
 
     def test_a_word_is_not_a_block(self, tmp_path):

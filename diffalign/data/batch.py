@@ -1,6 +1,6 @@
 """What a training step receives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol, Self
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Say how B pairs are shown this time; both images of a pair are treated alike."""
+    """Say how B examples are shown this time; all images of an example are treated alike."""
 
     flips: Tensor  # bool [B], mirrored
     drop_caption: Tensor  # bool [B], with the empty caption
     crops: Tensor | None = None  # [B,2] in [0, 1), where a random crop lies
 
 
-# Augmentations are drawn from the example ids [B], which are known once the pairs are.
+# Augmentations are drawn from the example ids [B], which are known once the examples are.
 Augment = Callable[[Tensor], Augmentation]
 
 
@@ -34,9 +34,17 @@ class PairEncoder(Protocol):
         """Return prompt_embeds [N,L,D] and pooled_prompt_embeds [N,P] or None."""
 
 
+ROW_ALIGNED = ("latent_mean", "latent_std", "prompt_embeds", "pooled_prompt_embeds", "sizes")
+EXAMPLE_ALIGNED = ("example_ids", "preference", "scores", "weights")
+
+
 @dataclass(frozen=True)
-class PairBatch:
-    """Hold B pairs as N = 2B rows ordered [w_1..w_B, l_1..l_B]; tensors are float32 unless said otherwise."""
+class PreferenceBatch:
+    """Hold B examples of k images as N = k*B rows [image 0 of every example, image 1 of every example, ...].
+
+    A pair is k = 2 with the winner first; a list runs from best to worst; a single labelled image is k = 1. Tensors
+    are float32 unless said otherwise.
+    """
 
     example_ids: Tensor  # int64 [B]
     latent_mean: Tensor  # [N,C,h,w], scaled: mean of the VAE's posterior
@@ -45,10 +53,17 @@ class PairBatch:
     pooled_prompt_embeds: Tensor | None  # [N,P]
     sizes: Tensor  # [N,6]: original_h, original_w, crop_top, crop_left, target_h, target_w
     preference: Tensor | None  # [B], P(winner preferred); None where the data has plain winners only
-    prompts: list[str]  # [B], "" where the caption was dropped
+    prompts: list[str]  # [N], "" where the caption was dropped
+    scores: Tensor | None = None  # [B,k], higher is better; of single images 1 (desirable) or 0
+    weights: Tensor | None = None  # [B], what each example counts
 
     def __len__(self) -> int:
         return len(self.example_ids)
+
+    @property
+    def images_per_example(self) -> int:
+        """Return k."""
+        return len(self.latent_mean) // max(1, len(self))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Return the batch on a device."""
@@ -57,13 +72,48 @@ class PairBatch:
         return replace(self, **moved)
 
     def winners(self) -> Self:
-        """Return the chosen images only: N = B rows, no preference."""
-        rows = len(self)
-        names = ("latent_mean", "latent_std", "prompt_embeds", "pooled_prompt_embeds", "sizes")
-        cut = {name: getattr(self, name)[:rows] for name in names if getattr(self, name) is not None}
-        return replace(self, **cut, preference=None)
+        """Return the first image of every example only: N = B rows, one score each, no preference."""
+        kept = self._with_rows(torch.arange(len(self), device=self.example_ids.device))
+        return replace(kept, preference=None, scores=None if self.scores is None else self.scores[:, :1])
+
+    def swapped(self, mask: Tensor) -> Self:
+        """Exchange winner and loser of the pairs where `mask` [B] (bool) holds; a preference p becomes 1 - p.
+
+        Raises:
+            ValueError: the examples are no pairs, or the mask has another shape.
+        """
+        pairs = len(self)
+        if self.images_per_example != 2:
+            raise ValueError(f"Only pairs can be swapped; these examples have {self.images_per_example} image(s).")
+        if mask.shape != (pairs,) or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool [{pairs}], got {mask.dtype} {list(mask.shape)}.")
+        mask = mask.to(self.example_ids.device)
+        first = torch.arange(pairs, device=mask.device)
+        rows = torch.cat([torch.where(mask, first + pairs, first), torch.where(mask, first, first + pairs)])
+        preference, scores = self.preference, self.scores
+        if preference is not None:
+            preference = torch.where(mask, 1 - preference, preference)
+        if scores is not None:
+            scores = torch.where(mask[:, None], scores.flip(1), scores)
+        return replace(self._with_rows(rows), preference=preference, scores=scores)
+
+    def select(self, indices: Sequence[int] | Tensor) -> Self:
+        """Return the examples at these positions, in this order, each with all its images."""
+        device = self.example_ids.device
+        chosen = torch.as_tensor(indices, device=device)
+        if chosen.dtype == torch.bool:
+            raise ValueError("select takes positions of examples, not a mask: pass mask.nonzero()[:, 0].")
+        chosen = torch.arange(len(self), device=device)[chosen.long()]  # checks the range, resolves negative ones
+        rows = torch.cat([chosen + image * len(self) for image in range(self.images_per_example)])
+        cut = {name: getattr(self, name)[chosen] for name in EXAMPLE_ALIGNED if getattr(self, name) is not None}
+        return replace(self._with_rows(rows), **cut)
+
+    def _with_rows(self, rows: Tensor) -> Self:
+        """Take rows of everything that has N of them."""
+        cut = {name: getattr(self, name)[rows] for name in ROW_ALIGNED if getattr(self, name) is not None}
+        return replace(self, **cut, prompts=[self.prompts[row] for row in rows.tolist()])
 
 
-def sample_latents(batch: PairBatch, posterior_noise: Tensor) -> Tensor:
+def sample_latents(batch: PreferenceBatch, posterior_noise: Tensor) -> Tensor:
     """Draw x0 [N,C,h,w] = mean + std * posterior_noise from the VAE's posterior."""
     return batch.latent_mean + batch.latent_std * posterior_noise

@@ -12,14 +12,14 @@ import torch
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from diffalign.data.batch import Augment, PairBatch, PairEncoder
+from diffalign.data.batch import Augment, PairEncoder, PreferenceBatch
 from diffalign.data.cache_build import STORED, CacheBuilder
 from diffalign.data.cache_store import COMPLETE, AppendStore, exclusive, read_json, write_json
 from diffalign.data.source import PairSource, from_record
 from diffalign.data.transforms import PairTransform
 from diffalign.errors import DataError, suggestion
 
-FORMAT = 1  # raise it whenever the files or the numbers in them change
+FORMAT = 2  # raise it whenever the files or the numbers in them change
 META = "meta.json"
 
 
@@ -36,15 +36,19 @@ class LatentCache:
         self.meta: dict[str, Any] = _verified(folder)
         self.transform = PairTransform(**self.meta["transform"])
         self.has_preference: bool = self.meta["has_preference"]
+        self.images_per_example: int = self.meta["images_per_example"]
         self.prompts: list[str] = [json.loads(line) for line in (folder / "prompts.jsonl").read_bytes().splitlines()]
         self._bits = self.meta["dtype"] == "bfloat16"
         self._latents, self._embeds = self._map("latents"), self._map("prompt_embeds")
         self._pooled = self._map("pooled_prompt_embeds") if self.meta["pooled"] else None
-        self._sizes, self._preference = np.load(folder / "sizes.npy"), np.load(folder / "preference.npy")
+        self._sizes = np.load(folder / "sizes.npy")
         self.example_ids = np.load(folder / "example_ids.npy")  # [P]
-        self.source_index = np.load(folder / "source_index.npy")  # [P]: where a pair stands in its source
-        self._pair_images = np.load(folder / "pair_images.npy")  # [P,2] rows of latents, winner first
-        self._pair_prompts = np.load(folder / "pair_prompts.npy")  # [P] rows of prompt_embeds; row 0 is ""
+        self.source_index = np.load(folder / "source_index.npy")  # [P]: where an example stands in its source
+        self.image_rows = np.load(folder / "pair_images.npy")  # [P,k] rows of latents, best image first
+        self.prompt_rows = np.load(folder / "pair_prompts.npy")  # [P,k] rows of prompt_embeds; row 0 is ""
+        # [P] P(winner preferred), NaN for plain winners, and [P,k], higher is better; None if the data has none.
+        self.preference = np.load(folder / "preference.npy") if self.has_preference else None
+        self.scores = np.load(folder / "scores.npy") if self.meta["has_scores"] else None
 
     def _map(self, name: str) -> np.ndarray:
         # A plain view: np.memmap's own indexing is slower and returns memmaps.
@@ -139,28 +143,58 @@ class LatentCache:
     def __reduce__(self):
         return type(self), (self.folder,)  # worker processes map the files anew instead of copying them
 
-    def batch(self, indices: Sequence[int], augment: Augment) -> PairBatch:
-        """Gather B pairs as float32 tensors on the CPU, augmented as `augment` says for their example ids."""
+    def batch(self, indices: Sequence[int], augment: Augment) -> PreferenceBatch:
+        """Gather B examples as float32 tensors on the CPU, augmented as `augment` says for their example ids."""
         index = np.asarray(indices, dtype=np.int64)
-        ids = torch.from_numpy(self.example_ids[index])
-        drawn = augment(ids)
-        flip = as_mask(drawn.flips, len(index), "flips")
-        drop = as_mask(drawn.drop_caption, len(index), "drop_caption")
+        return self.gather(
+            self.example_ids[index],
+            self.image_rows[index],
+            self.prompt_rows[index],
+            augment,
+            preference=None if self.preference is None else self.preference[index],
+            scores=None if self.scores is None else self.scores[index],
+        )
+
+    def gather(
+        self,
+        example_ids: np.ndarray,
+        images: np.ndarray,
+        prompts: np.ndarray,
+        augment: Augment,
+        *,
+        preference: np.ndarray | None = None,
+        scores: np.ndarray | None = None,
+    ) -> PreferenceBatch:
+        """Make a batch of B examples [B] from any rows of the cache: images [B,k] and prompts [B,k].
+
+        Args:
+            example_ids: int64 [B].
+            images: rows of the latents.
+            prompts: rows of the prompt embeddings.
+            augment: says how the examples are shown.
+            preference: [B] or None.
+            scores: [B,k] or None.
+        """
+        ids = torch.from_numpy(np.asarray(example_ids, dtype=np.int64))
+        drawn, k = augment(ids), images.shape[1]
+        flip = as_mask(drawn.flips, len(ids), "flips")
+        drop = as_mask(drawn.drop_caption, len(ids), "drop_caption")
         if flip.any() and not self.transform.random_flip:
             raise DataError("The cache holds no mirrored images: set random_flip and build it again, or do not flip.")
-        images, variant = self._pair_images[index].T.reshape(-1), np.tile(flip.astype(np.int64), 2)
-        prompts = np.where(drop, 0, self._pair_prompts[index])
-        moments = self._floats(self._latents[images, variant])
-        pooled = None if self._pooled is None else self._floats(self._pooled[prompts]).repeat(2, 1)
-        return PairBatch(
+        rows, variant = images.T.reshape(-1), np.tile(flip.astype(np.int64), k)
+        captions = np.where(drop, 0, prompts.T).reshape(-1)
+        distinct, of = np.unique(captions, return_inverse=True)  # images mostly share their caption: read it once
+        moments = self._floats(self._latents[rows, variant])
+        return PreferenceBatch(
             example_ids=ids,
             latent_mean=moments[:, 0].contiguous(),
             latent_std=moments[:, 1].contiguous(),
-            prompt_embeds=self._floats(self._embeds[prompts]).repeat(2, 1, 1),
-            pooled_prompt_embeds=pooled,
-            sizes=torch.from_numpy(self._sizes[images, variant].astype(np.float32)),
-            preference=as_preference(self._preference[index]) if self.has_preference else None,
-            prompts=[self.prompts[prompt] for prompt in prompts],
+            prompt_embeds=self._floats(self._embeds[distinct])[of],
+            pooled_prompt_embeds=None if self._pooled is None else self._floats(self._pooled[distinct])[of],
+            sizes=torch.from_numpy(self._sizes[rows, variant].astype(np.float32)),
+            preference=None if preference is None else as_preference(preference),
+            prompts=[self.prompts[caption] for caption in captions],
+            scores=None if scores is None else torch.from_numpy(np.asarray(scores, dtype=np.float32)),
         )
 
     def _floats(self, stored: np.ndarray) -> Tensor:
@@ -169,10 +203,10 @@ class LatentCache:
 
 
 def as_mask(values: Tensor | Sequence[bool], count: int, name: str) -> np.ndarray:
-    """Return one bool a pair. Raises ValueError for any other number of them."""
+    """Return one bool an example. Raises ValueError for any other number of them."""
     mask = np.asarray(values, dtype=bool)
     if mask.shape != (count,):
-        raise ValueError(f"{name} must hold one value for each of the {count} pairs, got shape {mask.shape}.")
+        raise ValueError(f"{name} must hold one value for each of the {count} examples, got shape {mask.shape}.")
     return mask
 
 
@@ -190,10 +224,12 @@ def _summary(store: AppendStore) -> dict[str, Any]:
     skipped = sorted(store.read_lines("skipped.jsonl"), key=lambda record: (record["file"], record["row"]))
     return {
         "pairs": store.rows("example_ids.npy"),
+        "images_per_example": store.arrays["pair_images.npy"]["shape"][0],
         "images": store.rows("latents.npy"),
         "prompts": store.rows("prompt_embeds.npy"),
         "pooled": "pooled_prompt_embeds.npy" in store.arrays,
         "has_preference": bool(np.isfinite(store.read("preference.npy")).any()),
+        "has_scores": bool(np.isfinite(store.read("scores.npy")).any()),
         "counts": store.state["counts"],
         "skipped": skipped,
     }

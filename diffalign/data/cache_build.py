@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffalign.data.batch import PairEncoder
 from diffalign.data.cache_store import AppendStore
-from diffalign.data.pairs import PairRow, RowError
+from diffalign.data.pairs import Example, RowError
 from diffalign.data.source import PairSource, as_record, from_record
 from diffalign.data.transforms import PairTransform, View, to_images
 from diffalign.errors import DataError
@@ -24,11 +24,11 @@ PROMPT_BATCH = 32
 
 @dataclass
 class _Accepted:
-    """A pair whose images were decoded, waiting for them to be encoded."""
+    """An example whose images were decoded, waiting for them to be encoded."""
 
-    row: PairRow
-    images: tuple[int, int]
-    prompt: int
+    row: Example
+    images: list[int]  # [k] rows of latents
+    prompts: list[int]  # [k] rows of prompt_embeds
 
 
 class CacheBuilder:
@@ -63,7 +63,7 @@ class CacheBuilder:
         self.new_prompts: deque[str] = deque()  # not yet in prompts.jsonl
         self._prompt_row("")  # row 0, for dropped captions
         self.views: deque[tuple[bytes, View]] = deque()  # new images to be encoded
-        self.accepted: deque[_Accepted] = deque()  # pairs to be committed
+        self.accepted: deque[_Accepted] = deque()  # examples to be committed
         for record in store.read_lines("skipped.jsonl"):
             source.rejects.add(from_record(record))
         self.skips_written = len(source.rejects.listed) if "skipped.jsonl" in store.lines else 0
@@ -78,7 +78,7 @@ class CacheBuilder:
     def _run_images(self) -> None:
         done = self.store.state.get("next", 0)
         total = None if self.source.window else len(self.source)
-        task = self.progress.add_task("encoding pairs", total=total, completed=done)
+        task = self.progress.add_task(f"encoding {self.source.counts.unit}", total=total, completed=done)
         for row, outcome in self._prepared(done):
             if isinstance(outcome, RowError):
                 self.source.rejects.add(outcome)
@@ -86,21 +86,22 @@ class CacheBuilder:
                 self._accept(row, outcome)
             while len(self.views) >= self.batch_size:
                 self._encode_images(self.batch_size)
-                self._append_pairs()
+                self._append_examples()
                 self.store.commit()
             self.progress.update(task, completed=row.index + 1)
         if self.views:
             self._encode_images(len(self.views))
-        self._append_pairs()
+        self._append_examples()
         if not self.store.rows("example_ids.npy"):
-            raise DataError(f"{self.source.name} holds no usable pair: {self.source.counts}.")
+            unit = self.source.counts.unit.removesuffix("s")
+            raise DataError(f"{self.source.name} holds no usable {unit}: {self.source.counts}.")
         counts = asdict(self.source.counts)
         counts["skipped"] = dict(sorted(counts["skipped"].items()))
         self.store.commit(images_done=True, counts=counts)
 
-    def _prepared(self, start: int) -> Iterator[tuple[PairRow, list[View | None] | RowError]]:
+    def _prepared(self, start: int) -> Iterator[tuple[Example, list[View | None] | RowError]]:
         """Yield rows in order with their decoded images (None: known already) or the error met."""
-        ahead: deque[tuple[PairRow, Future]] = deque()
+        ahead: deque[tuple[Example, Future]] = deque()
         unreadable = None
         with ThreadPoolExecutor(self.workers) as pool:
             try:
@@ -119,25 +120,25 @@ class CacheBuilder:
                 for _, future in ahead:
                     future.cancel()
 
-    def _outcome(self, row: PairRow, future: Future) -> tuple[PairRow, list[View | None] | RowError]:
+    def _outcome(self, row: Example, future: Future) -> tuple[Example, list[View | None] | RowError]:
         try:
             return row, future.result()
         except RowError as error:
             return row, error
 
-    def _prepare(self, row: PairRow) -> list[View | None]:
-        views = [None if i.digest in self.images else self.transform.view(i.load()) for i in (row.chosen, row.rejected)]
+    def _prepare(self, row: Example) -> list[View | None]:
+        views = [None if i.digest in self.images else self.transform.view(i.load()) for i in row.images]
         row.example_id  # noqa: B018 (hashed here, on a thread, and kept)
         return views
 
-    def _accept(self, row: PairRow, views: list[View | None]) -> None:
+    def _accept(self, row: Example, views: list[View | None]) -> None:
         numbers = []
-        for image, view in zip((row.chosen, row.rejected), views, strict=True):
+        for image, view in zip(row.images, views, strict=True):
             if image.digest not in self.images:
                 self.images[image.digest] = len(self.images)
                 self.views.append((image.digest, view))
             numbers.append(self.images[image.digest])
-        self.accepted.append(_Accepted(row, tuple(numbers), self._prompt_row(row.prompt)))
+        self.accepted.append(_Accepted(row, numbers, [self._prompt_row(prompt) for prompt in row.prompts]))
 
     def _prompt_row(self, prompt: str) -> int:
         if prompt not in self.prompts:
@@ -161,25 +162,26 @@ class CacheBuilder:
         self.store.append("image_digests.npy", np.frombuffer(digests, dtype=np.uint8).reshape(-1, 16))
         self.encoded += len(taken)
 
-    def _append_pairs(self) -> None:
-        """Append the pairs whose images are all encoded, their prompts, and what was skipped."""
-        pairs = []
+    def _append_examples(self) -> None:
+        """Append the examples whose images are all encoded, their prompts, and what was skipped."""
+        ready = []
         while self.accepted and max(self.accepted[0].images) < self.encoded:
-            pairs.append(self.accepted.popleft())
+            ready.append(self.accepted.popleft())
         listed = self.source.rejects.listed
         self.store.append_lines("skipped.jsonl", [as_record(error) for error in listed[self.skips_written :]])
         self.skips_written = len(listed)
-        if not pairs:
+        if not ready:
             return
-        rows = [pair.row for pair in pairs]
+        rows = [example.row for example in ready]
         soft = [np.nan if row.preference is None else row.preference for row in rows]
         self.store.append("example_ids.npy", np.array([row.example_id for row in rows], dtype=np.int64))
         self.store.append("source_index.npy", np.array([row.index for row in rows], dtype=np.int64))
-        self.store.append("pair_images.npy", np.array([pair.images for pair in pairs], dtype=np.int64))
-        self.store.append("pair_prompts.npy", np.array([pair.prompt for pair in pairs], dtype=np.int64))
+        self.store.append("pair_images.npy", np.array([example.images for example in ready], dtype=np.int64))
+        self.store.append("pair_prompts.npy", np.array([example.prompts for example in ready], dtype=np.int64))
+        self.store.append("scores.npy", np.array([row.scores for row in rows], dtype=np.float32))  # None becomes NaN
         self.store.append("preference.npy", np.array(soft, dtype=np.float32))
         listed_prompts = len(self.prompts) - len(self.new_prompts)
-        count = max(0, max(pair.prompt for pair in pairs) + 1 - listed_prompts)
+        count = max(0, max(max(example.prompts) for example in ready) + 1 - listed_prompts)
         self.store.append_lines("prompts.jsonl", [self.new_prompts.popleft() for _ in range(count)])
         self.store.state["next"] = rows[-1].index + 1
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from diffalign.errors import DataError
 
@@ -48,6 +49,16 @@ def digest_files(paths: Sequence[Path], memo: Path | None = None, workers: int =
     if fresh:
         _remember(memo, {_stamp(path): digest for path, digest in fresh.items()})
     return [fresh[path] if path in fresh else known[stamp] for path, stamp in zip(paths, stamps, strict=True)]
+
+
+def digest_images(examples: Sequence[Sequence[Path]], memo: Path | None = None) -> dict[str, Any]:
+    """Hash the image files of examples, in order: {"files": how many distinct ones, "blake2b": hexadecimal}."""
+    images = sorted({path for example in examples for path in example})
+    digests = dict(zip(images, digest_files(images, memo), strict=True))
+    content = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        content.update("".join(digests[path] for path in example).encode())
+    return {"files": len(images), "blake2b": content.hexdigest()}
 
 
 def _digest_file(path: Path) -> str:

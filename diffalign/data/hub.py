@@ -1,14 +1,14 @@
-"""Preference pairs on the Hugging Face hub, downloaded or streamed through `datasets`."""
+"""Preferences on the Hugging Face hub, downloaded or streamed through `datasets`."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from diffalign.data.pairs import PairRow, Place, RowError
-from diffalign.data.schema import TIE, UNLABELLED, Columns, Scan, check_caption
+from diffalign.data.pair_schemas import Columns
+from diffalign.data.pairs import Example, Place, RowError
+from diffalign.data.schema import TIE, Scan, TableSchema
 from diffalign.data.source import PairSource, Rejects
 from diffalign.errors import DataError
 
@@ -46,30 +46,32 @@ def hub_revision(name: str, revision: str | None) -> str:
 
 
 class HubPairs(PairSource):
-    """Read a `datasets.Dataset` of Pick-a-Pic's schema: memory-mapped Arrow files, fast to jump about in."""
+    """Read a `datasets.Dataset`: memory-mapped Arrow files, fast to jump about in."""
 
     def __init__(
         self,
         dataset: "datasets.Dataset",
-        columns: Columns | None = None,
+        schema: TableSchema | None = None,
         *,
         name: str = "dataset",
         max_samples: int | None = None,
         rejects: Rejects | None = None,
     ):
-        super().__init__(rejects)
-        self.name, self.columns, self.max_samples = name, columns or Columns(), max_samples
-        self.columns.require(dataset.column_names, name)
+        self.schema = schema or Columns()
+        super().__init__(rejects, self.schema)
+        self.name, self.max_samples = name, max_samples
+        self.schema.require(dataset.column_names, name)
         self._fingerprint = dataset._fingerprint  # the hash under which datasets itself caches: origin and processing
-        self._dataset = undecoded(dataset, self.columns).with_format(None)
-        self._rows = self._scan().finish(self.rejects, max_samples)
+        self._dataset = undecoded(dataset, self.schema).with_format(None)
+        kept = self._scan().finish(self.rejects, name, max_samples, self.images_per_example)
+        self._rows, self.images_per_example = kept
         self._check_usable()
 
     def _scan(self) -> Scan:
-        light = self._dataset.select_columns(self.columns.light(self._dataset.column_names)).with_format("arrow")
+        light = self._dataset.select_columns(self.schema.light(self._dataset.column_names)).with_format("arrow")
         scan, enough = Scan(), self.max_samples or len(light)
         for table in light.iter(SCAN_ROWS):
-            scan.add(table, self.columns, self.name)
+            scan.add(table, self.schema, self.name)
             if sum(map(len, scan.keep)) >= enough:
                 break
         self.has_preference = scan.soft
@@ -78,20 +80,20 @@ class HubPairs(PairSource):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def _fetch(self, index: int) -> PairRow:
+    def _fetch(self, index: int) -> Example:
         row = int(self._rows[index])
         place = Place(self.name, row)
         try:
             record = self._dataset[row]
         except (pa.ArrowException, OSError) as error:
             raise RowError(place, "unreadable row", f"cannot be read ({error})") from error
-        return self.columns.pair(record, index, place)
+        return self.schema.read(record, index, place)
 
     def _describe(self, memo: Path | None) -> dict[str, Any]:
         return {
             "format": "datasets",
             "fingerprint": self._fingerprint,
-            "columns": asdict(self.columns),
+            "columns": self.schema.identity,
             "max_samples": self.max_samples,
             "pairs": len(self),
         }
@@ -102,7 +104,7 @@ class UnknownLength(DataError, TypeError):
 
 
 class StreamingPairs(PairSource):
-    """Read a `datasets.IterableDataset` of Pick-a-Pic's schema in order, without keeping it.
+    """Read a `datasets.IterableDataset` in order, without keeping it.
 
     A LatentCache can be built from it: one pass. For training without a cache, pass `window` on to PairSampler, which
     then shuffles within that many consecutive pairs: those are kept in memory, encoded. A step back beyond them
@@ -114,7 +116,7 @@ class StreamingPairs(PairSource):
     def __init__(
         self,
         dataset: "datasets.IterableDataset",
-        columns: Columns | None = None,
+        schema: TableSchema | None = None,
         *,
         name: str = "stream",
         describe: Callable[[Path | None], dict[str, Any]],
@@ -122,9 +124,10 @@ class StreamingPairs(PairSource):
         rejects: Rejects | None = None,
         window: int = 256,
     ):
-        super().__init__(rejects)
-        self.name, self.columns, self.max_samples, self.window = name, columns or Columns(), max_samples, window
-        self._dataset, self._origin = undecoded(dataset, self.columns), describe
+        self.schema = schema or Columns()
+        super().__init__(rejects, self.schema)
+        self.name, self.max_samples, self.window = name, max_samples, window
+        self._dataset, self._origin = undecoded(dataset, self.schema), describe
         self._counted = 0  # rows counted so far: a second pass counts nothing twice
         self._restart()
 
@@ -139,7 +142,7 @@ class StreamingPairs(PairSource):
     def _restart(self) -> None:
         self._ahead, self._next, self._kept = None, 0, {}
 
-    def _fetch(self, index: int) -> PairRow:
+    def _fetch(self, index: int) -> Example:
         if index in self._kept:
             return self._kept[index]
         if self._ahead is None or index < self._next:
@@ -153,13 +156,13 @@ class StreamingPairs(PairSource):
                 return row
         raise DataError(f"The stream {self.name} holds only {self._next} usable pairs, but max_samples asks for more.")
 
-    def iterate(self, start: int = 0) -> Iterator[PairRow]:
+    def iterate(self, start: int = 0) -> Iterator[Example]:
         """Yield the pairs from `start` on, in one pass over the stream."""
         for row in self._pairs():
             if row.index >= start:
                 yield row
 
-    def _pairs(self) -> Iterator[PairRow]:
+    def _pairs(self) -> Iterator[Example]:
         index = 0
         for number, record in enumerate(self._records()):
             row = self._judge(record, index, Place(self.name, number), fresh=number >= self._counted)
@@ -178,37 +181,38 @@ class StreamingPairs(PairSource):
         except (pa.ArrowException, OSError, RuntimeError) as error:
             raise DataError(f"The stream {self.name} broke off: {error} Finished work is kept; run again.") from error
 
-    def _judge(self, record: dict[str, Any], index: int, place: Place, *, fresh: bool) -> PairRow | None:
-        """Return the pair, or None for a row without one; count the row if it is seen for the first time."""
+    def _judge(self, record: dict[str, Any], index: int, place: Place, *, fresh: bool) -> Example | None:
+        """Return the example, or None for a row without one; count the row if it is seen for the first time."""
         if place.row == 0:
-            self.columns.require(record, self.name)
+            self.schema.require(record, self.name)
         self.counts.rows += fresh
-        winner, _ = self.columns.verdict(record)
-        if winner in (TIE, UNLABELLED):
-            self.counts.ties += fresh and winner == TIE
-            self.counts.unlabelled += fresh and winner == UNLABELLED
-            return None
         try:
-            check_caption(record[self.columns.caption], place)
-            row = self.columns.pair(record, index, place)
+            row = self.fitting(self.schema.read(record, index, place), place)
         except RowError as error:
             self.rejects.add(error)
+            return None
+        if isinstance(row, int):
+            self.counts.ties += fresh and row == TIE
+            self.counts.unlabelled += fresh and row != TIE
             return None
         self.counts.pairs += fresh
         return row
 
     def _describe(self, memo: Path | None) -> dict[str, Any]:
-        origin = {"format": "stream", "columns": asdict(self.columns), "max_samples": self.max_samples}
+        origin = {"format": "stream", "columns": self.schema.identity, "max_samples": self.max_samples}
         return {**origin, **self._origin(memo)}
 
 
 def undecoded(
-    dataset: "datasets.Dataset | datasets.IterableDataset", columns: Columns
+    dataset: "datasets.Dataset | datasets.IterableDataset", schema: TableSchema
 ) -> "datasets.Dataset | datasets.IterableDataset":
     """Return the data set with its image columns as encoded bytes: decoding is ours, late and once."""
     import datasets
 
-    for name in columns.images:
-        if isinstance((dataset.features or {}).get(name), datasets.Image):
+    for name in schema.image_columns:
+        feature = (dataset.features or {}).get(name)
+        if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
     return dataset

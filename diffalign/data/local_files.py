@@ -1,9 +1,9 @@
-"""Preference pairs whose images are files: a JSONL list, or a folder of winners beside a folder of losers."""
+"""Preferences whose images are files: a JSONL list, or a folder of winners beside a folder of losers."""
 
 import json
 import mmap
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffalign.data.fingerprints import digest_files
-from diffalign.data.pairs import PairRow, Place, RowError
-from diffalign.data.schema import TIE, UNLABELLED, Columns, check_caption, image_ref
+from diffalign.data.fingerprints import digest_files, digest_images
+from diffalign.data.pairs import Example, PairRow, Place, RowError
+from diffalign.data.schema import TIE, Schema, check_caption, image_ref
 from diffalign.data.source import PairSource, Rejects
 from diffalign.errors import DataError
 
@@ -23,11 +23,11 @@ class FilePairs(PairSource):
 
     lists: list[Path]  # files that say which pairs there are
 
-    def _admit(self, rows: Iterator[PairRow | int | RowError], limit: int | None) -> Iterator[PairRow]:
+    def _admit(self, rows: Iterator[Example | int | RowError], limit: int | None) -> Iterator[Example]:
         """Count rows, drop ties and unusable ones, and yield the others."""
         for row in rows:
             self.counts.rows += 1
-            if isinstance(row, PairRow):
+            if isinstance(row, Example):
                 self.has_preference |= row.preference is not None
                 self.counts.pairs += 1
                 yield row
@@ -41,42 +41,38 @@ class FilePairs(PairSource):
                 self.counts.unlabelled += 1
 
     @abstractmethod
-    def _paths(self, index: int) -> tuple[Path, Path]: ...
+    def _paths(self, index: int) -> tuple[Path, ...]: ...
 
     def _describe(self, memo: Path | None) -> dict[str, Any]:
-        images = sorted({path for index in range(len(self)) for path in self._paths(index)})
-        digests = dict(zip(images, digest_files(images, memo), strict=True))
-        content = blake2b(digest_size=16)
-        for index in range(len(self)):
-            content.update("".join(digests[path] for path in self._paths(index)).encode())
         listed = zip(self.lists, digest_files(self.lists, memo), strict=True)
         return {
             "format": type(self).__name__,
             "pairs": len(self),
             "files": [{"name": f.name, "bytes": f.stat().st_size, "blake2b": digest} for f, digest in listed],
-            "images": {"files": len(images), "blake2b": content.hexdigest()},
+            "images": digest_images([self._paths(index) for index in range(len(self))], memo),
         }
 
 
 class JsonlPairs(FilePairs):
-    """Read a JSONL file, one pair a line; image paths are relative to the file.
+    """Read a JSONL file, one example a line; image paths are relative to the file.
 
     A line is {"prompt" or "caption", "chosen", "rejected"[, "preference"]}, preference = P(chosen preferred), or
     {"prompt" or "caption", "image_0", "image_1", "label_0"[, "label_1"]}, labels as in Pick-a-Pic. A preference of
-    0.5 is a tie. Only the position of each line is kept in memory.
+    0.5 is a tie. Lists and single images are written as their schemas say (lists.py). Only the position of each line
+    is kept in memory.
     """
 
-    def __init__(self, file: Path, columns: Columns, *, max_samples: int | None = None, rejects: Rejects | None = None):
-        super().__init__(rejects)
-        self.name, self.file, self.columns, self.lists = str(file), file, columns, [file]
+    def __init__(self, file: Path, schema: Schema, *, max_samples: int | None = None, rejects: Rejects | None = None):
+        super().__init__(rejects, schema)
+        self.name, self.file, self.schema, self.lists = str(file), file, schema, [file]
         self._mapped: mmap.mmap | None = None
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty.")
-        kept = [(row.chosen.place.row, self._offset) for row in self._admit(self._lines(), max_samples)]
+        kept = [(row.images[0].place.row, self._offset) for row in self._admit(self._lines(), max_samples)]
         self._lines_of, self._offsets = np.array(kept, dtype=np.int64).reshape(-1, 2).T
         self._check_usable()
 
-    def _lines(self) -> Iterator[PairRow | int | RowError]:
+    def _lines(self) -> Iterator[Example | int | RowError]:
         self._offset = 0
         with open(self.file, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -84,16 +80,16 @@ class JsonlPairs(FilePairs):
                     yield self._try(line, number)
                 self._offset += len(line)
 
-    def _try(self, line: bytes, number: int) -> PairRow | int | RowError:
+    def _try(self, line: bytes, number: int) -> Example | int | RowError:
         try:
             row = self._parse(line, number, self.counts.pairs)
-            if isinstance(row, PairRow):
+            if isinstance(row, Example):
                 _check_files(row)
+            return self.fitting(row, Place(str(self.file), number, "line"))
         except RowError as error:
             return error
-        return row
 
-    def _parse(self, line: bytes, number: int, index: int) -> PairRow | int:
+    def _parse(self, line: bytes, number: int, index: int) -> Example | int:
         place = Place(str(self.file), number, "line")
         try:
             record = json.loads(line)
@@ -101,38 +97,12 @@ class JsonlPairs(FilePairs):
             raise RowError(place, "malformed line", f"not valid JSON ({error})") from error
         if not isinstance(record, dict):
             raise RowError(place, "malformed line", f"expected a JSON object, got {type(record).__name__}")
-        caption = next((name for name in (self.columns.caption, "prompt", "caption") if name in record), None)
-        if caption is None:
-            raise RowError(place, "missing column", f'no "prompt" or "caption"; it has {", ".join(record)}')
-        if "chosen" in record and "rejected" in record:
-            return self._chosen(record, caption, index, place)
-        columns = Columns(self.columns.images, self.columns.labels, caption)
-        absent = [name for name in (*columns.images, columns.labels[0]) if name not in record]
-        if absent:
-            wanted = " and ".join(f'"{name}"' for name in (*columns.images, columns.labels[0]))
-            detail = f'expected "chosen" and "rejected", or {wanted}; it has {", ".join(record)}'
-            raise RowError(place, "missing column", detail)
-        winner, _ = columns.verdict(record)
-        return winner if winner in (TIE, UNLABELLED) else columns.pair(record, index, place, self.file.parent)
-
-    def _chosen(self, record: Mapping[str, Any], caption: str, index: int, place: Place) -> PairRow | int:
-        preference = record.get("preference")
-        if preference is not None:
-            if isinstance(preference, bool) or not isinstance(preference, int | float) or not 0.5 <= preference <= 1:
-                detail = f"preference is {preference!r}, expected P(chosen preferred) in [0.5, 1]"
-                raise RowError(place, "preference", detail)
-            if preference == 0.5:
-                return TIE
-        chosen, rejected = (image_ref(record[name], place, self.file.parent) for name in ("chosen", "rejected"))
-        known = {caption, "chosen", "rejected", "preference"}
-        extra = {k: v for k, v in record.items() if k not in known and isinstance(v, str | int | float | bool)}
-        prompt = check_caption(record[caption], place)
-        return PairRow(index, prompt, chosen, rejected, None if preference in (None, 1) else preference, extra)
+        return self.schema.of_line(record, place).read(record, index, place, self.file.parent)
 
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def _fetch(self, index: int) -> PairRow:
+    def _fetch(self, index: int) -> Example:
         if self._mapped is None:
             with open(self.file, "rb") as file:
                 self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -140,9 +110,11 @@ class JsonlPairs(FilePairs):
         end = self._mapped.find(b"\n", start)
         return self._parse(self._mapped[start : end if end >= 0 else None], int(self._lines_of[index]), index)
 
-    def _paths(self, index: int) -> tuple[Path, Path]:
-        row = self._fetch(index)
-        return row.chosen.path, row.rejected.path
+    def _paths(self, index: int) -> tuple[Path, ...]:
+        return tuple(image.path for image in self._fetch(index).images)
+
+    def _describe(self, memo: Path | None) -> dict[str, Any]:
+        return {**super()._describe(memo), "columns": self.schema.identity}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mapped": None}
@@ -224,7 +196,7 @@ def _images(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _check_files(row: PairRow) -> None:
-    for image in (row.chosen, row.rejected):
+def _check_files(row: Example) -> None:
+    for image in row.images:
         if image.path is not None and not image.path.is_file():
             raise RowError(image.place, "missing image", f"there is no file {image.path}")

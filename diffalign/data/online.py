@@ -3,14 +3,15 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.data.batch import Augment, PairBatch, PairEncoder
+from diffalign.data.batch import Augment, PairEncoder, PreferenceBatch
 from diffalign.data.cache import as_mask, as_preference
-from diffalign.data.pairs import PairRow, RowError
+from diffalign.data.pairs import Example, RowError
 from diffalign.data.source import PairSource
 from diffalign.data.transforms import PairTransform
 from diffalign.errors import DataError
@@ -41,8 +42,18 @@ class OnlinePairs:
         """Tell whether some pairs carry a soft label; None: not known before reading."""
         return self.source.has_preference
 
-    def batch(self, indices: Sequence[int], augment: Augment) -> PairBatch:
-        """Read, cut and encode B pairs, augmented as `augment` says for their example ids; float32 on the CPU."""
+    @property
+    def images_per_example(self) -> int:
+        """Return k; a stream of lists is read up to its first to know."""
+        return self.source.images_per_example or len(self.source[0].images)
+
+    @cached_property
+    def example_ids(self) -> np.ndarray:
+        """Return the ids [P]. Reads and hashes every image once."""
+        return np.array([self._readable(index).example_id for index in range(len(self))], dtype=np.int64)
+
+    def batch(self, indices: Sequence[int], augment: Augment) -> PreferenceBatch:
+        """Read, cut and encode B examples, augmented as `augment` says for their example ids; float32 on the CPU."""
         read = self._rows(indices)
         drawn = augment(torch.tensor([row.example_id for row in read], dtype=torch.int64))
         flip = as_mask(drawn.flips, len(read), "flips")
@@ -55,25 +66,27 @@ class OnlinePairs:
         places = [tuple(map(float, crop)) for crop in drawn.crops] if random_crop else [None] * len(read)
         cut = self._cut(read, flip, places)
         rows = [row for row, *_ in cut]
-        # [B,2,...] to winners first, then losers.
+        # [B,k,...] to the first images of all, then the second ones.
         images = torch.stack([images for _, images, _ in cut], dim=1).flatten(0, 1)
         sizes = torch.stack([sizes for *_, sizes in cut], dim=1).flatten(0, 1)
-        prompts = ["" if d else row.prompt for row, d in zip(rows, drop, strict=True)]
+        shown = [("",) * len(r.prompts) if dropped else r.prompts for r, dropped in zip(rows, drop, strict=True)]
+        prompts = [prompt for image in zip(*shown, strict=True) for prompt in image]
         with torch.no_grad():
             mean, std = (moment.cpu().to(torch.float32) for moment in self.encoder.encode_images(images))
             embeds, pooled = self._encode_prompts(prompts)
-        return PairBatch(
+        return PreferenceBatch(
             example_ids=torch.tensor([row.example_id for row in rows], dtype=torch.int64),
             latent_mean=mean,
             latent_std=std,
-            prompt_embeds=embeds.repeat(2, 1, 1),
-            pooled_prompt_embeds=None if pooled is None else pooled.repeat(2, 1),
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled,
             sizes=sizes,
             preference=self._preference(rows),
             prompts=prompts,
+            scores=_scores(rows),
         )
 
-    def _cut(self, read: list[PairRow], flip: np.ndarray, places: list) -> list[tuple[PairRow, Tensor, Tensor]]:
+    def _cut(self, read: list[Example], flip: np.ndarray, places: list) -> list[tuple[Example, Tensor, Tensor]]:
         """Decode and transform on threads; replace unusable pairs where that is allowed."""
         tasks = []
         for row, mirrored, place in zip(read, flip, places, strict=True):
@@ -87,7 +100,7 @@ class OnlinePairs:
                 cut.append(self._substitute(row.index, mirrored, place))
         return cut
 
-    def _rows(self, indices: Sequence[int]) -> list[PairRow]:
+    def _rows(self, indices: Sequence[int]) -> list[Example]:
         try:
             rows = self.source.rows(list(indices))
             list(self._pool.map(_hashed, rows))
@@ -95,7 +108,7 @@ class OnlinePairs:
             return [self._readable(index) for index in indices]
         return rows
 
-    def _readable(self, index: int) -> PairRow:
+    def _readable(self, index: int) -> Example:
         for step in range(len(self.source)):
             try:
                 return _hashed(self.source[(index + step) % len(self.source)])
@@ -103,7 +116,7 @@ class OnlinePairs:
                 self.source.rejects.add(error)
         raise DataError(f"No pair of {self.source.name} can be read: {self.source.counts}.")
 
-    def _substitute(self, index: int, flip: bool, place: tuple | None) -> tuple[PairRow, Tensor, Tensor]:
+    def _substitute(self, index: int, flip: bool, place: tuple | None) -> tuple[Example, Tensor, Tensor]:
         for step in range(1, len(self.source)):
             row = self._readable((index + step) % len(self.source))
             try:
@@ -112,8 +125,8 @@ class OnlinePairs:
                 self.source.rejects.add(error)
         raise DataError(f"No pair of {self.source.name} has usable images: {self.source.counts}.")
 
-    def _transform(self, row: PairRow, flip: bool, place: tuple | None) -> tuple[Tensor, Tensor]:
-        return self.transform(row.chosen.load(), row.rejected.load(), flip=flip, crop=place)
+    def _transform(self, row: Example, flip: bool, place: tuple | None) -> tuple[Tensor, Tensor]:
+        return self.transform(*(image.load() for image in row.images), flip=flip, crop=place)
 
     def _encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
         """Encode each distinct prompt once."""
@@ -123,14 +136,20 @@ class OnlinePairs:
         embeds = embeds.cpu().to(torch.float32)[rows]
         return embeds, None if pooled is None else pooled.cpu().to(torch.float32)[rows]
 
-    def _preference(self, rows: list[PairRow]) -> Tensor | None:
+    def _preference(self, rows: list[Example]) -> Tensor | None:
         soft = np.array([np.nan if row.preference is None else row.preference for row in rows])
         if self.has_preference is False or (self.has_preference is None and np.isnan(soft).all()):
             return None
         return as_preference(soft)
 
 
-def _hashed(row: PairRow) -> PairRow:
+def _scores(rows: list[Example]) -> Tensor | None:
+    """Return the scores [B,k] float32, or None where there are none."""
+    scores = np.array([row.scores for row in rows], dtype=np.float32)
+    return None if np.isnan(scores).all() else torch.from_numpy(scores)
+
+
+def _hashed(row: Example) -> Example:
     """Return the row after its images were read and hashed. Raises RowError when a file is gone."""
     row.example_id  # noqa: B018 (kept by the row)
     return row

@@ -1,11 +1,12 @@
-"""One preference pair: a prompt, the image people chose and the image they rejected."""
+"""What was judged: a pair of images, a list of them, or one, with its prompt."""
 
 import io
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -106,18 +107,75 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+class Example:
+    """Describe what was judged together: k images with a caption each, best first.
+
+    A pair has two images, the winner first; a list has k, by decreasing score; a single labelled image is a list of
+    one.
+    """
+
+    index: int  # position among the usable examples of its source
+    prompts: tuple[str, ...]  # [k]
+    images: tuple[ImageRef, ...]  # [k]
+    preference: float | None  # P(first preferred) of a pair with a soft label
+    scores: tuple[float | None, ...]  # [k], higher is better
+
+    @cached_property
+    def example_id(self) -> int:
+        """Return an id in [0, 2**63) that depends on the prompts and the images only, never on file order."""
+        # A second caption counts only where it differs: ids of plain pairs must never change, draws are keyed by them.
+        others = [digest_bytes(prompt.encode()) for prompt in self.prompts if prompt != self.prompts[0]]
+        return stable_id(self.prompts[0], *(image.digest for image in self.images), *others)
+
+
 @dataclass(frozen=True)
-class PairRow:
+class PairRow(Example):
     """Hold one judged pair; ties never become a PairRow."""
 
-    index: int  # position among the usable pairs of its source
+    index: int
     prompt: str
     chosen: ImageRef
     rejected: ImageRef
     preference: float | None = None  # P(chosen preferred) in (0.5, 1); None for a plain winner
     extra: dict[str, Any] = field(default_factory=dict)  # the remaining scalar columns, as they were
+    rejected_prompt: str | None = None  # the caption of the rejected image; None: the same one
 
-    @cached_property
-    def example_id(self) -> int:
-        """Return an id in [0, 2**63) that depends on the prompt and the two images only, never on file order."""
-        return stable_id(self.prompt, self.chosen.digest, self.rejected.digest)
+    @property
+    def prompts(self) -> tuple[str, str]:
+        """Return the captions of both images."""
+        return self.prompt, self.prompt if self.rejected_prompt is None else self.rejected_prompt
+
+    @property
+    def images(self) -> tuple[ImageRef, ImageRef]:
+        """Return the chosen and the rejected image."""
+        return self.chosen, self.rejected
+
+    @property
+    def scores(self) -> tuple[None, None]:
+        """Return no scores: a pair says only who won."""
+        return None, None
+
+
+@dataclass(frozen=True)
+class ListRow(Example):
+    """Hold k images of one prompt, best first. A single labelled image is k = 1 with score 1 (desirable) or 0."""
+
+    index: int
+    prompt: str
+    images: tuple[ImageRef, ...]
+    scores: tuple[float, ...]  # never increasing
+    extra: dict[str, Any] = field(default_factory=dict)
+    preference = None
+
+    @classmethod
+    def ranked(
+        cls, index: int, prompt: str, images: Sequence[ImageRef], scores: Sequence[float], extra: dict[str, Any]
+    ) -> Self:
+        """Make a list of images in any order: sorted by decreasing score, equal scores as they stand."""
+        order = sorted(range(len(images)), key=lambda i: -scores[i])
+        return cls(index, prompt, tuple(images[i] for i in order), tuple(scores[i] for i in order), extra)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Return the caption once an image."""
+        return (self.prompt,) * len(self.images)

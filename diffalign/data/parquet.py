@@ -1,9 +1,8 @@
-"""Preference pairs in local parquet files of Pick-a-Pic's schema, read one row group at a time."""
+"""Preferences in local parquet files, read one row group at a time."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.fingerprints import digest_files
-from diffalign.data.pairs import PairRow, Place, RowError
-from diffalign.data.schema import Columns, Scan
+from diffalign.data.fingerprints import digest_files, digest_images
+from diffalign.data.pair_schemas import Columns
+from diffalign.data.pairs import Example, Place, RowError
+from diffalign.data.schema import Scan, TableSchema
 from diffalign.data.source import PairSource, Rejects
 from diffalign.errors import DataError
 
@@ -23,7 +23,7 @@ READ_ERRORS = (pa.ArrowException, OSError)
 
 
 class ParquetPairs(PairSource):
-    """Read pairs from parquet files whose image columns hold encoded bytes (or datasets' {"bytes", "path"}).
+    """Read examples from parquet files whose images are encoded bytes, datasets' {"bytes", "path"}, or paths.
 
     Opening reads labels and captions only. An image comes with its row group, of which the latest stay in memory:
     reading in order is fast, jumping about costs a row group each time. Train from a LatentCache on large sets.
@@ -32,19 +32,19 @@ class ParquetPairs(PairSource):
     def __init__(
         self,
         files: Sequence[Path],
-        columns: Columns | None = None,
+        schema: TableSchema | None = None,
         *,
         max_samples: int | None = None,
         rejects: Rejects | None = None,
     ):
-        super().__init__(rejects)
+        self.schema = schema or Columns()
+        super().__init__(rejects, self.schema)
         self.name = str(files[0] if len(files) == 1 else files[0].parent)
-        self.columns = columns or Columns()
         self.max_samples = max_samples
         self.files, rows = [], []
         missing, self.has_preference = max_samples, False
         for file, scan in self._scans(files):
-            kept = scan.finish(self.rejects, missing)
+            kept, self.images_per_example = scan.finish(self.rejects, str(file), missing, self.images_per_example)
             self.has_preference |= scan.soft
             rows.append(kept)
             self.files.append(file)
@@ -59,15 +59,15 @@ class ParquetPairs(PairSource):
 
     def _scans(self, files: Sequence[Path]) -> Iterator[tuple[Path, Scan]]:
         if self.max_samples is not None:  # later files may not be needed at all
-            yield from ((file, _scan(file, self.columns)) for file in files)
+            yield from ((file, _scan(file, self.schema)) for file in files)
             return
         with ThreadPoolExecutor(8) as pool:
-            yield from zip(files, pool.map(lambda file: _scan(file, self.columns), files), strict=True)
+            yield from zip(files, pool.map(lambda file: _scan(file, self.schema), files), strict=True)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def _fetch(self, index: int) -> PairRow:
+    def _fetch(self, index: int) -> Example:
         file, row = int(self._file_of[index]), int(self._rows[index])
         if file not in self._starts:
             with open_parquet(self.files[file]) as parquet:
@@ -79,7 +79,7 @@ class ParquetPairs(PairSource):
         if isinstance(table, str):
             raise RowError(place, "unreadable row group", table)
         record = {name: table.column(name)[at].as_py() for name in table.column_names}
-        return self.columns.pair(record, index, place, self.files[file].parent)
+        return self.schema.read(record, index, place, self.files[file].parent)
 
     def _group(self, file: int, group: int) -> pa.Table | str:
         """Return a row group, or the error met when reading it."""
@@ -99,15 +99,25 @@ class ParquetPairs(PairSource):
         return table
 
     def _is_wanted(self, column: pa.Field) -> bool:
-        return column.name in self.columns.images or not (
+        return column.name in self.schema.needed or not (
             pa.types.is_nested(column.type) or pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
         )
+
+    def _linked(self, memo: Path | None) -> dict[str, Any]:
+        """Describe the image files, if the images are given as paths: their content may change, the table not."""
+        with open_parquet(self.files[0]) as parquet:
+            types = [field.type for field in parquet.schema_arrow if field.name in self.schema.image_columns]
+        if not any(pa.types.is_string(t.value_type if pa.types.is_list(t) else t) for t in types):
+            return {}
+        rows = [[image.path for image in row.images if image.path and image.path.is_file()] for row in self.iterate()]
+        return {"images": digest_images(rows, memo)}
 
     def _describe(self, memo: Path | None) -> dict[str, Any]:
         digests = digest_files(self.files, memo)
         return {
+            **self._linked(memo),
             "format": "parquet",
-            "columns": asdict(self.columns),
+            "columns": self.schema.identity,
             "max_samples": self.max_samples,
             "pairs": len(self),
             "files": [
@@ -131,19 +141,19 @@ def open_parquet(file: Path) -> pq.ParquetFile:
         ) from error
 
 
-def _scan(file: Path, columns: Columns) -> Scan:
+def _scan(file: Path, schema: TableSchema) -> Scan:
     scan = Scan()
     with open_parquet(file) as parquet:
         names = parquet.schema_arrow.names
-        columns.require(names, str(file))
+        schema.require(names, str(file))
         for group in range(parquet.num_row_groups):
             try:
-                table = parquet.read_row_group(group, columns=columns.light(names))
+                table = parquet.read_row_group(group, columns=schema.light(names))
             except READ_ERRORS as error:
                 raise DataError(
                     f"{file}: row group {group} of {parquet.num_row_groups} cannot be read ({error}). Fetch it again."
                 ) from error
-            scan.add(table, columns, str(file))
+            scan.add(table, schema, str(file))
     return scan
 
 

@@ -1,86 +1,182 @@
-"""The two-image schema of Pick-a-Pic: which column is what, who won, what a tie is."""
+"""What every schema has: the meaning of columns, which rows are usable, and how examples are made of them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from diffalign.data.pairs import ImageRef, PairRow, Place, RowError
-from diffalign.data.source import Counts, Rejects
+from diffalign.data.pairs import Example, ImageRef, Place, RowError
+from diffalign.data.source import Counts, Rejects, length_error
 from diffalign.errors import DataError, suggestion
 
 TIE, UNLABELLED, INVALID = -1, -2, -3
 
 
-def judge(label_0: np.ndarray, label_1: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the winner [n] (0, 1, TIE, UNLABELLED or INVALID) and P(winner preferred) [n] (NaN for plain 0/1 labels).
-
-    Labels are in [0, 1], NaN where missing. A tie is a first label of 0.5 or two equal labels: the authors of
-    Diffusion-DPO keep label_0 in {0, 1} only, while diffusers' scripts let 0.5 pass as a win of image 0.
-    """
-    label_0 = np.asarray(label_0, dtype=np.float64)
-    label_1 = 1.0 - label_0 if label_1 is None else np.asarray(label_1, dtype=np.float64)
-    label_1 = np.where(np.isnan(label_1), 1.0 - label_0, label_1)
-    winner = np.where(label_0 > label_1, 0, 1).astype(np.int8)
-    winner[(label_0 == label_1) | (label_0 == 0.5)] = TIE
-    winner[(label_0 < 0) | (label_0 > 1) | (label_1 < 0) | (label_1 > 1)] = INVALID
-    winner[np.isnan(label_0)] = UNLABELLED
-    total = label_0 + label_1
-    share = np.maximum(label_0, label_1) / np.where(total > 0, total, 1.0)
-    preference = np.where((winner >= 0) & (share < 1.0), share, np.nan)
-    return winner, preference
-
-
 @dataclass(frozen=True)
-class Columns:
-    """Name the columns of a two-image data set."""
+class Schema(ABC):
+    """Name the columns of a data set and make examples of its rows."""
 
-    images: tuple[str, str] = ("jpg_0", "jpg_1")
-    labels: tuple[str, str] = ("label_0", "label_1")  # the second may be absent: then 1 - the first
     caption: str = "caption"
 
+    unit: ClassVar[str] = "pairs"
+    images_per_example: ClassVar[int | None] = 2  # None: the rows say it
+    remedy: ClassVar[str] = ""  # which arguments name the columns
+    alternative: ClassVar[str] = ""  # what else a JSON line may hold
+
+    @property
+    @abstractmethod
+    def image_columns(self) -> tuple[str, ...]:
+        """Return the columns that hold images."""
+
+    @property
+    @abstractmethod
+    def label_columns(self) -> tuple[str, ...]:
+        """Return the columns that say how good the images are; the first must be there."""
+
+    @property
+    def caption_columns(self) -> tuple[str, ...]:
+        """Return the columns that hold captions."""
+        return (self.caption,)
+
+    @abstractmethod
+    def read(self, record: Mapping[str, Any], index: int, place: Place, folder: Path | None = None) -> Example | int:
+        """Return the example of a row, or TIE or UNLABELLED. Relative image paths start at `folder`.
+
+        Raises:
+            RowError: the row is unusable.
+        """
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return what the examples depend on beside the data, JSON-serialisable."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Return every column that is used, those that may be absent included."""
+        return (*self.image_columns, *self.label_columns, *self.caption_columns)
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Return the columns that must be there."""
+        return (*self.image_columns, *self.label_columns[:1], *self.caption_columns)
+
+    def of_line(self, record: Mapping[str, Any], place: Place) -> "Schema":
+        """Return the schema that fits a JSON line, which may call its caption "prompt". Raises RowError if none."""
+        schema = self
+        if self.caption in self.caption_columns:
+            caption = next((name for name in (self.caption, "prompt", "caption") if name in record), None)
+            if caption is None:
+                raise RowError(place, "missing column", f'no "prompt" or "caption"; it has {", ".join(record)}')
+            schema = self._captioned(caption)
+        if any(name not in record for name in schema.required):
+            wanted = " and ".join(f'"{name}"' for name in schema.required if name != schema.caption)
+            detail = f"expected {self.alternative}{wanted}; it has {', '.join(record)}"
+            raise RowError(place, "missing column", detail)
+        return schema
+
+    def _captioned(self, caption: str) -> Self:
+        return self if caption == self.caption else replace(self, caption=caption)
+
+    def extra(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the scalar columns that are not used, as they are."""
+        needed = self.needed
+        return {k: v for k, v in record.items() if k not in needed and isinstance(v, str | int | float | bool)}
+
+
+@dataclass
+class Verdicts:
+    """Say of n rows what they are, from their light columns alone."""
+
+    outcome: np.ndarray  # [n]: the number of images of a usable row, else TIE, UNLABELLED or INVALID
+    faults: dict[int, tuple[str, str]] = field(default_factory=dict)  # of INVALID rows: reason and detail
+    soft: bool = False  # some usable row has a preference
+
+
+class TableSchema(Schema):
+    """Judge the rows of a table as well, before any image is read."""
+
     def require(self, found: Iterable[str], file: str) -> None:
-        """Raise DataError unless the needed columns are among `found`."""
+        """Raise DataError unless the required columns are among `found`."""
         found = list(found)
-        missing = [name for name in (*self.images, self.labels[0], self.caption) if name not in found]
+        missing = [name for name in self.required if name not in found]
         if missing:
             words = ", ".join(f'"{name}"' for name in missing)
             hint = suggestion(missing[0], found)
-            raise DataError(
-                f"{file} lacks the column(s) {words}.{hint} It has: {', '.join(found)}. "
-                "Name the right ones with image_columns, label_columns and caption_column."
-            )
+            raise DataError(f"{file} lacks the column(s) {words}.{hint} It has: {', '.join(found)}. {self.remedy}")
 
     def light(self, found: Iterable[str]) -> list[str]:
-        """Return the columns needed to tell which rows are usable: labels and caption, not the images."""
-        return [name for name in (*self.labels, self.caption) if name in found]
+        """Return the columns needed to tell which rows are usable: labels and captions, not the images."""
+        return [name for name in (*self.label_columns, *self.caption_columns) if name in found]
 
-    def verdict(self, record: Mapping[str, Any]) -> tuple[int, float | None]:
-        """Judge one row: winner (0, 1, TIE, UNLABELLED or INVALID) and preference or None."""
-        labels = [_number(record.get(name)) for name in self.labels]
-        winner, preference = judge(np.array(labels[:1]), np.array(labels[1:]))
-        return int(winner[0]), None if np.isnan(preference[0]) else float(preference[0])
+    @abstractmethod
+    def judge(self, table: pa.Table, file: str) -> Verdicts:
+        """Judge rows by their `light` columns. Raises DataError for columns of a wrong type."""
 
-    def pair(self, record: Mapping[str, Any], index: int, place: Place, folder: Path | None = None) -> PairRow:
-        """Make a PairRow, winner first, of a row that is no tie. Relative image paths start at `folder`."""
-        winner, preference = self.verdict(record)
-        if winner < 0:
-            raise RowError(place, "label", f"the labels are {[record.get(name) for name in self.labels]}")
-        images = [image_ref(record[name], place, folder) for name in self.images]
-        known = {*self.images, *self.labels, self.caption}
-        extra = {k: v for k, v in record.items() if k not in known and isinstance(v, str | int | float | bool)}
-        prompt = check_caption(record[self.caption], place)
-        return PairRow(index, prompt, images[winner], images[1 - winner], preference, extra)
+    def mark_empty_captions(self, table: pa.Table, file: str, verdicts: Verdicts) -> None:
+        """Make usable rows without a caption INVALID."""
+        for name in self.caption_columns:
+            caption = table.column(name)
+            if not (pa.types.is_string(caption.type) or pa.types.is_large_string(caption.type)):
+                raise DataError(f'{file}: column "{name}" holds {caption.type}, expected text.')
+            empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(caption), ""), True).to_numpy()
+            for row in np.flatnonzero(empty & (verdicts.outcome >= 0)):
+                verdicts.outcome[row] = INVALID
+                verdicts.faults[int(row)] = "empty caption", f"the caption is {caption[int(row)].as_py()!r}"
 
 
-def _number(value: Any) -> float:
-    if value is None:
-        return float("nan")
-    return float(value) if isinstance(value, int | float) else -1.0  # -1 is no label: INVALID
+@dataclass
+class Scan:
+    """Tell the usable rows of a table apart without touching images."""
+
+    keep: list[np.ndarray] = field(default_factory=list)
+    lengths: list[np.ndarray] = field(default_factory=list)  # images of the rows to keep
+    counts: Counts = field(default_factory=Counts)
+    bad: list[RowError] = field(default_factory=list)
+    soft: bool = False
+
+    def add(self, table: pa.Table, schema: TableSchema, file: str) -> None:
+        """Judge the next rows of `file`; `table` has the `light` columns."""
+        verdicts, start = schema.judge(table, file), self.counts.rows
+        self.bad += [RowError(Place(file, start + row), *fault) for row, fault in sorted(verdicts.faults.items())]
+        self.counts.rows += len(table)
+        self.counts.ties += int((verdicts.outcome == TIE).sum())
+        self.counts.unlabelled += int((verdicts.outcome == UNLABELLED).sum())
+        self.soft |= verdicts.soft
+        usable = np.flatnonzero(verdicts.outcome >= 0)
+        self.keep.append(start + usable)
+        self.lengths.append(verdicts.outcome[usable])
+
+    def finish(
+        self, rejects: Rejects, file: str, limit: int | None = None, length: int | None = None
+    ) -> tuple[np.ndarray, int | None]:
+        """Hand counts and bad rows over to `rejects`; return the rows [n] to keep and how many images they have.
+
+        Args:
+            rejects: who raises or counts.
+            file: where the rows are.
+            limit: keep at most so many.
+            length: images of every row, if it is known; else the first row says it.
+        """
+        keep, lengths = (np.concatenate([np.empty(0, np.int64), *part]) for part in (self.keep, self.lengths))
+        length = length or (int(lengths[0]) if len(lengths) else None)
+        wrong = [
+            length_error(Place(file, int(row)), int(found), length)
+            for row, found in zip(keep[lengths != length], lengths[lengths != length], strict=True)
+        ]
+        for error in sorted([*self.bad, *wrong], key=lambda error: error.place.row):
+            rejects.add(error)
+        keep = keep[lengths == length][:limit]
+        rejects.counts.rows += self.counts.rows
+        rejects.counts.ties += self.counts.ties
+        rejects.counts.unlabelled += self.counts.unlabelled
+        rejects.counts.pairs += len(keep)
+        return keep, length
 
 
 def check_caption(caption: Any, place: Place) -> str:
@@ -99,53 +195,3 @@ def image_ref(value: Any, place: Place, folder: Path | None) -> ImageRef:
     if isinstance(value, str) and value:
         return ImageRef(path=(folder or Path()) / value, place=place)
     raise RowError(place, "missing image", f"an image is {value!r}, expected its bytes or a path")
-
-
-@dataclass
-class Scan:
-    """Tell the usable rows of a table apart without touching images."""
-
-    keep: list[np.ndarray] = field(default_factory=list)
-    counts: Counts = field(default_factory=Counts)
-    bad: list[RowError] = field(default_factory=list)
-    soft: bool = False
-
-    def add(self, table: pa.Table, columns: Columns, file: str) -> None:
-        """Judge the next rows of `file`; `table` has the `light` columns."""
-        labels = [_floats(table, name, file) for name in columns.labels if name in table.column_names]
-        winner, preference = judge(*labels)
-        caption = table.column(columns.caption)
-        if not (pa.types.is_string(caption.type) or pa.types.is_large_string(caption.type)):
-            raise DataError(f'{file}: column "{columns.caption}" holds {caption.type}, expected text.')
-        empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(caption), ""), True).to_numpy()
-        start = self.counts.rows
-        for row in np.flatnonzero((winner == INVALID) | (empty & (winner >= 0))):
-            place = Place(file, start + int(row))
-            if winner[row] == INVALID:
-                self.bad.append(RowError(place, "label", f"the labels are {[float(x[row]) for x in labels]}"))
-            else:
-                self.bad.append(RowError(place, "empty caption", f"the caption is {caption[int(row)].as_py()!r}"))
-        self.counts.rows += len(table)
-        self.counts.ties += int((winner == TIE).sum())
-        self.counts.unlabelled += int((winner == UNLABELLED).sum())
-        self.soft |= not np.isnan(preference).all()
-        self.keep.append(start + np.flatnonzero((winner >= 0) & ~empty))
-
-    def finish(self, rejects: Rejects, limit: int | None = None) -> np.ndarray:
-        """Hand counts and bad rows over to `rejects` and return the rows [k] to keep, at most `limit`."""
-        for error in self.bad:
-            rejects.add(error)
-        keep = np.concatenate(self.keep)[:limit] if self.keep else np.empty(0, np.int64)
-        rejects.counts.rows += self.counts.rows
-        rejects.counts.ties += self.counts.ties
-        rejects.counts.unlabelled += self.counts.unlabelled
-        rejects.counts.pairs += len(keep)
-        return keep
-
-
-def _floats(table: pa.Table, name: str, file: str) -> np.ndarray:
-    column = table.column(name)
-    try:
-        return pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy()
-    except pa.ArrowInvalid as error:
-        raise DataError(f'{file}: column "{name}" holds {column.type}, expected numbers in [0, 1].') from error

@@ -28,7 +28,7 @@ class View:
 
 @dataclass(frozen=True)
 class PairTransform:
-    """Cut both images of a pair in the same way: short side to `resolution`, square crop, joint mirroring.
+    """Cut all images of an example in the same way: short side to `resolution`, square crop, joint mirroring.
 
     As torchvision's Resize and CenterCrop on Pillow images do it, bit for bit. Deviation from the authors' script,
     which mirrors winner and loser independently: here a pair is mirrored as a whole, as in diffusers' scripts, so
@@ -83,24 +83,18 @@ class PairTransform:
         return round(slack / 2.0) if self.center_crop else min(int(draw * (slack + 1)), slack)
 
     def __call__(
-        self,
-        chosen: Image.Image,
-        rejected: Image.Image,
-        *,
-        flip: bool = False,
-        crop: tuple[float, float] | None = None,
+        self, *images: Image.Image, flip: bool = False, crop: tuple[float, float] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return images [2,3,H,W] in [0,1] and sizes [2,6] of a pair, winner first.
+        """Return images [k,3,H,W] in [0,1] and sizes [k,6] of the k images of an example, in their order.
 
         Args:
-            chosen: RGB image.
-            rejected: RGB image.
-            flip: mirror both.
-            crop: two uniform draws in [0, 1) that place both crops; needed unless `center_crop`.
+            images: RGB images.
+            flip: mirror all.
+            crop: two uniform draws in [0, 1) that place all crops; needed unless `center_crop`.
         """
         if crop is None and not self.center_crop:
             raise ValueError("A random crop needs its two draws: pass crop=(u, v).")
-        views = [self.view(image, crop or (0.5, 0.5)) for image in (chosen, rejected)]
+        views = [self.view(image, crop or (0.5, 0.5)) for image in images]
         sizes = torch.tensor([v.flipped_sizes if flip else v.sizes for v in views], dtype=torch.float32)
         return to_images([v.pixels for v in views], flip), sizes
 

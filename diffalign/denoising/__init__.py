@@ -1,28 +1,54 @@
-"""From clean latents to errors: noise paths, keyed randomness, noisings, frozen passes and the denoising step."""
+"""From clean latents to errors: noise paths, keyed randomness, noisings, inversion, frozen passes, the step."""
 
 from diffalign.denoising.draws import normal, uniform
 from diffalign.denoising.frozen import FrozenDenoiser, Predict
-from diffalign.denoising.noising import NOISINGS, DenoisingBatch, independent, shared, single
+from diffalign.denoising.inversion import Inversion, invert, inverted
+from diffalign.denoising.noising import (
+    INVERSIONS,
+    NOISINGS,
+    RANDOM_NOISINGS,
+    DenoisingBatch,
+    image_stream,
+    independent,
+    shared,
+)
 from diffalign.denoising.paths import DDPMPath, add_noise, target, to_x0, zero_terminal_snr
-from diffalign.denoising.step import DenoisingOutputs, denoising_step, errors, pair_errors, single_errors
+from diffalign.denoising.step import (
+    DenoisingOutputs,
+    denoising_step,
+    drift,
+    errors,
+    list_errors,
+    pair_errors,
+    single_errors,
+)
 from diffalign.denoising.timesteps import sample_timesteps
+from diffalign.denoising.weighting import min_snr
 
 __all__ = [
+    "INVERSIONS",
     "NOISINGS",
+    "RANDOM_NOISINGS",
     "DDPMPath",
     "DenoisingBatch",
     "DenoisingOutputs",
     "FrozenDenoiser",
+    "Inversion",
     "Predict",
     "add_noise",
     "denoising_step",
+    "drift",
     "errors",
+    "image_stream",
     "independent",
+    "invert",
+    "inverted",
+    "list_errors",
+    "min_snr",
     "normal",
     "pair_errors",
     "sample_timesteps",
     "shared",
-    "single",
     "single_errors",
     "target",
     "to_x0",

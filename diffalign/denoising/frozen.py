@@ -20,16 +20,16 @@ class FrozenDenoiser:
     as long as their weights are.
 
     Args:
-        denoiser: the network. With `adapters_off` it is the policy itself; otherwise it must not be trained.
+        denoiser: the network; with `frozen_weights` it may be the policy itself.
         predict: the backbone's prediction function.
-        adapters_off: given the network, a context in which its adapters have no effect: the reference of a LoRA run is
-            then the policy's own base weights, and costs no memory.
+        frozen_weights: given the network, a context in which it has the weights to be evaluated. With adapters off, the
+            reference of a LoRA run is the policy's own base weights, and costs no memory.
         micro_batch_size: images a pass, to bound memory; all at once if None. `cond` must offer `select(indices)`.
     """
 
     denoiser: nn.Module
     predict: Predict
-    adapters_off: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
+    frozen_weights: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
     micro_batch_size: int | None = None
 
     @classmethod
@@ -40,8 +40,8 @@ class FrozenDenoiser:
 
     def __call__(self, xt: Tensor, timesteps: Tensor, cond: Any) -> Tensor:
         """Predict for noisy latents: xt [N,...], timesteps [N], cond of N -> [N,...] float32."""
-        adapters = self.adapters_off(self.denoiser) if self.adapters_off else nullcontext()
-        with torch.no_grad(), adapters, _evaluating(self.denoiser):
+        weights = self.frozen_weights(self.denoiser) if self.frozen_weights else nullcontext()
+        with torch.no_grad(), weights, _evaluating(self.denoiser):
             return torch.cat([self.predict(self.denoiser, *part).float() for part in self._parts(xt, timesteps, cond)])
 
     def _parts(self, xt: Tensor, timesteps: Tensor, cond: Any) -> Iterator[tuple[Tensor, Tensor, Any]]:

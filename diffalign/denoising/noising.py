@@ -1,9 +1,10 @@
 """Noisings: how a noisy latent and its regression target are made from clean ones.
 
-Every noising of pairs takes and returns latents in the order [w_1..w_B, l_1..l_B], with one timestep a pair.
+An example has k images: 2 of a pair, 1 alone, or the k of a ranked list. Latents come in the order
+[first images of B examples, second images, ...], for pairs [w_1..w_B, l_1..l_B], with one timestep an example.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -24,35 +25,53 @@ class DenoisingBatch:
     alpha: Tensor  # [N], coefficient of x0
     sigma: Tensor  # [N], coefficient of the noise
 
+    def select(self, rows: Tensor) -> "DenoisingBatch":
+        """Return some of the problems."""
+        return replace(self, **{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
 
 def shared(path: DDPMPath, x0: Tensor, timesteps: Tensor, seed: int, step: int, example_ids: Tensor) -> DenoisingBatch:
-    """Noise both images of a pair with the same noise: x0 [2B,...], timesteps [B], ids [B].
+    """Noise all images of an example with the same noise: x0 [k*B,...], timesteps [B], ids [B].
 
     The rule of the code and the pseudo-code of Diffusion-DPO, and of MaPO.
     """
-    noise = normal(seed, step, example_ids, x0.shape[1:])
-    return _noised(path, x0, torch.cat([noise, noise]), timesteps.repeat(2))
+    images = len(x0) // len(example_ids)
+    noise = normal(seed, step, example_ids, x0.shape[1:]).repeat(images, *(1 for _ in x0.shape[1:]))
+    return with_noise(path, x0, noise, timesteps.repeat(images))
 
 
 def independent(
     path: DDPMPath, x0: Tensor, timesteps: Tensor, seed: int, step: int, example_ids: Tensor
 ) -> DenoisingBatch:
-    """Noise each image of a pair with its own noise: x0 [2B,...], timesteps [B], ids [B]. Eq. 14 of Diffusion-DPO."""
-    noise_w = normal(seed, step, example_ids, x0.shape[1:])
-    noise_l = normal(seed, step, example_ids, x0.shape[1:], stream="noise_l")
-    return _noised(path, x0, torch.cat([noise_w, noise_l]), timesteps.repeat(2))
+    """Noise each image of an example with its own noise: x0 [k*B,...], timesteps [B], ids [B].
+
+    Eq. 14 of Diffusion-DPO, and Algorithm 2 of RankDPO.
+    """
+    noise = per_image(seed, step, example_ids, x0, stream="noise")
+    return with_noise(path, x0, noise, timesteps.repeat(len(x0) // len(example_ids)))
 
 
-def single(path: DDPMPath, x0: Tensor, timesteps: Tensor, seed: int, step: int, example_ids: Tensor) -> DenoisingBatch:
-    """Noise images that belong to no pair: x0 [N,...], timesteps [N], ids [N]. Winners get the noise `shared` gives."""
-    return _noised(path, x0, normal(seed, step, example_ids, x0.shape[1:]), timesteps)
+RANDOM_NOISINGS = {"shared": shared, "independent": independent}
+INVERSIONS = ("ddim_inversion", "renoise_inversion")  # see inversion.py: they need a network
+NOISINGS = (*RANDOM_NOISINGS, *INVERSIONS)
 
 
-NOISINGS = {"shared": shared, "independent": independent}
+def per_image(seed: int, step: int, example_ids: Tensor, x0: Tensor, stream: str) -> Tensor:
+    """Draw for every image of every example: ids [B] -> [k*B,...]. The first image's numbers are those of `stream`."""
+    images = len(x0) // len(example_ids)
+    names = [image_stream(stream, image) for image in range(images)]
+    return torch.cat([normal(seed, step, example_ids, x0.shape[1:], name) for name in names])
 
 
-def _noised(path: DDPMPath, x0: Tensor, noise: Tensor, timesteps: Tensor) -> DenoisingBatch:
-    """Build the batch for given noise [N,...] and timesteps [N]."""
+def image_stream(stream: str, image: int) -> str:
+    """Name the stream of an image of an example: `stream` of the winner, `stream_l` of the loser, `stream_2`, ..."""
+    return stream if image == 0 else f"{stream}_l" if image == 1 else f"{stream}_{image}"
+
+
+def with_noise(
+    path: DDPMPath, x0: Tensor, noise: Tensor, timesteps: Tensor, xt: Tensor | None = None
+) -> DenoisingBatch:
+    """Build the batch for given noise [N,...] and timesteps [N]; `xt` if it is known already."""
     counts = len(x0), len(noise), len(timesteps)
     assert len(set(counts)) == 1, f"latents, noises and timesteps must be as many, got {counts}"
     x0 = x0.float()
@@ -61,7 +80,7 @@ def _noised(path: DDPMPath, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Den
     return DenoisingBatch(
         x0=x0,
         noise=noise,
-        xt=add_noise(path, x0, noise, timesteps),
+        xt=add_noise(path, x0, noise, timesteps) if xt is None else xt,
         target=target(path, x0, noise, timesteps),
         timesteps=timesteps,
         alpha=alpha,

@@ -1,5 +1,6 @@
 """One denoising step: predictions of the networks, and the errors that objectives are functions of."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from diffalign.denoising.frozen import FrozenDenoiser, Predict
 from diffalign.denoising.noising import DenoisingBatch
-from diffalign.objectives.base import PairErrors, SingleErrors
+from diffalign.objectives.base import ListErrors, PairErrors, SingleErrors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,35 +32,101 @@ def denoising_step(
     return DenoisingOutputs(policy=predict(denoiser, batch.xt, batch.timesteps, cond).float(), reference=frozen)
 
 
-def errors(outputs: DenoisingOutputs, batch: DenoisingBatch) -> tuple[Tensor, Tensor | None]:
-    """Return the policy's and the reference's error of every image: [N] float32, [N] float32 or None."""
-    reference = _error(outputs.reference, batch.target) if outputs.reference is not None else None
-    return _error(outputs.policy, batch.target), reference
+def errors(
+    outputs: DenoisingOutputs, batch: DenoisingBatch, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the policy's and the reference's error of every image: [N] float32, [N] float32 or None.
+
+    `weight` [N] multiplies the errors; objectives see the weighted ones.
+    """
+    reference = None
+    if outputs.reference is not None:
+        reference = _weighted(mean_product(outputs.reference - batch.target), weight)
+    return _weighted(mean_product(outputs.policy - batch.target), weight), reference
 
 
-def pair_errors(outputs: DenoisingOutputs, batch: DenoisingBatch, preference: Tensor | None = None) -> PairErrors:
-    """Return the errors of B pairs from a batch of 2B; `preference` [B] is handed on."""
-    policy, reference = errors(outputs, batch)
+def pair_errors(
+    outputs: DenoisingOutputs,
+    batch: DenoisingBatch,
+    preference: Tensor | None = None,
+    *,
+    needs: Collection[str] = (),
+    weight: Tensor | None = None,
+) -> PairErrors:
+    """Return the errors of B pairs from a batch of 2B; `preference` [B] is handed on.
+
+    Of `needs`, "drift" and "residual_product" are computed here.
+    """
+    policy, reference = errors(outputs, batch, weight)
     policy_w, policy_l = policy.chunk(2)
     reference_w, reference_l = reference.chunk(2) if reference is not None else (None, None)
+    drift_w, drift_l = drift(outputs, weight).chunk(2) if "drift" in needs else (None, None)
+    product = None
+    if "residual_product" in needs:
+        product = _weighted(mean_product(*(outputs.policy - batch.target).chunk(2)), _first_half(weight))
     return PairErrors(
         policy_w=policy_w,
         policy_l=policy_l,
         reference_w=reference_w,
         reference_l=reference_l,
         preference=preference,
+        drift_w=drift_w,
+        drift_l=drift_l,
+        residual_product=product,
     )
 
 
-def single_errors(outputs: DenoisingOutputs, batch: DenoisingBatch, desirable: Tensor | None = None) -> SingleErrors:
-    """Return the errors of N images that belong to no pair; `desirable` [N] bool is handed on."""
-    policy, reference = errors(outputs, batch)
-    return SingleErrors(policy=policy, reference=reference, desirable=desirable)
+def single_errors(
+    outputs: DenoisingOutputs,
+    batch: DenoisingBatch,
+    desirable: Tensor | None = None,
+    *,
+    mismatched: DenoisingOutputs | None = None,
+    weight: Tensor | None = None,
+) -> SingleErrors:
+    """Return the errors of N images that belong to no pair; `desirable` [N] bool is handed on.
+
+    `mismatched`: predictions under another example's prompt, without gradient.
+    """
+    policy, reference = errors(outputs, batch, weight)
+    swapped = errors(mismatched, batch, weight) if mismatched is not None else (None, None)
+    return SingleErrors(
+        policy=policy,
+        reference=reference,
+        desirable=desirable,
+        mismatched_policy=swapped[0],
+        mismatched_reference=swapped[1],
+    )
 
 
-def _error(pred: Tensor, target: Tensor) -> Tensor:
-    """Return the mean over C, H, W of (pred - target)^2: [N,C,H,W] -> [N].
+def list_errors(
+    outputs: DenoisingOutputs, batch: DenoisingBatch, scores: Tensor, *, weight: Tensor | None = None
+) -> ListErrors:
+    """Return the errors of B lists of k images from a batch of k*B; `scores` [B,k] are handed on."""
+    policy, reference = errors(outputs, batch, weight)
+    images = scores.shape[1]
+    by_list = [None if error is None else error.view(images, -1).T for error in (policy, reference)]
+    return ListErrors(policy=by_list[0], reference=by_list[1], scores=scores)
+
+
+def drift(outputs: DenoisingOutputs, weight: Tensor | None = None) -> Tensor:
+    """Return the mean of (policy - reference)^2 of every image [N], with gradient to the policy."""
+    assert outputs.reference is not None, "drift is measured from the reference: declare it in Objective.needs"
+    return _weighted(mean_product(outputs.policy - outputs.reference), weight)
+
+
+def mean_product(a: Tensor, b: Tensor | None = None) -> Tensor:
+    """Return the mean over C, H, W of a * b (of a^2 without b): [N,C,H,W] -> [N] float32.
 
     float32 from here on: in bfloat16 the squares alone would move a DPO logit at beta 5000 by 0.5.
     """
-    return (pred.float() - target).square().flatten(1).mean(1)
+    a = a.float()
+    return (a.square() if b is None else a * b.float()).flatten(1).mean(1)
+
+
+def _weighted(error: Tensor, weight: Tensor | None) -> Tensor:
+    return error if weight is None else error * weight
+
+
+def _first_half(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight[: len(weight) // 2]

@@ -1,19 +1,21 @@
-"""Build the parts of a run from its configuration: the model, the pairs, the reference, the training step."""
+"""Build the parts of a run from its configuration: the model, the reference, the training step."""
 
 import copy
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from diffalign.backbones import adapters, loading
 from diffalign.backbones.base import Backbone
 from diffalign.config import Config
-from diffalign.data import LatentCache, OnlinePairs, PairSource, PairTransform, open_pairs
-from diffalign.denoising import FrozenDenoiser
+from diffalign.denoising import INVERSIONS, FrozenDenoiser, Inversion
 from diffalign.errors import ConfigError
-from diffalign.training.preference_step import Pairs, PreferenceStep
+from diffalign.training.auto_beta import AutoBeta
+from diffalign.training.moving_reference import MovingReference
+from diffalign.training.preference_step import Examples, PreferenceStep
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,66 +42,48 @@ def load_backbone(config: Config, mixed_precision: str) -> Backbone:
     return backbone
 
 
-def open_source(config: Config, error_log: Path | None = None) -> PairSource:
-    """Open the preference pairs of a run."""
-    data = config.data
-    return open_pairs(
-        data.dataset_name or data.train_data_dir,
-        split=data.dataset_split_name,
-        config_name=data.dataset_config_name,
-        format=data.format,
-        image_columns=tuple(data.image_columns),
-        label_columns=tuple(data.label_columns),
-        caption_column=data.caption_column,
-        max_samples=data.max_train_samples,
-        on_error=data.on_error,
-        error_log=error_log,
-    )
+@dataclass(frozen=True)
+class Reference:
+    """Hold the network that anchors a run, and what lets it follow the policy, if it does."""
+
+    network: FrozenDenoiser
+    moving: MovingReference | None = None
 
 
-def open_training_pairs(config: Config, backbone: Backbone, source: PairSource, accelerator: Accelerator) -> Pairs:
-    """Open the latent cache of a run, building what is missing of it, or encode online."""
-    data = config.data
-    transform = PairTransform(data.resolution, center_crop=not data.random_crop, random_flip=data.random_flip)
-    backbone.offload_encoders(accelerator.device)
-    if not data.cache_latents:
-        return OnlinePairs(source, backbone, transform)
-    # Every rank asks; one builds behind a file lock while the others wait there. A barrier would time out on real data.
-    cache = LatentCache.build(
-        source, backbone, transform, data.cache_dir, dtype=data.cache_dtype, batch_size=data.vae_encode_batch_size
-    )
-    backbone.offload_encoders("cpu")
-    return cache
-
-
-def prepare_networks(config: Config, backbone: Backbone, accelerator: Accelerator) -> FrozenDenoiser | None:
+def prepare_networks(config: Config, backbone: Backbone, accelerator: Accelerator) -> Reference | None:
     """Make the denoiser trainable in place and return the reference, if the objective needs one.
 
-    With LoRA the reference is the denoiser itself with its adapters off; otherwise a frozen copy. Both run under the
-    policy's autocast, so that the first logits are exactly 0.
+    With LoRA the reference is the denoiser itself with its adapters off; otherwise a frozen copy. A reference that
+    moves is the denoiser with other weights of its trained parameters. All run under the policy's autocast, so that the
+    first logits are exactly 0.
     """
     denoiser, lora = backbone.denoiser.to(accelerator.device), config.lora
     if config.train.enable_xformers_memory_efficient_attention:
         _use_xformers(denoiser)  # before it is copied: both must run the same kernels
-    needs_reference = "reference" in config.build_objective().needs
-    reference: FrozenDenoiser | None = None
     if config.model.tune == "lora":
         adapters.add_lora(
             denoiser, lora.rank, lora.lora_alpha, lora.lora_target_modules, lora.lora_dropout, seed=config.train.seed
         )
-        if needs_reference:
-            switch = adapters.adapter_switch(denoiser)
-            reference = FrozenDenoiser(denoiser, backbone.predict, adapters_off=lambda _: switch())
     else:
-        if needs_reference:
-            frozen = copy.deepcopy(denoiser).requires_grad_(False).eval()
-            _store_half(frozen, accelerator.mixed_precision)
-            frozen = accelerator.prepare_model(frozen, evaluation_mode=True)
-            reference = FrozenDenoiser(frozen, backbone.predict)
         denoiser.requires_grad_(True)
+    reference = _reference(config, backbone, accelerator) if "reference" in config.build_objective().needs else None
     if config.train.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     return reference
+
+
+def _reference(config: Config, backbone: Backbone, accelerator: Accelerator) -> Reference:
+    denoiser, follow = backbone.denoiser, config.reference
+    if follow.update != "fixed":
+        trained = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+        moving = MovingReference(trained, follow.update, follow.decay, follow.every)
+        return Reference(FrozenDenoiser(denoiser, backbone.predict, frozen_weights=moving.lent), moving)
+    if config.model.tune == "lora":
+        switch = adapters.adapter_switch(denoiser)
+        return Reference(FrozenDenoiser(denoiser, backbone.predict, frozen_weights=lambda _: switch()))
+    frozen = copy.deepcopy(denoiser).requires_grad_(False).eval()
+    _store_half(frozen, accelerator.mixed_precision)
+    return Reference(FrozenDenoiser(accelerator.prepare_model(frozen, evaluation_mode=True), backbone.predict))
 
 
 def _use_xformers(denoiser: nn.Module) -> None:
@@ -124,18 +108,57 @@ def _store_half(module: nn.Module, mixed_precision: str) -> None:
 
 
 def preference_step(
-    config: Config, backbone: Backbone, pairs: Pairs, reference: FrozenDenoiser | None
+    config: Config,
+    backbone: Backbone,
+    examples: Examples,
+    reference: Reference | None,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> PreferenceStep:
-    """Build the loss function of a run."""
+    """Build the loss function of a run; `reduce` averages a tensor over processes."""
+    denoising, loss = config.denoising, config.loss
+    auto_beta = None
+    if loss.auto_beta is not None:
+        auto_beta = AutoBeta(loss.auto_beta, loss.auto_beta_decay, tuple(loss.auto_beta_limits), reduce)
     return PreferenceStep(
         backbone=backbone,
-        pairs=pairs,
+        pairs=examples,
         objective=config.build_objective(),
-        reference=reference,
+        reference=reference.network if reference else None,
         seed=config.train.seed,
-        noising=config.denoising.noising,
-        timestep_low=config.denoising.timestep_low,
-        timestep_high=config.denoising.timestep_high,
+        noising=config.noising,
+        inversion=inversion(config),
+        inversion_network=_inversion_network(config, backbone, reference),
+        timestep_low=denoising.timestep_low,
+        timestep_high=denoising.timestep_high,
+        snr_gamma=denoising.snr_gamma if denoising.snr_weighting == "min_snr" else None,
+        anchor_weight=loss.anchor_weight,
+        sft_weight=loss.sft_weight,
+        auto_beta=auto_beta,
         random_flip=config.data.random_flip,
         proportion_empty_prompts=config.data.proportion_empty_prompts,
+        reduce=reduce,
     )
+
+
+def inversion(config: Config) -> Inversion:
+    """Return how latents are inverted."""
+    how = config.inversion
+    return Inversion(
+        num_steps=how.num_steps,
+        mode=how.mode,
+        grid=how.grid,
+        eta=how.eta,
+        renoise_iterations=how.renoise_iterations if config.noising == "renoise_inversion" else 0,
+        renoise_at=how.renoise_at,
+    )
+
+
+def _inversion_network(config: Config, backbone: Backbone, reference: Reference | None) -> FrozenDenoiser | None:
+    """Return what is inverted, in batches of its own size; None if nothing is."""
+    if config.noising not in INVERSIONS:
+        return None
+    size = config.inversion.batch_size
+    if config.inversion.network == "policy":
+        return FrozenDenoiser(backbone.denoiser, backbone.predict, micro_batch_size=size)
+    assert reference is not None, "checked with the configuration"
+    return replace(reference.network, micro_batch_size=size)

@@ -23,7 +23,7 @@ from diffalign.backbones import loading
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.export import load_adapter_into
 from diffalign.backbones.files import read_header
-from diffalign.config import ModelSettings
+from diffalign.config.sections import ModelSettings
 from diffalign.errors import ConfigError, ModelError, suggestion
 from diffalign.jobs import checkpoints
 from diffalign.jobs.devices import pick_device, pick_dtype

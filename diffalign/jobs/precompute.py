@@ -5,7 +5,7 @@ from rich.console import Console
 
 from diffalign.config import Config
 from diffalign.errors import ConfigError
-from diffalign.jobs import assemble
+from diffalign.jobs import assemble, examples
 
 
 def precompute(config: Config, console: Console) -> None:
@@ -18,7 +18,7 @@ def precompute(config: Config, console: Console) -> None:
         raise ConfigError("There is nothing to precompute: data.cache_latents is false.")
     accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
     backbone = assemble.load_backbone(config, accelerator.mixed_precision)
-    source = assemble.open_source(config)
-    cache = assemble.open_training_pairs(config, backbone, source, accelerator)
+    source = examples.open_source(config)
+    cache = examples.open_encoded(config, backbone, source, accelerator)
     size = sum(file.stat().st_size for file in cache.folder.iterdir()) / 2**20
-    console.print(f"{source.counts}\n{cache.folder}: {len(cache)} pairs, {size:.1f} MiB")
+    console.print(f"{source.counts}\n{cache.folder}: {len(cache)} examples, {size:.1f} MiB")

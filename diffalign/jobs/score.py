@@ -88,21 +88,25 @@ def score_pairs(
     tables.check_suffix(out)
     scoring.parse(wanted)
     on_error = "skip" if skip_broken else "raise"
-    with _skippable():
+    with skippable():
         pairs = open_pairs(source, split=split, max_samples=limit, on_error=on_error)
-        judges = scoring.load(wanted, device)
-        parts = []
-        with progress_bar(len(pairs), "Scoring pairs", True) as advance:
-            for batch in _batches(pairs, batch_size):
-                parts += [_judge(judge, batch) for judge in judges]
-                advance(len(batch))
-    if not parts:
-        raise DataError(f"{source} holds no readable pair: {pairs.counts}.")
-    scores = pd.concat(parts, ignore_index=True)
+        scores = score_source(pairs, scoring.load(wanted, device), batch_size)
     tables.write(scores, out)
     console.print(agreement(scores))
     console.print(f"{source}: {pairs.counts}. Scores: {out}", markup=False, highlight=False)
     return scores
+
+
+def score_source(source: PairSource, judges: Sequence[Any], batch_size: int = 32) -> pd.DataFrame:
+    """Return one row per pair and scorer, with the columns of `score_pairs`. Raises DataError if none is readable."""
+    parts = []
+    with progress_bar(len(source), "Scoring pairs", True) as advance:
+        for batch in _batches(source, batch_size):
+            parts += [_judge(judge, batch) for judge in judges]
+            advance(len(batch))
+    if not parts:
+        raise DataError(f"{source.name} holds no readable pair: {source.counts}.")
+    return pd.concat(parts, ignore_index=True)
 
 
 def agreement(scores: pd.DataFrame) -> Table:
@@ -135,7 +139,7 @@ def _without(
 
 
 @contextmanager
-def _skippable() -> Iterator[None]:
+def skippable() -> Iterator[None]:
     """Word an unusable row for the command line."""
     try:
         yield

@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import sys
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from diffalign import config as configuration
 from diffalign.backbones import export
 from diffalign.backbones.base import Backbone
 from diffalign.config import Config
-from diffalign.data import PairSampler, PairSource
+from diffalign.data import PairSource
+from diffalign.data.fingerprints import digest_files
 from diffalign.errors import ConfigError
-from diffalign.jobs import assemble, model_card, validation
+from diffalign.jobs import assemble, examples, model_card, validation
 from diffalign.training.batching import BatchPlan
 from diffalign.training.trainer import Trainer
 
@@ -37,24 +39,26 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
     console = console or Console(quiet=not accelerator.is_main_process)
     set_seed(config.train.seed)  # only what is not keyed by example: LoRA dropout
     plan = BatchPlan.of(config.train, accelerator.num_processes)
-    accelerator.gradient_accumulation_steps = plan.gradient_accumulation_steps
     backbone = assemble.load_backbone(config, accelerator.mixed_precision)
-    source = assemble.open_source(config, output_dir / "unusable_rows.jsonl")
+    source = examples.open_source(config, output_dir / "unusable_rows.jsonl")
     console.print(f"Data: {source.name}: {source.counts}.")
     identity = run_identity(config, plan, backbone, source)
-    pairs = assemble.open_training_pairs(config, backbone, source, accelerator)
+    data = examples.open_examples(config, backbone, source, accelerator, console)
     reference = assemble.prepare_networks(config, backbone, accelerator)
+    step = assemble.preference_step(config, backbone, data, reference, partial(accelerator.reduce, reduction="mean"))
+    hooks = {"step": step, "reference": reference and reference.moving, "auto_beta": step.auto_beta}
     trainer = Trainer(
         accelerator=accelerator,
         policy=backbone.denoiser,
-        loss=assemble.preference_step(config, backbone, pairs, reference),
-        sampler=PairSampler(len(pairs), config.train.seed, window=getattr(source, "window", None)),
+        loss=step,
+        sampler=examples.order(config, data, source, plan.global_batch_size),
         plan=plan,
         train=config.train,
         optimizer=config.optimizer,
         logging=config.logging,
         identity=identity,
         on_step=validation.drawer(config, backbone, accelerator),
+        hooks={name: hook for name, hook in hooks.items() if hook is not None},
         console=console,
     )
     console.print(f"Batch: {plan}. Learning rate {trainer.peak:.3g}.")
@@ -107,13 +111,16 @@ def run_identity(config: Config, plan: BatchPlan, backbone: Backbone, source: Pa
     train["global_batch_size"] = plan.global_batch_size
     if config.optimizer.lr_scheduler in ("linear", "cosine"):
         train["max_train_steps"] = config.train.max_train_steps
-    where = ("cache_dir", "train_data_dir", "dataset_name", "vae_encode_batch_size")
+    where = ("cache_dir", "train_data_dir", "dataset_name", "vae_encode_batch_size", "annotations_file")
     data = {key: value for key, value in sections["data"].items() if key not in where}
+    if config.data.annotations_file:
+        data["annotations"] = digest_files([Path(config.data.annotations_file)], None)[0]
     model = {"tune": config.model.tune, "denoiser": backbone.denoiser_fingerprint(), "encoders": backbone.fingerprint()}
     adapter = {"lora": sections["lora"]} if config.model.tune == "lora" else {}
     content = source.identify(Path(config.data.cache_dir) / "content_hashes.sqlite")
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    sections = {name: sections[name] for name in ("objective", "denoising", "optimizer")}
+    asked = ("objective", "denoising", "inversion", "reference", "loss", "optimizer")
+    sections = {name: sections[name] for name in asked}
     return {**sections, **adapter, "train": train, "model": model, "data": {**data, "content": digest}}
 
 

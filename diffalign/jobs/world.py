@@ -4,54 +4,34 @@ assets/tiny-sdxl        the base model                          diffalign/shapes
 assets/prompts          training captions and held-out prompts
 assets/tiny-pairs       preference pairs of the base model's own samples, in Pick-a-Pic v2's columns
 assets/tiny-pickscore, assets/tiny-hpsv2    reward models in the official formats, trained on pairs of the world
+assets/tiny-lists       four samples a prompt, each with the scores of three judges
 """
 
-import io
-import math
 import random
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from diffusers import StableDiffusionXLPipeline
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
 import reward_models
-from diffalign.backbones import loading
 from diffalign.errors import ConfigError
-from diffalign.evaluation import SamplingSettings, generate
+from diffalign.jobs.world_data import World, write_captions, write_lists, write_pairs
 from diffalign.shapes import render
 from diffalign.shapes.captions import PALETTE, SHAPES, Scene, distinct_captions, scenes
-from diffalign.shapes.oracle import Oracle
 from diffalign.shapes.pipeline import build_pipeline
 from diffalign.shapes.pretraining import Pretraining, pretrain
 from diffalign.shapes.tokenizer import world_merges
 from reward_models import tiny, tokenization, training
 
-SAMPLING = SamplingSettings(num_inference_steps=16, guidance_scale=5.0, batch_size=64)
 VALIDATION_PAIRS = 1000  # rendered, of held-out combinations; the best step of a reward model is chosen on them
-PARTS = ("pipeline", "prompts", "pairs", "rewards")
-
-
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """Say how large the embedded world is; the defaults made `assets/`."""
-
-    seed: int = 0
-    training_captions: int = 2200
-    held_out_prompts: int = 400
-    candidates: int = 4  # samples a caption, of which the best and the worst become a pair
-    tie_gap: float = 0.03  # pairs whose oracle scores are closer become ties
-    label_temperature: float = 0.08  # P(label agrees with the oracle) = sigmoid(gap / label_temperature)
-    reward_pairs: int = 10_000
-    reward_steps: int = 600
+PARTS = ("pipeline", "prompts", "pairs", "captions", "rewards", "lists")
 
 
 def build(assets: Path, parts: list[str], world: World, pretraining: Pretraining, console: Console) -> None:
@@ -67,7 +47,9 @@ def build(assets: Path, parts: list[str], world: World, pretraining: Pretraining
         "pipeline": lambda: build_base(assets / "tiny-sdxl", pretraining, console),
         "prompts": lambda: write_prompts(assets / "prompts", world),
         "pairs": lambda: write_pairs(assets, world, console),
+        "captions": lambda: write_captions(assets),
         "rewards": lambda: build_rewards(assets, world, console),
+        "lists": lambda: write_lists(assets, world, console),
     }
     for part in PARTS:
         if part in parts:
@@ -98,67 +80,6 @@ def write_prompts(folder: Path, world: World) -> None:
     }
     for name, captions in lists.items():
         (folder / name).write_text("\n".join(captions) + "\n", encoding="utf8")
-
-
-def write_pairs(assets: Path, world: World, console: Console) -> None:
-    """Sample the base model, let the oracle choose best and worst, label with noise, write Pick-a-Pic v2's columns."""
-    captions = (assets / "prompts" / "tiny-train.txt").read_text(encoding="utf8").splitlines()
-    pipeline = loading.load(assets / "tiny-sdxl").pipeline()
-    prompts = [caption for caption in captions for _ in range(world.candidates)]
-    seeds = [10_000 + world.seed * len(prompts) + i for i in range(len(prompts))]
-    images = generate(pipeline, prompts, seeds, SAMPLING)
-    scores = Oracle().score(images, prompts).view(-1, world.candidates)
-    rng = random.Random(world.seed + 3)
-    rows = []
-    for number, (caption, row) in enumerate(zip(captions, scores, strict=True)):
-        own = images[number * world.candidates : (number + 1) * world.candidates]
-        best, worst = int(row.argmax()), int(row.argmin())
-        rows.append(_labelled(number, caption, own[best], own[worst], float(row[best] - row[worst]), world, rng))
-    folder = assets / "tiny-pairs"
-    folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet", row_group_size=256)
-    ties = sum(row["label_0"] == 0.5 for row in rows)
-    wrong = sum(row["label_0"] == (0.0 if row["image_0_uid"].endswith("best") else 1.0) for row in rows)
-    console.print(
-        f"{len(rows)} pairs, {ties} ties, {wrong} labels against the oracle; mean oracle score {scores.mean():.3f}"
-    )
-
-
-def _labelled(
-    number: int, caption: str, best: Image.Image, worst: Image.Image, gap: float, world: World, rng: random.Random
-) -> dict[str, Any]:
-    """Make a row: the two images in random order, preferred with a probability that grows with the oracle's gap."""
-    prefers_best = rng.random() < 1 / (1 + math.exp(-gap / world.label_temperature))
-    label_best = 0.5 if gap < world.tie_gap else float(prefers_best)
-    best_first = rng.random() < 0.5
-    images, uids = [_jpeg(best), _jpeg(worst)], [f"{number:05d}-best", f"{number:05d}-worst"]
-    if not best_first:
-        images, uids = images[::-1], uids[::-1]
-    label_0 = label_best if best_first else 1 - label_best
-    chosen = {1.0: uids[0], 0.0: uids[1]}.get(label_0, "tie")
-    return {
-        "are_different": label_0 != 0.5,
-        "best_image_uid": chosen,
-        "caption": caption,
-        "has_label": True,
-        "image_0_uid": uids[0],
-        "image_1_uid": uids[1],
-        "jpg_0": images[0],
-        "jpg_1": images[1],
-        "label_0": label_0,
-        "label_1": 1 - label_0,
-        "model_0": "tiny-sdxl",
-        "model_1": "tiny-sdxl",
-        "num_example_per_prompt": 1,
-        "ranking_id": number,
-        "user_id": 0,
-    }
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=95, subsampling=0)
-    return buffer.getvalue()
 
 
 def build_rewards(assets: Path, world: World, console: Console) -> None:

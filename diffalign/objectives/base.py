@@ -14,16 +14,20 @@ from typing import ClassVar, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from diffalign.errors import ConfigError
+from diffalign.errors import ConfigError, suggestion
+
+NO_REFERENCE = "a log-ratio needs the reference errors: declare them in Objective.needs"
 
 
 class _Checked:
-    """Assert that all tensors of a container agree in shape and are float32 or wider."""
+    """Assert that all tensors of a container agree in shape and are float32 or wider; `statistic` is a scalar."""
 
     _dimensions: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        statistic = tensors.pop("statistic", None)
+        assert statistic is None or statistic.ndim == 0, f"statistic must be a scalar, got {tuple(statistic.shape)}"
         tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         shape = next(iter(tensors.values())).shape
         assert len(shape) == self._dimensions, f"expected {self._dimensions} dimension(s), got {tuple(shape)}"
@@ -43,13 +47,28 @@ class PairErrors(_Checked):
     reference_w: Tensor | None = None  # [B]
     reference_l: Tensor | None = None  # [B]
     preference: Tensor | None = None  # [B] in [0, 1], P(winner preferred), for objectives with soft labels
+    drift_w: Tensor | None = None  # [B], mean of (policy - reference)^2, with gradient; needs "drift"
+    drift_l: Tensor | None = None  # [B]
+    residual_product: Tensor | None = None  # [B], mean of (policy_w - target_w)(policy_l - target_l); needs that name
+    statistic: Tensor | None = None  # [], of the whole batch: see Objective.statistic
+
+    @property
+    def log_ratios(self) -> tuple[Tensor, Tensor]:
+        """Return reference - policy of winner and loser, [B] each: their log-ratios up to a positive factor."""
+        assert self.reference_w is not None, NO_REFERENCE
+        assert self.reference_l is not None, NO_REFERENCE
+        return self.reference_w - self.policy_w, self.reference_l - self.policy_l
 
     @property
     def margin(self) -> Tensor:
         """Return (reference_w - policy_w) - (reference_l - policy_l) [B]: > 0 where the policy sides with the label."""
-        assert self.reference_w is not None, "a margin needs the reference errors: declare them in Objective.needs"
-        assert self.reference_l is not None, "a margin needs the reference errors: declare them in Objective.needs"
-        return (self.reference_w - self.policy_w) - (self.reference_l - self.policy_l)
+        log_ratio_w, log_ratio_l = self.log_ratios
+        return log_ratio_w - log_ratio_l
+
+    @property
+    def raw_margin(self) -> Tensor:
+        """Return policy_l - policy_w [B]: the margin of objectives without a reference."""
+        return self.policy_l - self.policy_w
 
     @property
     def implicit_accuracy(self) -> Tensor:
@@ -64,6 +83,15 @@ class SingleErrors(_Checked):
     policy: Tensor  # [B], with gradient
     reference: Tensor | None = None  # [B]
     desirable: Tensor | None = None  # [B] bool, None where the objective takes every image as desirable
+    mismatched_policy: Tensor | None = None  # [B], with another example's prompt, no gradient; needs "mismatched"
+    mismatched_reference: Tensor | None = None  # [B]
+    statistic: Tensor | None = None  # [], of the whole batch: see Objective.statistic
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """Return reference - policy [B]: the log-ratio up to a positive factor."""
+        assert self.reference is not None, NO_REFERENCE
+        return self.reference - self.policy
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,6 +103,7 @@ class ListErrors(_Checked):
     policy: Tensor  # [B,k], with gradient
     scores: Tensor  # [B,k], higher is better
     reference: Tensor | None = None  # [B,k]
+    statistic: Tensor | None = None  # [], of the whole batch: see Objective.statistic
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,6 +116,9 @@ class Transitions(_Checked):
     reference_log_prob_l: Tensor | None = None  # [B]
 
 
+# What an objective may ask of the engine: frozen passes, more functions of the predictions, more of the data.
+NEEDS = frozenset({"reference", "behavior", "mismatched", "drift", "residual_product", "preference", "image_captions"})
+
 ErrorsT = TypeVar("ErrorsT", PairErrors, SingleErrors, ListErrors, Transitions)
 
 
@@ -97,13 +129,22 @@ class Objective(ABC, Generic[ErrorsT]):
     whose) and a range checked in `__post_init__`. Objectives that are logistic in a logit also offer `logit(errors)`.
     """
 
-    needs: ClassVar[frozenset[str]]  # subset of {"reference", "behavior"}: the frozen passes to run
+    needs: ClassVar[frozenset[str]]  # what the engine must supply, of NEEDS
     layout: ClassVar[Literal["pair", "single", "list", "transition"]]  # which container `loss` takes
     chosen_only: ClassVar[bool] = False  # layout "single": of a preference pair, take the winner alone
+    noising: ClassVar[str] = "shared"  # how the paper makes (xt, target): a name of denoising.NOISINGS
 
     @abstractmethod
     def loss(self, errors: ErrorsT) -> Tensor:
         """Return the loss of every example [B], unreduced: the trainer takes the mean over the global batch."""
+
+    def statistic(self, errors: ErrorsT) -> Tensor | None:
+        """Return a scalar, without gradient, that couples the examples of a batch; None: they are independent.
+
+        The engine averages it over processes and hands it to `loss` as `errors.statistic`; a `loss` called without one
+        takes that of the batch it is given.
+        """
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +162,18 @@ class ScaledMargin(Objective[PairErrors]):
     def logit(self, errors: PairErrors) -> Tensor:
         """Return beta/2 * margin [B]: the log-odds given to the label, exactly 0 where policy and reference agree."""
         return self.beta / 2 * errors.margin
+
+    def rewards(self, errors: PairErrors) -> tuple[Tensor, Tensor]:
+        """Return the implicit rewards beta/2 * (reference - policy) of winner and loser, [B] each."""
+        log_ratio_w, log_ratio_l = errors.log_ratios
+        return self.beta / 2 * log_ratio_w, self.beta / 2 * log_ratio_l
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError unless the hyperparameter `name` is one of the choices."""
+    if value not in choices:
+        hint = suggestion(str(value), choices)
+        raise ConfigError(f'"objective.{name}" must be one of {", ".join(choices)}, got {value!r}.{hint}')
 
 
 def check_number(

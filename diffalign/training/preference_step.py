@@ -1,65 +1,127 @@
-"""From the indices of some pairs to their losses: the one place where data, noising, networks and objective meet."""
+"""From the indices of some examples to their losses: where data, noising, networks and objective meet."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from diffalign import denoising
-from diffalign.backbones.base import Backbone
-from diffalign.data.batch import Augment, Augmentation, PairBatch, sample_latents
-from diffalign.objectives.base import Objective, PairErrors
+from diffalign.backbones.base import Backbone, Conditioning
+from diffalign.data.batch import Augment, Augmentation, PreferenceBatch, sample_latents
+from diffalign.denoising import DenoisingBatch, DenoisingOutputs, FrozenDenoiser
+from diffalign.errors import ConfigError
+from diffalign.objectives.base import ListErrors, Objective, PairErrors, SingleErrors
+from diffalign.training import preference_metrics
+from diffalign.training.auto_beta import AutoBeta
+from diffalign.training.hooks import StepHook
 
-SATURATED = 3.0  # beyond this logit the gradient weight sigma(-logit) is below 5 %
-
-
-class Pairs(Protocol):
-    """Serve training pairs by index: a latent cache, or encoding on the fly."""
-
-    def batch(self, indices: list[int], augment: Augment) -> PairBatch:
-        """Return latents and embeddings of pairs, augmented as `augment` says for their example ids."""
+Errors = PairErrors | SingleErrors | ListErrors
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreferenceStep:
-    """Compute the loss [B] and the metrics of B pairs under a policy.
+class Examples(Protocol):
+    """Serve training examples by index: a latent cache, encoding on the fly, or a view of either."""
+
+    def batch(self, indices: list[int], augment: Augment) -> PreferenceBatch:
+        """Return latents and embeddings of examples, augmented as `augment` says for their ids."""
+
+
+@dataclass(frozen=True)
+class Posed:
+    """Hold the denoising problems of some examples."""
+
+    batch: PreferenceBatch
+    problem: DenoisingBatch
+    cond: Conditioning
+
+    def select(self, examples: Tensor) -> "Posed":
+        """Return those of some examples [B], each with all its images."""
+        count, images = len(self.batch), self.batch.images_per_example
+        rows = torch.cat([examples + image * count for image in range(images)])
+        return Posed(self.batch.select(examples), self.problem.select(rows), self.cond.select(rows))
+
+
+@dataclass(kw_only=True)
+class PreferenceStep(StepHook):
+    """Compute the loss [B] and the metrics of B examples under a policy.
 
     All randomness is keyed by (seed, step, example id): flips, caption dropout, the sample from the VAE's posterior,
-    noise and timesteps. The result for a pair depends on nothing else in its batch.
+    noise and timesteps. The result for an example depends on nothing else in its batch, unless the objective has a
+    `statistic`.
+
+    Args:
+        noising: a name of denoising.NOISINGS; None takes the objective's own.
+        inversion: how latents are inverted, if the noising does that.
+        inversion_network: the network that is inverted: the policy as it is, or the reference.
+        snr_gamma: weigh errors by min-SNR with this gamma; None: all noise levels alike.
+        anchor_weight: adds anchor_weight * mean (policy - reference)^2 of all images of an example.
+        sft_weight: adds sft_weight * the policy's error on the first, best image.
+        auto_beta: replaces the objective's beta.
+        reduce: averages a tensor over processes.
     """
 
     backbone: Backbone
-    pairs: Pairs
+    pairs: Examples
     objective: Objective
-    reference: denoising.FrozenDenoiser | None
+    reference: FrozenDenoiser | None
     seed: int
-    noising: str = "shared"
+    noising: str | None = None
+    inversion: denoising.Inversion = field(default_factory=denoising.Inversion)
+    inversion_network: FrozenDenoiser | None = None
     timestep_low: int = 0
     timestep_high: int | None = None
+    snr_gamma: float | None = None
+    anchor_weight: float = 0.0
+    sft_weight: float = 0.0
+    auto_beta: AutoBeta | None = None
     random_flip: bool = False
     proportion_empty_prompts: float = 0.0
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def __post_init__(self) -> None:
+        self.noising = self.noising or self.objective.noising
+        self._window: tuple[dict[int, int], Posed] | None = None
+
+    def before_step(self, indices: list[int], step: int) -> None:
+        """Invert the latents of all examples of this optimizer step at once: the policy does not change within it."""
+        self._window = None
+        if self.noising in denoising.INVERSIONS and indices:
+            distinct = sorted(set(indices))
+            places = {index: place for place, index in enumerate(distinct)}
+            self._window = places, self.pose(self.load(distinct, step), step)
 
     def __call__(self, policy: nn.Module, indices: list[int], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return losses [B] with gradient and detached metrics, each [B], of the pairs at `indices`."""
-        batch = self.load(indices, step, next(policy.parameters()).device)
-        problem, cond = self.pose(batch, step)
-        outputs = denoising.denoising_step(self.backbone.predict, policy, problem, cond, self.reference)
-        if self.objective.layout == "single":
-            errors = denoising.single_errors(outputs, problem)
-            loss = self.objective.loss(errors)
-            return loss, {"loss": loss.detach(), "policy_error": errors.policy.detach()}
-        errors = denoising.pair_errors(outputs, problem, batch.preference)
-        loss = self.objective.loss(errors)
-        return loss, {"loss": loss.detach(), **self._pair_metrics(errors)}
+        """Return losses [B] with gradient and detached metrics of the examples at `indices`."""
+        posed = self._posed(indices, step)
+        cond = posed.cond
+        outputs = denoising.denoising_step(self.backbone.predict, policy, posed.problem, cond, self.reference)
+        objective, errors = self.objective, self.measure(posed, outputs)
+        if self.auto_beta is not None:
+            objective = self.auto_beta.applied_to(objective)
+            self.auto_beta.observe(errors.margin)
+        statistic = objective.statistic(errors)
+        if statistic is not None:
+            errors = replace(errors, statistic=self.reduce(statistic))
+        loss = objective.loss(errors)
+        metrics = {"loss": loss.detach(), **preference_metrics.of(errors, objective)}
+        if self.auto_beta is not None:
+            metrics["beta"] = torch.tensor(objective.beta, device=loss.device)
+        return self._with_terms(loss, posed, outputs), metrics
 
-    def load(self, indices: list[int], step: int, device: torch.device) -> PairBatch:
-        """Fetch pairs with the augmentations drawn for them at this step."""
+    def _posed(self, indices: list[int], step: int) -> Posed:
+        if self._window is None or not all(index in self._window[0] for index in indices):
+            return self.pose(self.load(indices, step), step)
+        places, posed = self._window
+        return posed.select(torch.tensor([places[i] for i in indices], device=posed.problem.xt.device))
+
+    def load(self, indices: list[int], step: int) -> PreferenceBatch:
+        """Fetch examples with the augmentations drawn for them at this step, on the denoiser's device."""
         batch = self.pairs.batch(indices, partial(self._augment, step))
         if self.objective.chosen_only:
             batch = batch.winners()
-        return batch.to(device)
+        return batch.to(next(self.backbone.denoiser.parameters()).device)
 
     def _augment(self, step: int, example_ids: Tensor) -> Augmentation:
         draw = partial(denoising.uniform, self.seed, step, example_ids)
@@ -69,27 +131,65 @@ class PreferenceStep:
             crops=torch.stack([draw("crop_y"), draw("crop_x")], dim=1),
         )
 
-    def pose(self, batch: PairBatch, step: int) -> tuple[denoising.DenoisingBatch, Any]:
-        """Draw latents, timesteps and noise: the denoising problems of a batch and their conditioning."""
-        ids, shape = batch.example_ids, batch.latent_mean.shape[1:]
-        streams = ("posterior_w",) if self.objective.chosen_only else ("posterior_w", "posterior_l")
+    def pose(self, batch: PreferenceBatch, step: int) -> Posed:
+        """Draw latents, timesteps and noise, or invert: the denoising problems of a batch and their conditioning."""
+        path, ids, shape = self.backbone.path, batch.example_ids, batch.latent_mean.shape[1:]
+        streams = ["posterior_w", "posterior_l", *(f"posterior_{i}" for i in range(2, batch.images_per_example))]
+        streams = streams[: batch.images_per_example]
         posterior = torch.cat([denoising.normal(self.seed, step, ids, shape, stream) for stream in streams])
-        timesteps = denoising.sample_timesteps(
-            self.backbone.path, self.seed, step, ids, self.timestep_low, self.timestep_high
-        )
-        noise = denoising.single if self.objective.chosen_only else denoising.NOISINGS[self.noising]
-        problem = noise(self.backbone.path, sample_latents(batch, posterior), timesteps, self.seed, step, ids)
-        return problem, self.backbone.condition(batch.prompt_embeds, batch.pooled_prompt_embeds, batch.sizes)
+        timesteps = denoising.sample_timesteps(path, self.seed, step, ids, self.timestep_low, self.timestep_high)
+        cond = self.backbone.condition(batch.prompt_embeds, batch.pooled_prompt_embeds, batch.sizes)
+        common = path, sample_latents(batch, posterior), timesteps, self.seed, step, ids
+        if self.noising in denoising.RANDOM_NOISINGS:
+            return Posed(batch, denoising.RANDOM_NOISINGS[self.noising](*common), cond)
+        assert self.inversion_network is not None, f"{self.noising} needs a network to invert"
+        problem = denoising.inverted(*common, network=self.inversion_network, cond=cond, how=self.inversion)
+        return Posed(batch, problem, cond)
 
-    def _pair_metrics(self, errors: PairErrors) -> dict[str, Tensor]:
-        metrics = {"policy_error": (errors.policy_w + errors.policy_l).detach() / 2}
-        if hasattr(self.objective, "logit"):
-            metrics["saturation"] = (self.objective.logit(errors).detach().abs() > SATURATED).float()
-        if errors.reference_w is None:
-            return metrics | {"raw_margin": (errors.policy_l - errors.policy_w).detach()}
-        return metrics | {
-            "implicit_accuracy": errors.implicit_accuracy,
-            "margin": errors.margin.detach(),
-            "chosen_drift": (errors.policy_w - errors.reference_w).detach(),
-            "rejected_drift": (errors.policy_l - errors.reference_l).detach(),
-        }
+    def measure(self, posed: Posed, outputs: DenoisingOutputs) -> Errors:
+        """Return the errors that the objective is a function of."""
+        problem, batch, needs = posed.problem, posed.batch, self.objective.needs
+        weight = None
+        if self.snr_gamma is not None:
+            weight = denoising.min_snr(self.backbone.path, problem.timesteps, self.snr_gamma)
+        if self.objective.layout == "pair":
+            return denoising.pair_errors(outputs, problem, batch.preference, needs=needs, weight=weight)
+        if self.objective.layout == "list":
+            return denoising.list_errors(outputs, problem, ranked_scores(batch), weight=weight)
+        desirable = None if self.objective.chosen_only or batch.scores is None else batch.scores[:, 0] > 0.5
+        mismatched = self._mismatched(posed) if "mismatched" in needs else None
+        return denoising.single_errors(outputs, problem, desirable, mismatched=mismatched, weight=weight)
+
+    def _mismatched(self, posed: Posed) -> DenoisingOutputs:
+        """Predict with every image's prompt exchanged for its neighbour's, without gradient."""
+        if len(posed.batch) < 2:
+            raise ConfigError("Mismatched prompts need at least 2 images in train.train_batch_size, got 1.")
+        assert self.reference is not None, "mismatched prompts are compared with the reference"
+        problem = posed.problem
+        cond = posed.cond.select(torch.arange(len(posed.batch), device=problem.xt.device).roll(1))
+        policy = FrozenDenoiser(self.backbone.denoiser, self.backbone.predict)
+        return DenoisingOutputs(
+            policy=policy(problem.xt, problem.timesteps, cond),
+            reference=self.reference(problem.xt, problem.timesteps, cond),
+        )
+
+    def _with_terms(self, loss: Tensor, posed: Posed, outputs: DenoisingOutputs) -> Tensor:
+        """Weigh the losses [B] of examples that have a weight; add the terms that do not depend on the objective."""
+        count = len(posed.batch)
+        if posed.batch.weights is not None:
+            loss = loss * posed.batch.weights
+        if self.anchor_weight:
+            loss = loss + self.anchor_weight * denoising.drift(outputs).view(-1, count).mean(0)
+        if self.sft_weight:
+            error, _ = denoising.errors(outputs, posed.problem)
+            loss = loss + self.sft_weight * error[:count]
+        return loss
+
+
+def ranked_scores(batch: PreferenceBatch) -> Tensor:
+    """Return the scores [B,k] of lists; a pair without scores is a list of two with 1 and 0."""
+    if batch.scores is not None:
+        return batch.scores
+    if batch.images_per_example != 2:
+        raise ConfigError("A ranking objective needs scores for every image of a list.")
+    return torch.tensor([[1.0, 0.0]], device=batch.latent_mean.device).repeat(len(batch), 1)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffalign.errors import UserError
 from diffalign.training import checkpoint, optimizer
 from diffalign.training.batching import BatchPlan
+from diffalign.training.hooks import StepHook
 from diffalign.training.metrics import MetricsLog, RunningMean
 from diffalign.training.settings import LoggingSettings, OptimizerSettings, TrainSettings
 
@@ -45,6 +46,7 @@ class Trainer:
         loss: given the network, example indices and the step, returns losses [B] and metrics [B].
         identity: what a checkpoint must agree on to be resumed: settings, data, model.
         on_step: called with the network and the number of finished steps, e.g. to draw validation pictures.
+        hooks: told of every step, their state saved under their names.
     """
 
     accelerator: Accelerator
@@ -57,6 +59,7 @@ class Trainer:
     logging: LoggingSettings
     identity: dict[str, Any] = field(default_factory=dict)
     on_step: Callable[[nn.Module, int], None] | None = None
+    hooks: Mapping[str, StepHook] = field(default_factory=dict)
     console: Console = field(default_factory=Console)
 
     def __post_init__(self) -> None:
@@ -101,7 +104,10 @@ class Trainer:
         for group in self.torch_optimizer.param_groups:
             group["lr"] = self.peak * factor
         losses = []
-        for micro in self.plan.micro_batches(indices, self.accelerator.process_index):
+        micro_batches = self.plan.micro_batches(indices, self.accelerator.process_index)
+        for hook in self.hooks.values():
+            hook.before_step([index for micro in micro_batches for index in micro], step)
+        for micro in micro_batches:
             with self.accelerator.accumulate(self.network):
                 loss, metrics = self.loss(self.network, micro, step)
                 # accelerate divides by the accumulation steps, DDP averages over ranks: the mean of the global batch.
@@ -114,6 +120,8 @@ class Trainer:
         self.torch_optimizer.zero_grad()
         if self.ema is not None:
             self.ema.step(list(self.parameters.values()))
+        for hook in self.hooks.values():
+            hook.after_step(step)
         self.metrics.add(
             {"grad_norm": norm.detach(), "learning_rate": torch.tensor(self.peak * factor).to(norm.device)}
         )
@@ -154,6 +162,8 @@ class Trainer:
             self.ema.to(self.accelerator.device)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        for name, hook in self.hooks.items():
+            hook.load_state_dict(state["hooks"][name])
         self.console.print(f"Resuming from {path} at step {step}.")
         return step
 
@@ -164,6 +174,7 @@ class Trainer:
                 state["ema"] = self.ema.state_dict()
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
+            state["hooks"] = {name: hook.state_dict() for name, hook in self.hooks.items()}
             limit = self.train.checkpoints_total_limit
             checkpoint.save(self.output_dir, step, self.parameters, state, self.identity, limit)
         self.accelerator.wait_for_everyone()

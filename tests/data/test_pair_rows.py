@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign.data.pairs import ImageRef, PairRow, Place, RowError
+from diffalign.data.pairs import Example, ImageRef, ListRow, PairRow, Place, RowError
 from tests.data.world import picture
 
 
@@ -41,6 +41,28 @@ def test_example_id_depends_on_prompt_and_ordered_images_only():
 def test_example_id_is_pinned():
     # Cached ids and recorded noise depend on it: a change invalidates every run that is to be resumed.
     assert PairRow(0, "cat", ImageRef(data=b"w"), ImageRef(data=b"l")).example_id == PINNED
+
+
+def test_a_second_caption_enters_the_id_only_where_it_differs():
+    a, b = ImageRef(data=b"w"), ImageRef(data=b"l")
+    assert PairRow(0, "cat", a, b, rejected_prompt="cat").example_id == PINNED
+    ids = {PairRow(0, "cat", a, b, rejected_prompt=prompt).example_id for prompt in (None, "dog", "a cat")}
+    ids |= {PairRow(0, "dog", a, b, rejected_prompt="cat").example_id}
+    assert len(ids) == 4
+
+
+def test_a_pair_and_a_list_are_examples():
+    a, b, c = (ImageRef(data=bytes([i])) for i in range(3))
+    pair = PairRow(3, "cat", a, b, rejected_prompt="dog", preference=0.7)
+    ranked = ListRow.ranked(4, "cat", [a, b, c], [0.5, 1.0, 0.5], {"x": 1})
+    assert (pair.prompts, pair.images, pair.scores) == (("cat", "dog"), (a, b), (None, None))
+    assert (ranked.prompts, ranked.images, ranked.scores) == (("cat",) * 3, (b, a, c), (1.0, 0.5, 0.5))
+    assert isinstance(pair, Example)
+    assert isinstance(ranked, Example)
+    assert (pair.preference, ranked.preference, ranked.extra) == (0.7, None, {"x": 1})
+    assert PairRow(3, "cat", a, b).prompts == ("cat", "cat")
+    ids = {ListRow(0, "cat", images, (1.0,) * len(images)).example_id for images in ((a,), (b,), (a, b, c), (b, a, c))}
+    assert len(ids) == 4
 
 
 PINNED = 2117857287808422706  # recorded from this implementation

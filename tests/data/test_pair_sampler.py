@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from diffalign.data.sampler import PairSampler, _order
+from diffalign.data import keyed
+from diffalign.data.sampler import PairSampler
 from diffalign.errors import DataError
 
 
@@ -15,7 +16,7 @@ def test_every_epoch_draws_each_example_once(window):
 
 def test_indices_are_a_pure_function_of_position():
     whole = PairSampler(10, seed=1).indices(0, 95)
-    _order.cache_clear()
+    keyed.order.cache_clear()
     for position, count in [(0, 3), (90, 5), (7, 20), (33, 1), (9, 2)]:
         assert PairSampler(10, seed=1).indices(position, count) == whole[position : position + count]
 

@@ -1,6 +1,7 @@
 """Small real things for the tests of diffalign.data: pictures, parquet files and an encoder with fixed weights."""
 
 import io
+import json
 import time
 from pathlib import Path
 
@@ -40,11 +41,27 @@ def rows(count: int, start: int = 0, **columns) -> list[dict]:
     return made
 
 
+def list_rows(count: int, k: int = 3, scorers: int = 2, start: int = 0) -> list[dict]:
+    """Return lists of k pictures with scores [k][scorers]; the order by scores differs from list to list."""
+    made = []
+    for i in range(start, start + count):
+        order = np.random.default_rng(i).permutation(k)
+        scores = [[float(rank) + 0.1 * r for r in range(scorers)] for rank in order]
+        images = [picture(100 + k * i + j) for j in range(k)]
+        made.append({"caption": f"prompt {i // 2}", "images": images, "scores": scores, "source": "made"})
+    return made
+
+
 def write_parquet(path: Path, data: list[dict], rows_per_group: int = 3) -> Path:
     """Write rows with small row groups."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(data), path, row_group_size=rows_per_group)
     return path
+
+
+def log_of(path: Path) -> list[dict]:
+    """Return the lines of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 class TinyEncoder(nn.Module):

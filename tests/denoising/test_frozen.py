@@ -34,7 +34,7 @@ def modes(module):
 def test_adapters_off_equals_a_copy_made_before_them(unet, batch, cond):
     copy = FrozenDenoiser.copy_of(unet, predict)
     add_lora(unet, std=0.5)
-    reference = FrozenDenoiser(unet, predict, adapters_off=adapters_off)
+    reference = FrozenDenoiser(unet, predict, frozen_weights=adapters_off)
     with torch.no_grad():
         adapted = predict(unet, batch.xt, batch.timesteps, cond)
     got = reference(batch.xt, batch.timesteps, cond)
@@ -79,7 +79,7 @@ def test_modes_and_adapters_are_restored_when_the_pass_fails(unet, batch, cond):
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        FrozenDenoiser(unet, fail, adapters_off=adapters_off)(batch.xt, batch.timesteps, cond)
+        FrozenDenoiser(unet, fail, frozen_weights=adapters_off)(batch.xt, batch.timesteps, cond)
     assert modes(unet) == before
     assert not unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.disable_adapters
 

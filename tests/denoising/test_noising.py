@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from diffalign.denoising import (
-    NOISINGS,
+    RANDOM_NOISINGS,
     DDPMPath,
     add_noise,
     independent,
     normal,
     sample_timesteps,
     shared,
-    single,
     target,
 )
 
@@ -34,9 +33,9 @@ def assert_equal_rows(got, expected):
         assert torch.equal(got[name], expected[name]), name
 
 
-@pytest.mark.parametrize("name", NOISINGS)
+@pytest.mark.parametrize("name", RANDOM_NOISINGS)
 def test_batch_is_consistent_with_its_path(name):
-    batch = NOISINGS[name](PATH, X0, TIMESTEPS, 0, 5, IDS)
+    batch = RANDOM_NOISINGS[name](PATH, X0, TIMESTEPS, 0, 5, IDS)
     assert torch.equal(batch.x0, X0)
     assert torch.equal(batch.timesteps, torch.cat([TIMESTEPS, TIMESTEPS]))
     assert torch.equal(torch.stack([batch.alpha, batch.sigma]), torch.stack(PATH.alpha_sigma(batch.timesteps)))
@@ -45,9 +44,9 @@ def test_batch_is_consistent_with_its_path(name):
     assert all(tensor.dtype == torch.float32 for tensor in (batch.x0, batch.noise, batch.xt, batch.target, batch.alpha))
 
 
-@pytest.mark.parametrize("name", NOISINGS)
+@pytest.mark.parametrize("name", RANDOM_NOISINGS)
 def test_pairs_do_not_depend_on_their_batch(name):
-    noise = NOISINGS[name]
+    noise = RANDOM_NOISINGS[name]
     batch = noise(PATH, X0, TIMESTEPS, 0, 5, IDS)
     for pair in range(3):
         members = [pair, pair + 3]
@@ -68,14 +67,24 @@ def test_independent_gives_each_image_its_own_noise():
     assert len(noise.unique()) == noise.numel()
 
 
-def test_single_gives_winners_what_shared_gives_them():
-    alone = single(PATH, X0[:3], TIMESTEPS, 0, 5, IDS)
-    assert_equal_rows(rows(alone, slice(None)), rows(shared(PATH, X0, TIMESTEPS, 0, 5, IDS), slice(0, 3)))
+@pytest.mark.parametrize("name", RANDOM_NOISINGS)
+def test_winners_alone_get_the_noise_they_have_in_a_pair(name):
+    noise = RANDOM_NOISINGS[name]
+    alone, pairs = noise(PATH, X0[:3], TIMESTEPS, 0, 5, IDS), noise(PATH, X0, TIMESTEPS, 0, 5, IDS)
+    assert_equal_rows(rows(alone, slice(None)), rows(pairs, slice(0, 3)))
 
 
-@pytest.mark.parametrize("name", NOISINGS)
+def test_the_images_of_a_list_differ_under_independent_noise():
+    x0 = torch.cat([X0, X0])
+    batch = independent(PATH, x0, TIMESTEPS, 0, 5, IDS)
+    assert len(batch.noise.unique()) == batch.noise.numel()
+    assert torch.equal(batch.timesteps, TIMESTEPS.repeat(4))
+    assert_equal_rows(rows(batch, slice(0, 6)), rows(independent(PATH, X0, TIMESTEPS, 0, 5, IDS), slice(None)))
+
+
+@pytest.mark.parametrize("name", RANDOM_NOISINGS)
 def test_another_step_or_seed_is_another_noise(name):
-    noise = NOISINGS[name]
+    noise = RANDOM_NOISINGS[name]
     first = noise(PATH, X0, TIMESTEPS, 0, 5, IDS).noise
     for seed, step in [(1, 5), (0, 6)]:
         assert not (noise(PATH, X0, TIMESTEPS, seed, step, IDS).noise == first).any()

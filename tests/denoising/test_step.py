@@ -32,7 +32,7 @@ def reference_of(kind, unet):
     if kind == "copy":
         return FrozenDenoiser.copy_of(unet, predict)
     add_lora(unet, std=0.0)
-    return FrozenDenoiser(unet, predict, adapters_off=adapters_off)
+    return FrozenDenoiser(unet, predict, frozen_weights=adapters_off)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

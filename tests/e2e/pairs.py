@@ -9,8 +9,11 @@ import torch
 from PIL import Image
 
 
-def write_pairs(folder: Path, number: int, side: int = 64) -> Path:
-    """Write pairs of coloured images with noise; the winner is the brighter one, and every seventh row is a tie."""
+def write_pairs(folder: Path, number: int, side: int = 64, captions: bool = False) -> Path:
+    """Write pairs of coloured images with noise; the winner is the brighter one, and every seventh row is a tie.
+
+    With `captions`, each image has one of its own as well, in caption_0 and caption_1.
+    """
     generator = torch.Generator().manual_seed(0)
     rows = []
     for index in range(number):
@@ -24,8 +27,23 @@ def write_pairs(folder: Path, number: int, side: int = 64) -> Path:
                 "jpg_1": images[1],
                 "label_0": label_0,
                 "label_1": 1 - label_0,
+                **({"caption_0": "a dark circle", "caption_1": f"a bright circle {index}"} if captions else {}),
             }
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+    return folder
+
+
+def write_lists(folder: Path, number: int, k: int, side: int = 64) -> Path:
+    """Write lists of k images, each brighter than the one before, with the scores of two judges that half agree."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for index in range(number):
+        noise = torch.rand(k, side, side, 3, generator=generator) * 60
+        images = [_png(noise[i] + 40 + 60 * i) for i in range(k)]
+        scores = [[float(i), float(torch.rand((), generator=generator))] for i in range(k)]
+        rows.append({"caption": f"a circle {index % 3}", "images": images, "scores": scores})
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     return folder

@@ -15,7 +15,7 @@ import reward_models
 from diffalign.backbones import loading
 from diffalign.data import open_pairs
 from diffalign.errors import ConfigError
-from diffalign.jobs import world
+from diffalign.jobs import world, world_data
 from diffalign.shapes.captions import parse, scenes
 from diffalign.shapes.oracle import Oracle
 from diffalign.shapes.pretraining import Pretraining
@@ -45,15 +45,15 @@ def test_rendered_pairs_are_labelled_as_the_oracle_sees_them():
 def test_labels_follow_the_logistic_annotator():
     image, rng = Image.new("RGB", (8, 8)), random.Random(0)
     for gap, share in ((0.08, 0.731), (0.2, 0.924)):
-        rows = [world._labelled(i, "a", image, image, gap, world.World(), rng) for i in range(2000)]
+        rows = [world_data._labelled(i, "a", image, image, gap, world_data.World(), rng) for i in range(2000)]
         agree = sum(row["best_image_uid"].endswith("best") for row in rows) / len(rows)
         assert agree == pytest.approx(share, abs=0.03)
-    assert world._labelled(0, "a", image, image, 0.01, world.World(), rng)["label_0"] == 0.5
+    assert world_data._labelled(0, "a", image, image, 0.01, world_data.World(), rng)["label_0"] == 0.5
 
 
 def test_unknown_parts_are_refused(tmp_path):
     with pytest.raises(ConfigError, match='Unknown part "pears"'):
-        world.build(tmp_path, ["pears"], world.World(), Pretraining(), None)
+        world.build(tmp_path, ["pears"], world_data.World(), Pretraining(), None)
 
 
 def test_the_shipped_pairs_are_read_and_never_show_a_held_out_combination():
@@ -79,7 +79,7 @@ def test_the_shipped_reward_models_agree_with_the_oracle(name):
 
 
 def test_the_whole_world_can_be_built_at_a_small_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "SAMPLING", replace(world.SAMPLING, num_inference_steps=2))
+    monkeypatch.setattr(world_data, "SAMPLING", replace(world_data.SAMPLING, num_inference_steps=2))
     monkeypatch.setattr(world, "VALIDATION_PAIRS", 8)
     small = world.World(training_captions=4, held_out_prompts=3, candidates=2, reward_pairs=24, reward_steps=2)
     recipe = Pretraining(images=32, vae_steps=2, vae_batch_size=4, unet_steps=2, unet_batch_size=4)

@@ -24,7 +24,7 @@ def test_fields_are_typed_and_have_defaults():
 @pytest.mark.parametrize(
     ("name", "hyperparameters", "message"),
     [
-        ("dop", {}, 'Unknown objective "dop". Did you mean "dpo"? Available: dpo, '),
+        ("dop", {}, 'Unknown objective "dop". Did you mean "dpo"? Available: '),
         ("base", {}, 'Unknown objective "base".'),
         ("dpo", {"betta": 1.0}, 'Unknown key "objective.betta". Did you mean "beta"? "dpo" takes: beta, label_smooth'),
         ("sft", {"zeta": 1.0}, 'Unknown key "objective.zeta". "sft" takes: no hyperparameters.'),

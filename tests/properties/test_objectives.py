@@ -5,33 +5,71 @@ import importlib
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from diffalign.objectives import Objective, PairErrors, SingleErrors, load, names, objective_class
+from diffalign.denoising import NOISINGS
+from diffalign.objectives import ListErrors, Objective, PairErrors, SingleErrors, load, names, objective_class
+from diffalign.objectives.base import NEEDS
 
 EXTREMES = (0.0, 1e-12, 1e-6, 1e-3, 1.0, 1e2, 1e4)
 
 
+def optional(objective: Objective, name: str, value: Tensor) -> Tensor | None:
+    """Return a field of the errors only if the objective asks for it."""
+    return value if name in objective.needs else None
+
+
+def statistic_of(objective: Objective) -> Tensor | None:
+    """Return a given statistic for objectives that couple their examples: with it, examples are independent."""
+    return torch.tensor(1e-5, dtype=torch.float64) if couples(objective) else None
+
+
+def couples(objective: Objective) -> bool:
+    """Tell whether an objective declares that its examples are not independent."""
+    return type(objective).statistic is not Objective.statistic
+
+
 def pair_errors(objective: Objective, policy: Tensor, reference: Tensor) -> PairErrors:
     """Build errors from policy and reference [2,B]: winners, losers."""
-    if "reference" not in objective.needs:
-        return PairErrors(policy_w=policy[0], policy_l=policy[1])
-    return PairErrors(policy_w=policy[0], policy_l=policy[1], reference_w=reference[0], reference_l=reference[1])
+    referenced = "reference" in objective.needs
+    return PairErrors(
+        policy_w=policy[0],
+        policy_l=policy[1],
+        reference_w=reference[0] if referenced else None,
+        reference_l=reference[1] if referenced else None,
+        preference=optional(objective, "preference", torch.full_like(policy[0], 0.7)),
+        drift_w=optional(objective, "drift", 1e-3 + 0 * policy[0]),
+        drift_l=optional(objective, "drift", 1e-3 + 0 * policy[0]),
+        residual_product=optional(objective, "residual_product", torch.zeros_like(policy[0])),
+        statistic=statistic_of(objective),
+    )
 
 
 def single_errors(objective: Objective, policy: Tensor, reference: Tensor) -> SingleErrors:
     """Build errors from policy and reference [1,B], desirable, or [2,B], desirable then undesirable."""
     desirable = None if objective.chosen_only else torch.arange(policy.numel()) < policy.shape[1]
     anchor = reference.flatten() if "reference" in objective.needs else None
-    return SingleErrors(policy=policy.flatten(), reference=anchor, desirable=desirable)
+    return SingleErrors(
+        policy=policy.flatten(), reference=anchor, desirable=desirable, statistic=statistic_of(objective)
+    )
+
+
+def list_errors(objective: Objective, policy: Tensor, reference: Tensor) -> ListErrors:
+    """Build lists of two from policy and reference [2,B]; with two images the order is all there is."""
+    scores = torch.tensor([1.0, 0.0], dtype=policy.dtype).expand(policy.shape[1], 2)
+    return ListErrors(policy=policy.T, reference=reference.T, scores=scores)
 
 
 # The loss at a logit of 0, by the objective's equation; a new objective need not be entered.
-AT_REFERENCE = {"dpo": math.log(2), "robust_dpo": math.log(2), "ipo": 0.25, "hinge": 1.0}
-BUILDERS = {"pair": pair_errors, "single": single_errors}
+AT_REFERENCE = {name: math.log(2) for name in ("dpo", "robust_dpo", "inpo", "smpo", "dcpo", "sdpo", "npo", "fdpo")}
+AT_REFERENCE |= {"ipo": 0.25, "hinge": 1.0, "bco": 2 * math.log(2), "sppo": 0.5, "apo": 1.0, "nca": 2 * math.log(2)}
+REVERSED = {"npo"}  # learns what people do not want
+WINNER_ONLY = {"dspo"}  # the loser enters through the weight alone, whose gradient is 0 where the drift is small
+BUILDERS = {"pair": pair_errors, "single": single_errors, "list": list_errors}
 
 
 def images_of(objective: Objective) -> int:
@@ -53,6 +91,16 @@ def typical(objective: Objective, count: int = 5) -> tuple[Tensor, Tensor]:
     return policy, reference
 
 
+def name_of(objective: Objective) -> str:
+    """Return the name of an objective: its file."""
+    return type(objective).__module__.rsplit(".", 1)[-1]
+
+
+WITH_PAIR_LOGIT = [
+    name for name in names() if hasattr(objective_class(name), "logit") and objective_class(name).layout == "pair"
+]
+
+
 @pytest.fixture(params=names())
 def objective(request):
     """Return every objective in turn, with its default hyperparameters."""
@@ -63,9 +111,10 @@ def test_gradient_raises_winners_and_lowers_losers_at_the_reference(objective):
     _, reference = typical(objective)
     policy = reference.clone().requires_grad_()
     loss_of(objective, policy, reference).sum().backward()
-    assert (policy.grad[0] > 0).all(), "a smaller error of the winner must lower the loss"
-    if not objective.chosen_only:
-        assert (policy.grad[1] < 0).all(), "a smaller error of the loser must raise the loss"
+    sign = -1 if name_of(objective) in REVERSED else 1
+    assert (sign * policy.grad[0] > 0).all(), "a smaller error of the winner must lower the loss"
+    if not objective.chosen_only and name_of(objective) not in WINNER_ONLY:
+        assert (sign * policy.grad[1] < 0).all(), "a smaller error of the loser must raise the loss"
 
 
 def test_gradient_is_the_derivative(objective):
@@ -96,24 +145,42 @@ def test_examples_are_independent(objective):
     assert len(together.unique()) == together.numel()
 
 
+def test_a_statistic_is_the_only_way_examples_depend_on_each_other(objective):
+    policy, reference = typical(objective)
+    if not couples(objective):
+        return
+    errors = replace(BUILDERS[objective.layout](objective, policy, reference), statistic=None)
+    statistic = objective.statistic(errors)
+    assert statistic.ndim == 0
+    assert not statistic.requires_grad
+    given = replace(errors, statistic=statistic)
+    torch.testing.assert_close(objective.loss(errors), objective.loss(given), rtol=0, atol=0)
+
+
+def test_needs_and_noising_are_known(objective):
+    assert objective.needs <= NEEDS
+    assert objective.noising in NOISINGS
+
+
 def test_one_loss_an_example(objective):
     policy, reference = typical(objective, count=3)
-    expected = 3 if objective.layout == "pair" else 3 * images_of(objective)
+    expected = 3 * images_of(objective) if objective.layout == "single" else 3
     assert loss_of(objective, policy, reference).shape == (expected,)
 
 
-@pytest.mark.parametrize("name", [name for name in names() if hasattr(objective_class(name), "logit")])
+@pytest.mark.parametrize("name", WITH_PAIR_LOGIT)
 def test_logit_is_zero_at_the_reference_and_changes_sign_with_the_label(name):
     objective = load(name)
     policy, reference = typical(objective)
     logit = objective.logit(pair_errors(objective, policy, reference))
     swapped = objective.logit(pair_errors(objective, policy.flip(0), reference.flip(0)))
-    torch.testing.assert_close(swapped, -logit, rtol=1e-12, atol=0)
-    assert logit.abs().min() > 1e-3
+    torch.testing.assert_close(swapped, -logit, rtol=1e-9, atol=0)
+    # dspo's beta is 0.01: its logit is small by design.
+    assert logit.abs().min() > 1e-6 * min(1e3, objective.beta)
 
     if "reference" not in objective.needs:
         return
-    at_reference = pair_errors(objective, reference.float(), reference.float())
+    at_reference = replace(pair_errors(objective, reference.float(), reference.float()), statistic=None)
     assert not objective.logit(at_reference).any()
     loss = objective.loss(at_reference)
     assert torch.equal(loss, loss[:1].expand(5))

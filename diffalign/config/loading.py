@@ -9,133 +9,15 @@ expected.
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
 from diffalign import objectives
-from diffalign.backbones.adapters import ATTENTION
-from diffalign.denoising import NOISINGS
+from diffalign.config import checks
+from diffalign.config.config import Config
 from diffalign.errors import ConfigError, suggestion
-from diffalign.training.settings import (
-    LoggingSettings,
-    OptimizerSettings,
-    Settings,
-    TrainSettings,
-    ValidationSettings,
-)
 from diffalign.yaml_text import dump_yaml, parse_yaml
-
-
-class ModelSettings(Settings):
-    """Which model is aligned."""
-
-    pretrained_model_name_or_path: str
-    """A hub id, a diffusers folder or a single .safetensors file of SD1.5, SD2.1 or SDXL."""
-    pretrained_vae_model_name_or_path: str | None = None
-    """Another VAE, such as madebyollin/sdxl-vae-fp16-fix."""
-    unet_init: str | None = None
-    """Start policy and reference from this UNet (a folder with unet/, or a UNet folder), e.g. an SFT model."""
-    revision: str | None = None
-    variant: str | None = None
-    prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """Only for checkpoints whose scheduler config is wrong; null takes what the model says."""
-    zero_terminal_snr: bool = False
-    """Rescale the noise schedule so that the last level is pure noise (Lin et al. 2023)."""
-    tune: Literal["lora", "full"] = "lora"
-
-
-class LoraSettings(Settings):
-    """The adapter, if model.tune is lora. Names are those of diffusers' scripts."""
-
-    rank: int = Field(8, ge=1)
-    lora_alpha: float | None = Field(None, gt=0)
-    """The update is scaled by lora_alpha / rank; null means rank."""
-    lora_target_modules: list[str] = Field(list(ATTENTION), min_length=1)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    export_kohya: bool = False
-    """Also write the LoRA in the kohya layout that ComfyUI and A1111 read."""
-
-
-class DataSettings(Settings):
-    """Where the preference pairs come from and how they are prepared."""
-
-    dataset_name: str | None = None
-    """A data set on the hub with Pick-a-Pic's columns, e.g. yuvalkirstain/pickapic_v2."""
-    train_data_dir: str | None = None
-    """A parquet file, a folder of them, a .jsonl file, or a folder with w/ and l/."""
-    dataset_config_name: str | None = None
-    dataset_split_name: str = "train"
-    format: Literal["pickapic", "jsonl", "folders"] | None = None
-    """null tells it from the files."""
-    image_columns: list[str] = Field(["jpg_0", "jpg_1"], min_length=2, max_length=2)
-    label_columns: list[str] = Field(["label_0", "label_1"], min_length=2, max_length=2)
-    caption_column: str = "caption"
-    max_train_samples: int | None = Field(None, ge=1)
-    on_error: Literal["raise", "skip"] = "raise"
-    """What to do about rows that cannot be used: stop at the first, or count, list and skip them."""
-    resolution: int = Field(512, ge=8)
-    random_crop: bool = False
-    """Crop at random instead of in the middle; needs cache_latents: false."""
-    random_flip: bool = True
-    """Flip both images of a pair together, half of the time."""
-    proportion_empty_prompts: float = Field(0.0, ge=0, le=1)
-    """Share of pairs trained without their caption, so that guidance keeps working (0.2 in Diffusion-DPO)."""
-    cache_latents: bool = True
-    """Encode images and prompts once, into cache_dir, instead of at every step."""
-    cache_dir: str = "cache"
-    cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    vae_encode_batch_size: int = Field(8, ge=1)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "DataSettings":
-        if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise ValueError(
-                "Give exactly one of data.dataset_name (hub) and data.train_data_dir (local files); null clears one"
-            )
-        if self.random_crop and self.cache_latents:
-            raise ValueError("data.random_crop needs data.cache_latents: false (a cached latent has one crop)")
-        return self
-
-
-class DenoisingSettings(Settings):
-    """How latents are noised."""
-
-    noising: Literal[tuple(NOISINGS)] = "shared"
-    """shared: one noise for both images of a pair, as in the code of Diffusion-DPO; independent: its Eq. 14."""
-    timestep_low: int = Field(0, ge=0)
-    timestep_high: int | None = Field(None, ge=1)
-    """Timesteps are drawn uniformly from [timestep_low, timestep_high); null means all."""
-
-    @model_validator(mode="after")
-    def _some_timestep(self) -> "DenoisingSettings":
-        low, high = self.timestep_low, self.timestep_high
-        if high is not None and low >= high:
-            raise ValueError(f"denoising.timestep_low must be below denoising.timestep_high, got {low} and {high}")
-        return self
-
-
-class Config(Settings):
-    """A whole training run."""
-
-    model: ModelSettings
-    lora: LoraSettings = LoraSettings()
-    data: DataSettings
-    objective: dict[str, Any]
-    denoising: DenoisingSettings = DenoisingSettings()
-    optimizer: OptimizerSettings = OptimizerSettings()
-    train: TrainSettings = TrainSettings()
-    validation: ValidationSettings = ValidationSettings()
-    logging: LoggingSettings = LoggingSettings()
-
-    @property
-    def objective_name(self) -> str:
-        """Return the name of the objective."""
-        return self.objective["name"]
-
-    def build_objective(self) -> objectives.Objective:
-        """Build the objective from its block; the block is known to be valid."""
-        return objectives.load(**self.objective)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -160,7 +42,9 @@ def check(content: dict[str, Any]) -> Config:
     if not isinstance(config.objective.get("name"), str):
         got = f", got {config.objective['name']!r}" if "name" in config.objective else ""
         raise ConfigError(f'"objective.name" must be one of {", ".join(objectives.names())}{got}.')
-    return config.model_copy(update={"objective": {"name": config.objective_name} | _hyperparameters(config)})
+    config = config.model_copy(update={"objective": {"name": config.objective_name} | _hyperparameters(config)})
+    checks.check(config)
+    return config
 
 
 def _hyperparameters(config: Config) -> dict[str, Any]:

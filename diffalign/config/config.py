@@ -1,0 +1,52 @@
+"""The configuration of a whole training run."""
+
+from typing import Any
+
+from diffalign import objectives
+from diffalign.config.sections import (
+    DataSettings,
+    DenoisingSettings,
+    InversionSettings,
+    LoraSettings,
+    LossSettings,
+    ModelSettings,
+    ReferenceSettings,
+)
+from diffalign.training.settings import (
+    LoggingSettings,
+    OptimizerSettings,
+    Settings,
+    TrainSettings,
+    ValidationSettings,
+)
+
+
+class Config(Settings):
+    """A whole training run."""
+
+    model: ModelSettings
+    lora: LoraSettings = LoraSettings()
+    data: DataSettings
+    objective: dict[str, Any]
+    denoising: DenoisingSettings = DenoisingSettings()
+    inversion: InversionSettings = InversionSettings()
+    reference: ReferenceSettings = ReferenceSettings()
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    train: TrainSettings = TrainSettings()
+    validation: ValidationSettings = ValidationSettings()
+    logging: LoggingSettings = LoggingSettings()
+
+    @property
+    def objective_name(self) -> str:
+        """Return the name of the objective."""
+        return self.objective["name"]
+
+    @property
+    def noising(self) -> str:
+        """Return how latents are noised: what is set, else what the objective's paper does."""
+        return self.denoising.noising or objectives.objective_class(self.objective_name).noising
+
+    def build_objective(self) -> objectives.Objective:
+        """Build the objective from its block; the block is known to be valid."""
+        return objectives.load(**self.objective)

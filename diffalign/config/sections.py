@@ -1,0 +1,187 @@
+"""The sections of a configuration that say what is aligned, on which data, and how the loss is made."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from diffalign.backbones.adapters import ATTENTION
+from diffalign.denoising import NOISINGS
+from diffalign.training.settings import Settings
+
+
+class ModelSettings(Settings):
+    """Which model is aligned."""
+
+    pretrained_model_name_or_path: str
+    """A hub id, a diffusers folder or a single .safetensors file of SD1.5, SD2.1 or SDXL."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another VAE, such as madebyollin/sdxl-vae-fp16-fix."""
+    unet_init: str | None = None
+    """Start policy and reference from this UNet (a folder with unet/, or a UNet folder), e.g. an SFT model."""
+    revision: str | None = None
+    variant: str | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """Only for checkpoints whose scheduler config is wrong; null takes what the model says."""
+    zero_terminal_snr: bool = False
+    """Rescale the noise schedule so that the last level is pure noise (Lin et al. 2023)."""
+    tune: Literal["lora", "full"] = "lora"
+
+
+class LoraSettings(Settings):
+    """The adapter, if model.tune is lora. Names are those of diffusers' scripts."""
+
+    rank: int = Field(8, ge=1)
+    lora_alpha: float | None = Field(None, gt=0)
+    """The update is scaled by lora_alpha / rank; null means rank."""
+    lora_target_modules: list[str] = Field(list(ATTENTION), min_length=1)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    export_kohya: bool = False
+    """Also write the LoRA in the kohya layout that ComfyUI and A1111 read."""
+
+
+class DataSettings(Settings):
+    """Where the preference pairs come from and how they are prepared."""
+
+    dataset_name: str | None = None
+    """A data set on the hub with Pick-a-Pic's columns, e.g. yuvalkirstain/pickapic_v2."""
+    train_data_dir: str | None = None
+    """A parquet file, a folder of them, a .jsonl file, or a folder with w/ and l/."""
+    dataset_config_name: str | None = None
+    dataset_split_name: str = "train"
+    format: Literal["pickapic", "jsonl", "folders", "lists", "singles"] | None = None
+    """null tells it from the files. lists: ranked images of a prompt; singles: images with a label each."""
+    image_columns: list[str] = Field(["jpg_0", "jpg_1"], min_length=2, max_length=2)
+    label_columns: list[str] = Field(["label_0", "label_1"], min_length=2, max_length=2)
+    caption_column: str = "caption"
+    image_caption_columns: list[str] | None = Field(None, min_length=2, max_length=2)
+    """Columns with a caption of each image (DCPO), e.g. [caption_0, caption_1]; null: caption_column for both."""
+    list_labels: Literal["win_rate", "as_is"] = "win_rate"
+    """Of ranked lists: the share of comparisons an image wins over all scorers (Syn-Pic), or the scores themselves."""
+    max_train_samples: int | None = Field(None, ge=1)
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do about rows that cannot be used: stop at the first, or count, list and skip them."""
+    resolution: int = Field(512, ge=8)
+    random_crop: bool = False
+    """Crop at random instead of in the middle; needs cache_latents: false."""
+    random_flip: bool = True
+    """Flip both images of a pair together, half of the time."""
+    proportion_empty_prompts: float = Field(0.0, ge=0, le=1)
+    """Share of pairs trained without their caption, so that guidance keeps working (0.2 in Diffusion-DPO)."""
+    cache_latents: bool = True
+    """Encode images and prompts once, into cache_dir, instead of at every step."""
+    cache_dir: str = "cache"
+    cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    vae_encode_batch_size: int = Field(8, ge=1)
+
+    annotations_file: str | None = None
+    """A parquet with scores (as `diffalign score` writes for pairs) or weights, joined by example_id."""
+    scorer: str | None = None
+    """A reward model, NAME or NAME=PATH, that scores all pairs before training; with annotations_file, whose scores."""
+    preference_from: Literal["label", "scores"] = "label"
+    """scores: P(winner preferred) = sigmoid((s_w - s_l) / (max - min)), as in SmPO."""
+    score_range: list[float] | None = Field(None, min_length=2, max_length=2)
+    """[min, max] of the scores; null takes those of the data."""
+    label_source: Literal["human", "reward"] = "human"
+    """reward: of two images the one with the higher score is the winner."""
+    flip_labels: float = Field(0.0, ge=0, le=1)
+    """Probability that the label of a pair is flipped, for studies of label noise."""
+    desirable: Literal["won_once", "never_lost", "drop_mixed"] = "won_once"
+    """Which images of pairs count as desirable for an objective of single images (KTO)."""
+    positive_ratio: float | None = Field(None, gt=0, lt=1)
+    """Share of desirable images in what KTO sees (0.8 in the paper); null: as they come."""
+    curriculum_stages: int | None = Field(None, ge=2)
+    """Easy to hard: start with the pairs of the largest score gap and add a share of harder ones at every stage."""
+    curriculum_steps: int = Field(500, ge=1)
+    """Optimizer steps of a stage."""
+
+    @model_validator(mode="after")
+    def _scores_for_what_needs_them(self) -> "DataSettings":
+        wanted = {
+            "data.preference_from: scores": self.preference_from == "scores",
+            "data.label_source: reward": self.label_source == "reward",
+            "data.curriculum_stages": self.curriculum_stages is not None,
+        }
+        for key, set_ in wanted.items():
+            if set_ and self.scorer is None and self.annotations_file is None:
+                raise ValueError(f"{key} needs data.scorer (a reward model) or data.annotations_file (its scores)")
+        if self.score_range is not None and self.score_range[0] >= self.score_range[1]:
+            raise ValueError(f"data.score_range must be [min, max] with min < max, got {self.score_range}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataSettings":
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise ValueError(
+                "Give exactly one of data.dataset_name (hub) and data.train_data_dir (local files); null clears one"
+            )
+        if self.random_crop and self.cache_latents:
+            raise ValueError("data.random_crop needs data.cache_latents: false (a cached latent has one crop)")
+        return self
+
+
+class DenoisingSettings(Settings):
+    """How latents are noised."""
+
+    noising: Literal[NOISINGS] | None = None
+    """null: that of the objective's paper. shared: one noise for both images of a pair, as in the code of
+    Diffusion-DPO; independent: its Eq. 14; ddim_inversion: InPO; renoise_inversion: SmPO."""
+    timestep_low: int = Field(0, ge=0)
+    timestep_high: int | None = Field(None, ge=1)
+    """Timesteps are drawn uniformly from [timestep_low, timestep_high); null means all."""
+
+    snr_weighting: Literal["none", "min_snr"] = "none"
+    """min_snr: multiply every error by min(SNR, snr_gamma) / SNR (Hang et al. 2023)."""
+    snr_gamma: float = Field(5.0, gt=0)
+
+    @model_validator(mode="after")
+    def _some_timestep(self) -> "DenoisingSettings":
+        low, high = self.timestep_low, self.timestep_high
+        if high is not None and low >= high:
+            raise ValueError(f"denoising.timestep_low must be below denoising.timestep_high, got {low} and {high}")
+        return self
+
+
+class InversionSettings(Settings):
+    """How latents are inverted, if the noising is ddim_inversion or renoise_inversion."""
+
+    num_steps: int = Field(10, ge=1)
+    """Levels of the whole schedule."""
+    mode: Literal["exact", "official_compat"] = "exact"
+    """exact ends every image on its own timestep; official_compat: as the authors' code."""
+    grid: Literal["stride", "proportional"] = "stride"
+    """Of exact: steps of T / num_steps, 5.5 of 10 needed on average; or num_steps equal parts of [0, t]."""
+    eta: float = Field(0.0, ge=0)
+    """Fresh noise in every step; 0.1 in InPO's code, not mentioned in its paper."""
+    network: Literal["policy", "reference"] = "policy"
+    """What is inverted: the policy as it is now (the authors), or the reference (an approximation)."""
+    renoise_iterations: int = Field(1, ge=1)
+    """Of renoise_inversion; each doubles the evaluations once more."""
+    renoise_at: Literal["source", "destination"] = "source"
+    """Timestep of these evaluations: source as in SmPO's code, destination as in ReNoise."""
+    batch_size: int = Field(32, ge=1)
+    """Images in one pass without gradient."""
+
+
+class ReferenceSettings(Settings):
+    """Whether the reference stays where training started."""
+
+    update: Literal["fixed", "ema", "refresh"] = "fixed"
+    """ema: a moving average of the policy; refresh: a copy of it, renewed every so many steps."""
+    decay: float = Field(0.999, ge=0, lt=1)
+    """Of the moving average."""
+    every: int = Field(1, ge=1)
+    """Optimizer steps between two updates."""
+
+
+class LossSettings(Settings):
+    """Terms and rules that go with any objective."""
+
+    anchor_weight: float = Field(0.0, ge=0)
+    """Adds anchor_weight * mean (policy - reference)^2 of the predictions."""
+    sft_weight: float = Field(0.0, ge=0)
+    """Adds sft_weight * denoising error of the winner."""
+    auto_beta: float | None = Field(None, gt=0, lt=0.5)
+    """Choose beta so that a pair of average margin keeps this gradient factor, e.g. 0.2; null: objective.beta."""
+    auto_beta_decay: float = Field(0.99, ge=0, lt=1)
+    auto_beta_limits: list[float] = Field([1.0, 1e5], min_length=2, max_length=2)
+    """Smallest and largest beta that auto_beta may choose."""
