@@ -1,11 +1,12 @@
 # make demo   set up, then align the embedded pipeline and show the result (runs/demo)
 # make test   set up, then run the default tests          make lint    ruff
-# make bench  the benchmarks of this machine              make clean   remove everything that can be made again
+# make bench  the optimizer step on this machine         make methods  every objective compared, about two hours
+# make label-noise  the study of flipped labels           make clean   remove everything that can be made again
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test slow lint bench clean
+.PHONY: setup demo test slow lint bench methods label-noise clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +31,12 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+methods: setup
+	$(BIN)/python -m benchmarks methods
+
+label-noise: setup
+	$(BIN)/python -m benchmarks label-noise
 
 clean:
 	rm -rf $(VENV) runs cache build *.egg-info

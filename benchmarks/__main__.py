@@ -1,18 +1,38 @@
-"""`make bench`: run the benchmarks of this machine and record them under benchmarks/results/."""
+"""`python -m benchmarks [cpu-step | methods | label-noise]`: measure, and record under benchmarks/results/."""
 
+import argparse
 import datetime
 import json
 from pathlib import Path
 
 import torch
 
-from benchmarks import cpu_step
+from benchmarks import cpu_step, label_noise, methods
 from diffalign.jobs.train import versions
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
+    """Run the benchmark named on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("cpu-step", help="the optimizer step on this CPU, against what the public scripts do (default)")
+    compared = commands.add_parser("methods", help="every objective on the embedded world; hours on two cores")
+    compared.add_argument("names", nargs="*", help="only these objectives")
+    compared.add_argument("--output", type=Path, default=Path("runs/methods").resolve())
+    noise = commands.add_parser("label-noise", help="DPO against robust DPO under flipped labels")
+    noise.add_argument("--output", type=Path, default=Path("runs/label-noise").resolve())
+    asked = parser.parse_args()
+    if asked.command == "methods":
+        methods.main(asked.names, asked.output)
+    elif asked.command == "label-noise":
+        label_noise.main(asked.output)
+    else:
+        measure_cpu_step()
+
+
+def measure_cpu_step() -> None:
     """Measure the optimizer step on the CPU; write a JSON file named after the day and print it."""
     record = {
         "date": datetime.date.today().isoformat(),
