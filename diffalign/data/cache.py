@@ -165,15 +165,10 @@ class LatentCache:
         preference: np.ndarray | None = None,
         scores: np.ndarray | None = None,
     ) -> PreferenceBatch:
-        """Make a batch of B examples [B] from any rows of the cache: images [B,k] and prompts [B,k].
+        """Make a batch of B examples from any rows of the cache.
 
-        Args:
-            example_ids: int64 [B].
-            images: rows of the latents.
-            prompts: rows of the prompt embeddings.
-            augment: says how the examples are shown.
-            preference: [B] or None.
-            scores: [B,k] or None.
+        `example_ids` [B] key the augmentation, `images` [B,k] are rows of the latents, `prompts` [B,k] of the prompt
+        embeddings; `preference` [B] and `scores` [B,k] are passed on.
         """
         ids = torch.from_numpy(np.asarray(example_ids, dtype=np.int64))
         drawn, k = augment(ids), images.shape[1]

@@ -111,8 +111,6 @@ class StreamingPairs(PairSource):
     starts the stream anew. The number of pairs is known only if `max_samples` says it.
     """
 
-    has_preference = None
-
     def __init__(
         self,
         dataset: "datasets.IterableDataset",
@@ -126,6 +124,7 @@ class StreamingPairs(PairSource):
     ):
         self.schema = schema or Columns()
         super().__init__(rejects, self.schema)
+        self.has_preference = None if self.schema.unit == "pairs" else False
         self.name, self.max_samples, self.window = name, max_samples, window
         self._dataset, self._origin = undecoded(dataset, self.schema), describe
         self._counted = 0  # rows counted so far: a second pass counts nothing twice

@@ -34,6 +34,11 @@ def test_authors_scale_of_the_loser(name):
         assert scale.tolist() == pytest.approx([expected] * len(scale), rel=1e-5, abs=1e-6)
 
 
+def test_a_loser_that_does_no_harm_keeps_its_gradient():
+    errors, _ = golden_errors(RECORDS["dpo_c1_b2000"], residual_product=tensor([-0.01, 0.0, 1e-6]))
+    assert load("sdpo", mu=0.6).loser_scale(errors).tolist() == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("case", ["c1", "c2"])
 @pytest.mark.parametrize("scale", [0.0, 0.4])
 def test_authors_loss_with_a_given_scale(case, scale):

@@ -182,9 +182,9 @@ def test_logit_is_zero_at_the_reference_and_changes_sign_with_the_label(name):
         return
     at_reference = replace(pair_errors(objective, reference.float(), reference.float()), statistic=None)
     assert not objective.logit(at_reference).any()
-    loss = objective.loss(at_reference)
-    assert torch.equal(loss, loss[:1].expand(5))
     if name in AT_REFERENCE:
+        loss = objective.loss(at_reference)
+        assert torch.equal(loss, loss[:1].expand(5))
         torch.testing.assert_close(loss[0].item(), AT_REFERENCE[name], rtol=1e-7, atol=0)
 
 

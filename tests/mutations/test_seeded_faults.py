@@ -1,0 +1,149 @@
+"""Faults that have been made before, by others or by us: each is put into a copy of the code, and tests must fail.
+
+A fault that stays unnoticed means that a test is missing, not that the entry should go.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OBJECTIVES, DENOISING = "tests/objectives", "tests/denoising"
+GOLDENS = f"{OBJECTIVES}/test_pair_goldens.py"
+
+# name: (file below diffalign/, text, what it becomes, tests that must notice)
+FAULTS = {
+    "the factor 1/2 of the DPO logit is lost": (
+        "objectives/base.py", "return self.beta / 2 * errors.margin", "return self.beta * errors.margin",
+        f"{OBJECTIVES}/test_dpo.py",
+    ),
+    "the sign of the margin is swapped": (
+        "objectives/base.py", "return log_ratio_w - log_ratio_l", "return log_ratio_l - log_ratio_w",
+        f"{OBJECTIVES}/test_dpo.py",
+    ),
+    "a log of a sigmoid instead of a log-sigmoid": (
+        "objectives/dpo.py", "-F.logsigmoid(logit)", "-logit.sigmoid().log()", "tests/properties/test_objectives.py",
+    ),
+    "errors are reduced in float16": (
+        "denoising/step.py", "a = a.float()", "a = a.half()", f"{DENOISING}/test_step.py",
+    ),
+    "the probability of the first pair is used for all": (
+        "objectives/smpo.py", "errors.preference - 1", "errors.preference[0] - 1", GOLDENS,
+    ),
+    "adapters stay on in the reference pass": (
+        "denoising/frozen.py", "weights = self.frozen_weights(self.denoiser) if self.frozen_weights else nullcontext()",
+        "weights = nullcontext()", f"{DENOISING}/test_frozen.py",
+    ),
+    "the reference pass records gradients": (
+        "denoising/frozen.py", "torch.no_grad(), weights", "weights", f"{DENOISING}/test_frozen.py",
+    ),
+    "winner and loser get different noise": (
+        "denoising/noising.py", "noise = normal(seed, step, example_ids, x0.shape[1:]).repeat(images, "
+        "*(1 for _ in x0.shape[1:]))", 'noise = per_image(seed, step, example_ids, x0, "noise")',
+        f"{DENOISING}/test_noising.py",
+    ),
+    "noise does not depend on the step": (
+        "denoising/draws.py", "torch.full_like(block, step)", "torch.full_like(block, 0)", f"{DENOISING}/test_draws.py",
+    ),
+    "MaPO without its series for small errors": (
+        "objectives/mapo.py", "small = z < SERIES_BELOW", "small = z < 0", f"{OBJECTIVES}/test_mapo.py",
+    ),
+    "the KTO baseline carries a gradient": (
+        "objectives/kto.py", "log_ratio = errors.log_ratio.detach()", "log_ratio = errors.log_ratio",
+        f"{OBJECTIVES}/test_kto.py",
+    ),
+    "the KTO baseline may be negative": (
+        "objectives/kto.py", 'baseline.clamp(min=0.0) if self.baseline == "batch" else baseline', "baseline",
+        f"{OBJECTIVES}/test_kto.py",
+    ),
+    "undesirable images get the weight of desirable ones": (
+        "objectives/kto.py", "self.lambda_desirable, self.lambda_undesirable)",
+        "self.lambda_desirable, self.lambda_desirable)", f"{OBJECTIVES}/test_kto.py",
+    ),
+    "lists are ranked from worst to best": (
+        "objectives/rankdpo.py", "descending=True", "descending=False", f"{OBJECTIVES}/test_rankdpo.py",
+    ),
+    "equal scores of a list are trained on": (
+        "objectives/rankdpo.py", "importance * (scores[:, :, None] > scores[:, None])", "importance",
+        f"{OBJECTIVES}/test_rankdpo.py",
+    ),
+    "the loser scale of SDPO exceeds 1": (
+        "objectives/sdpo.py", "ratio.clamp(max=1.0)", "ratio", f"{OBJECTIVES}/test_changed_gradients.py",
+    ),
+    "the weight of DSPO is detached": (
+        "objectives/dspo.py", "self.logit(errors)).exp()", "self.logit(errors)).exp().detach()",
+        f"{OBJECTIVES}/test_changed_gradients.py",
+    ),
+    "robust DPO is not divided by 1 - 2e": (
+        "objectives/robust_dpo.py", "/ (1 - 2 * flip)", "", f"{OBJECTIVES}/test_dpo_family.py",
+    ),
+    "IPO aims at another margin": (
+        "objectives/ipo.py", "(errors) - 0.5)", "(errors) - 1.0)", f"{OBJECTIVES}/test_dpo_family.py",
+    ),
+    "NPO learns what people want": (
+        "objectives/npo.py", "F.logsigmoid(-self.logit(errors))", "F.logsigmoid(self.logit(errors))", GOLDENS,
+    ),
+    "the network is told the level it goes to": (
+        "denoising/inversion.py", "predicted = [noise_at(start, here)]", "predicted = [noise_at(start, there)]",
+        f"{DENOISING}/test_inversion.py",
+    ),
+    "the clean image counts as timestep 0": (
+        "denoising/inversion.py", "torch.where(grid == CLEAN, torch.ones_like(abar), abar)", "abar",
+        f"{DENOISING}/test_inversion.py",
+    ),
+    "images that have arrived are inverted on": (
+        "denoising/inversion.py", "(hops.count > step)", "(hops.count > -1)", f"{DENOISING}/test_inversion.py",
+    ),
+    "the inversion ends before its timestep": (
+        "denoising/inversion.py", "if 0 < level < t), t]", "if 0 < level < t)]", f"{DENOISING}/test_inversion.py",
+    ),
+    "v is weighted as epsilon": (
+        "denoising/weighting.py", 'if path.prediction_type == "epsilon":', "if True:", f"{DENOISING}/test_weighting.py",
+    ),
+    "the moving reference moves by its decay": (
+        "training/moving_reference.py", "1 - self.decay)", "self.decay)", "tests/training/test_moving_reference.py",
+    ),
+    "the policy keeps the weights of the reference": (
+        "training/moving_reference.py", "        finally:\n            self._exchange()",
+        "        finally:\n            pass", "tests/training/test_moving_reference.py",
+    ),
+    "beta follows the margin instead of its inverse": (
+        "training/auto_beta.py", "-2 * self.logit / self.average", "-2 * self.logit * self.average",
+        "tests/training/test_auto_beta.py",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Run all faults in a copy of the code and return the exit code of the tests by fault; "" is no fault."""
+    folder = tmp_path_factory.mktemp("mutant")
+    for part in ("diffalign", "tests"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    everything = sorted({fault[3] for fault in FAULTS.values()})
+    (folder / "faults.json").write_text(json.dumps({"": [None, None, None, everything], **FAULTS}), encoding="utf8")
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    runner = [sys.executable, str(Path(__file__).with_name("runner.py"))]
+    done = subprocess.run(runner, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "outcomes.json").read_text(encoding="utf8"))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_seeded_fault_is_caught(name, outcomes):
+    file, text, _, tests = FAULTS[name]
+    assert (ROOT / "diffalign" / file).read_text(encoding="utf8").count(text) == 1, f"{file} has changed: update this"
+    code, output = outcomes[name]
+    # 1: tests failed. Anything else, such as 2 for an import error, would prove nothing.
+    assert code == 1, f"{tests} did not notice (exit code {code}):\n{output}"
+
+
+def test_the_copy_passes_without_a_fault(outcomes):
+    code, output = outcomes[""]
+    assert code == 0, output
