@@ -14,17 +14,23 @@ from torch import nn
 from diffalign import config as configuration
 from diffalign.backbones import adapters, loading, published, single_file
 from diffalign.config import Config
+from diffalign.denoising import INVERSIONS, DDPMPath, inversion
 from diffalign.errors import ModelError
+from diffalign.jobs import assemble
+from diffalign.objectives.base import UNITS
 from diffalign.training import optimizer
 from diffalign.training.batching import BatchPlan
 
 GIB = 2**30
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 # Optimizer state per trained parameter, bytes: two float32 moments, two bytes, a factored second moment.
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0.1}
 # Saved activations of one image at the native resolution, GiB: (LoRA, full) under autocast, then with checkpointing.
 # Counted on meta tensors, see docs/performance.md; they grow with the area of the image.
 ACTIVATIONS = {"sdxl": (1024, 7.25, 8.56, 0.5), "sd15": (512, 1.08, 1.35, 0.14)}
+# Images of an example that pass with gradient; how long the lists are is only known from the data.
+IMAGES = {"single": 1, "pair": 2, "list": 4}
 NATIVE_WIDTH = {"sdxl": 320, "sd15": 320}
 
 
@@ -54,10 +60,12 @@ def show(config: Config, console: Console) -> None:
     total, trained = _parameters(config, denoiser)
     memory = estimate_memory(config, plan, family, denoiser, total, trained)
     table = Table(show_header=False, box=None, pad_edge=False)
+    unit = UNITS[config.build_objective().layout]
     rows = {
         "objective": repr(config.build_objective()),
-        "batch": str(plan),
-        "pairs seen": f"{plan.global_batch_size * config.train.max_train_steps:,}",
+        "batch": plan.describe(unit),
+        f"{unit} seen": f"{plan.global_batch_size * config.train.max_train_steps:,}",
+        "network passes": passes(config),
         "learning rate": f"{rate:.4g} after {config.optimizer.lr_warmup_steps} warm-up steps",
         "model": f"{family}, {total:,} parameters ({source})",
         "trained": f"{trained:,} parameters ({trained / total:.2%})",
@@ -66,6 +74,21 @@ def show(config: Config, console: Console) -> None:
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", value)
     console.print(table)
+
+
+def passes(config: Config) -> str:
+    """Word how many images pass through the network for one example, the cost of a method."""
+    objective = config.build_objective()
+    images, mismatched = IMAGES[objective.layout], 2 if "mismatched" in objective.needs else 0
+    frozen = float(images * (("reference" in objective.needs) + mismatched))
+    note = f" (lists counted as {images} images)" if objective.layout == "list" else ""
+    if config.noising in INVERSIONS:
+        how, path = assemble.inversion(config), DDPMPath.from_config(STABLE_DIFFUSION)
+        low, high = config.denoising.timestep_low, config.denoising.timestep_high or path.num_train_timesteps
+        steps = inversion.plan(path, torch.arange(low, high), how).count.double().mean().item()
+        frozen += images * steps * (1 + how.renoise_iterations)
+        note += f", of them {frozen - images:.1f} for the inversion"
+    return f"{images} images with gradient and {frozen:.3g} without per example{note}"
 
 
 def skeleton(config: Config) -> tuple[nn.Module, str, str]:
@@ -118,8 +141,7 @@ def estimate_memory(
         native, lora, everything, checkpointed = ACTIVATIONS[family]
         image = checkpointed if config.train.gradient_checkpointing else everything if full else lora
         scale = (config.data.resolution / native) ** 2 * (2 if half == 4 else 1)
-        images = plan.train_batch_size * (1 if config.build_objective().chosen_only else 2)
-        activations = image * scale * images
+        activations = image * scale * plan.train_batch_size * IMAGES[config.build_objective().layout]
     return MemoryPlan(
         weights=(4 * total if full else half * total + 4 * trained) / GIB,
         reference=half * total / GIB if needs_copy else 0.0,

@@ -22,6 +22,7 @@ from diffalign.data import PairSource
 from diffalign.data.fingerprints import digest_files
 from diffalign.errors import ConfigError
 from diffalign.jobs import assemble, examples, model_card, validation
+from diffalign.objectives.base import UNITS
 from diffalign.training.batching import BatchPlan
 from diffalign.training.trainer import Trainer
 
@@ -61,7 +62,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
         hooks={name: hook for name, hook in hooks.items() if hook is not None},
         console=console,
     )
-    console.print(f"Batch: {plan}. Learning rate {trainer.peak:.3g}.")
+    console.print(f"Batch: {plan.describe(UNITS[step.objective.layout])}. Learning rate {trainer.peak:.3g}.")
     if accelerator.is_main_process:
         write_provenance(output_dir, config, identity)
     start_trackers(config, accelerator)

@@ -122,6 +122,10 @@ NEEDS = frozenset({"reference", "behavior", "mismatched", "drift", "residual_pro
 ErrorsT = TypeVar("ErrorsT", PairErrors, SingleErrors, ListErrors, Transitions)
 
 
+# What the examples of a layout are called.
+UNITS = {"pair": "pairs", "single": "images", "list": "lists", "transition": "transitions"}
+
+
 class Objective(ABC, Generic[ErrorsT]):
     """State one method: the fields are its hyperparameters, `loss` is its equation.
 

@@ -8,7 +8,7 @@ from diffalign.training.settings import TrainSettings
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Split every optimizer step into micro-batches over ranks; all counts are pairs."""
+    """Split every optimizer step into micro-batches over ranks; all counts are examples: pairs, lists or images."""
 
     train_batch_size: int  # of one micro-batch on one device
     gradient_accumulation_steps: int
@@ -46,8 +46,9 @@ class BatchPlan:
         size = self.train_batch_size
         return [mine[start : start + size] for start in range(0, len(mine), size)]
 
-    def __str__(self) -> str:
+    def describe(self, unit: str = "pairs") -> str:
+        """Word the plan; `unit` is what an example is."""
         return (
-            f"{self.train_batch_size} pairs x {self.gradient_accumulation_steps} accumulation steps "
-            f"x {self.world_size} processes = {self.global_batch_size} pairs per optimizer step"
+            f"{self.train_batch_size} {unit} x {self.gradient_accumulation_steps} accumulation steps "
+            f"x {self.world_size} processes = {self.global_batch_size} {unit} per optimizer step"
         )

@@ -8,7 +8,7 @@ from diffalign.training.settings import TrainSettings
 def test_the_global_batch_is_the_product():
     plan = BatchPlan.of(TrainSettings(train_batch_size=4, gradient_accumulation_steps=3), world_size=2)
     assert plan.global_batch_size == 24
-    assert str(plan) == "4 pairs x 3 accumulation steps x 2 processes = 24 pairs per optimizer step"
+    assert plan.describe() == "4 pairs x 3 accumulation steps x 2 processes = 24 pairs per optimizer step"
 
 
 def test_accumulation_follows_from_the_global_batch():
