@@ -14,6 +14,7 @@ from diffalign import objectives
 from diffalign.backbones.files import read_header
 from diffalign.errors import ModelError
 from diffalign.jobs import plan
+from diffalign.objectives.base import UNITS
 from diffalign.shapes.pipeline import build_unet
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -63,7 +64,8 @@ def test_it_loads_and_says_what_it_would_do(name, world, monkeypatch):
     assert (trained == total) == (config.model.tune == "full")
     assert 0 < trained <= total
     wanted = config.train.global_batch_size or config.train.train_batch_size * config.train.gradient_accumulation_steps
-    assert f"= {wanted} pairs per optimizer step" in text
+    unit = UNITS[objective.layout]
+    assert f"= {wanted} {unit} per optimizer step" in text
 
 
 @pytest.mark.parametrize("name", NAMES)

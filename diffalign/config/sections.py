@@ -50,7 +50,8 @@ class DataSettings(Settings):
     dataset_split_name: str = "train"
     format: Literal["pickapic", "jsonl", "folders", "lists", "singles"] | None = None
     """null tells it from the files. lists: ranked images of a prompt; singles: images with a label each."""
-    image_columns: list[str] = Field(["jpg_0", "jpg_1"], min_length=2, max_length=2)
+    image_columns: list[str] | None = Field(None, min_length=2, max_length=2)
+    """null: jpg_0 and jpg_1, in .jsonl files image_0 and image_1."""
     label_columns: list[str] = Field(["label_0", "label_1"], min_length=2, max_length=2)
     caption_column: str = "caption"
     image_caption_columns: list[str] | None = Field(None, min_length=2, max_length=2)

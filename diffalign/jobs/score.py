@@ -99,6 +99,8 @@ def score_pairs(
 
 def score_source(source: PairSource, judges: Sequence[Any], batch_size: int = 32) -> pd.DataFrame:
     """Return one row per pair and scorer, with the columns of `score_pairs`. Raises DataError if none is readable."""
+    if source.images_per_example != 2:
+        raise DataError(f"{source.name} holds lists or single images, not pairs. Score the picture files instead.")
     parts = []
     with progress_bar(len(source), "Scoring pairs", True) as advance:
         for batch in _batches(source, batch_size):
