@@ -32,7 +32,7 @@ class World:
     candidates: int = 4  # samples a caption, of which the best and the worst become a pair
     tie_gap: float = 0.03  # pairs whose oracle scores are closer become ties
     label_temperature: float = 0.08  # P(label agrees with the oracle) = sigmoid(gap / label_temperature)
-    lists: int = 600  # captions whose candidates are kept as a ranked list
+    lists: int = 300  # captions whose candidates are kept as a ranked list
     reward_pairs: int = 10_000
     reward_steps: int = 600
 
