@@ -1,8 +1,10 @@
 """What every scorer is: images and prompts in, one number per image out, and a card that says what it means."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
@@ -14,6 +16,10 @@ from reward_models.errors import ScorerError
 from reward_models.preprocess import ImageLike, to_rgb
 
 __all__ = ["ImageLike", "Scorer", "ScorerCard", "ScorerError"]
+UNPUBLISHED = "none published"  # stands in a card for the weights of a scorer that everybody makes for himself
+Prompts = str | Sequence[str] | None  # one for all images, one an image, or none where a scorer reads none
+
+_log = logging.getLogger("reward_models")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +27,7 @@ class ScorerCard:
     """Say what a score means and where it comes from."""
 
     name: str
-    weights: str  # Hugging Face id of the official weights, "owner/name" or "owner/name/file"
+    weights: str  # Hugging Face id of the official weights, "owner/name" or "owner/name/file"; or UNPUBLISHED
     preprocessing: str
     text_length: int | None  # tokens a prompt is cut to; None when the prompt is not read
     formula: str
@@ -35,8 +41,8 @@ class ScorerCard:
 class Scorer(ABC):
     """Score images for prompts.
 
-    A subclass lists its `cards`, loads its weights and defines three steps: `preprocess` for pictures,
-    `preprocess_tensor` for differentiable images, and `score_pixels`, the network.
+    A subclass lists its `cards`, loads and saves its weights and defines the steps: `preprocess` for pictures or
+    `preprocess_tensor` for differentiable images, `image_features` for what needs no prompt, `score_features`.
     """
 
     cards: ClassVar[tuple[ScorerCard, ...]] = ()  # one for each name this class answers to
@@ -46,6 +52,7 @@ class Scorer(ABC):
         self.module = module.eval().requires_grad_(False)
         self.source = source  # where the weights came from
         self.batch_size = batch_size
+        self.cut_prompts: dict[str, int] = {}  # prompts seen that were too long, with their number of tokens
 
     @classmethod
     @abstractmethod
@@ -61,8 +68,24 @@ class Scorer(ABC):
         """Return the network's pixels [N, 3, h, w] for images [N, 3, H, W] in [0, 1], differentiably."""
 
     @abstractmethod
+    def score_features(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the scores [N] float32 of the features of N images for N prompts, differentiably."""
+
+    @abstractmethod
+    def save(self, directory: str | Path) -> Path:
+        """Write a folder of safetensors in the scorer's official layout that `load` reads, and return it."""
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Return what the network makes of pixels [N, ...] alone, differentiably; computed once for many prompts."""
+        return pixels
+
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        """Return how many tokens each prompt has before it is cut; a scorer that reads no prompt counts none."""
+        return [0] * len(prompts)
+
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scores [N] float32 of preprocessed pixels [N, 3, h, w], differentiably."""
+        return self.score_features(self.image_features(pixels), prompts)
 
     @property
     def name(self) -> str:
@@ -75,6 +98,11 @@ class Scorer(ABC):
         return next(self.module.parameters()).device
 
     @property
+    def text_length(self) -> int | None:
+        """Return the number of tokens a prompt is cut to; None when the prompt is not read."""
+        return self.card.text_length
+
+    @property
     def preference_scale(self) -> float:
         """Return what a difference of scores is multiplied by to become the logit of a preference."""
         return 1.0
@@ -85,73 +113,122 @@ class Scorer(ABC):
         return self
 
     @torch.no_grad()
-    def score(self, images: ImageLike | Iterable[ImageLike], prompts: str | Sequence[str]) -> Tensor:
+    def score(self, images: ImageLike | Iterable[ImageLike], prompts: Prompts = None) -> Tensor:
         """Return the scores [N] float32 on the CPU; higher is better, on the scale of `card`.
 
         Args:
             images: one image or N, each in any form that `preprocess.to_rgb` reads.
-            prompts: N prompts, or one for all images.
+            prompts: N prompts, or one for all images; may be left out where the scorer reads none.
 
         Raises:
             ScorerError: for an unreadable image, numbers that do not match, or a score that is not finite.
         """
         images = listed(images)
-        prompts = _prompts_for(len(images), prompts)
+        prompts = self._prompts_for(len(images), prompts)
         # images are opened batch by batch, so a list of paths never lies in memory at once
         scores = self._batched(len(images), lambda part: self.score_pixels(self.pixels(images[part]), prompts[part]))
-        scores = scores.float().cpu()
-        if not torch.isfinite(scores).all():
-            index = int((~torch.isfinite(scores)).nonzero()[0])
-            raise ScorerError(
-                f"{self.name} gave image {index} the score {scores[index].item()}. "
-                "Load the scorer with dtype=torch.float32; if it persists, its weights are damaged."
-            )
-        return scores
+        return self._checked(scores.float().cpu())
 
-    def compare(
-        self, images_a: Iterable[ImageLike], images_b: Iterable[ImageLike], prompts: str | Sequence[str]
-    ) -> Tensor:
+    @torch.no_grad()
+    def score_groups(self, groups: Iterable[tuple[str, Iterable[ImageLike]]]) -> list[Tensor]:
+        """Return the scores [n] float32 of each (prompt, its n images): groups may differ in size, none is padded."""
+        groups = [(prompt, listed(images)) for prompt, images in groups]
+        sizes = [len(images) for _, images in groups]
+        every = [image for _, images in groups for image in images]
+        scores = self.score(every, [prompt for prompt, images in groups for _ in images])
+        return list(scores.split(sizes)) if sizes else []
+
+    @torch.no_grad()
+    def score_matrix(self, images: Iterable[ImageLike], prompts: Sequence[str]) -> Tensor:
+        """Return the scores [M, N] float32 of M images for each of N prompts; each image is decoded once."""
+        images, prompts = listed(images), [prompts] if isinstance(prompts, str) else list(prompts)
+        if not images or not prompts:
+            return torch.empty(len(images), len(prompts))
+
+        def rows(part: slice) -> Tensor:
+            features = self.image_features(self.pixels(images[part]))
+            columns = [self.score_features(features, [prompt] * len(features)) for prompt in prompts]
+            return torch.stack(columns, dim=1).float().cpu()
+
+        return self._checked(self._batched(len(images), rows))
+
+    def compare(self, images_a: Iterable[ImageLike], images_b: Iterable[ImageLike], prompts: Prompts = None) -> Tensor:
         """Return P(a preferred to b) [N] float32: sigmoid(preference_scale * (score_a - score_b))."""
         images_a, images_b = listed(images_a), listed(images_b)
         if len(images_a) != len(images_b):
             raise ScorerError(f"compare needs as many images on both sides, got {len(images_a)} and {len(images_b)}.")
-        prompts = _prompts_for(len(images_a), prompts)
+        prompts = self._prompts_for(len(images_a), prompts)
         score_a, score_b = self.score([*images_a, *images_b], [*prompts, *prompts]).chunk(2)
         return torch.sigmoid(self.preference_scale * (score_a - score_b))
 
-    def score_tensor(self, images: Tensor, prompts: str | Sequence[str]) -> Tensor:
+    def score_tensor(self, images: Tensor, prompts: Prompts = None) -> Tensor:
         """Return the scores [N] float32 of images [N, 3, H, W] in [0, 1] on their device, with gradients to them.
 
         Equals `score` up to the 8-bit rounding of pictures and, where the official preprocessing resizes with PIL,
         the difference between the two filters. Runs as one batch: the caller decides what fits into memory.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ScorerError(
-                f"score_tensor takes floating-point images [N, 3, H, W] in [0, 1], got {list(images.shape)} of "
-                f"{images.dtype}. Use score for images in other forms."
-            )
-        pixels = self.preprocess_tensor(images.to(self.device, torch.float32))
-        return self.score_pixels(pixels, _prompts_for(len(images), prompts)).to(images.device)
-
-    def score_matrix(self, images: Iterable[ImageLike], prompts: Sequence[str]) -> Tensor:
-        """Return the scores [M, N] float32 of M images for each of N prompts."""
-        images, prompts = listed(images), [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            return torch.empty(len(images), 0)
-        return torch.stack([self.score(images, prompt) for prompt in prompts], dim=1)
+        pixels = self.preprocess_tensor(self._tensor_images(images))
+        return self.score_pixels(pixels, self._prompts_for(len(images), prompts)).to(images.device)
 
     def pixels(self, images: Iterable[ImageLike]) -> Tensor:
         """Return the network's pixels [N, 3, h, w] float32 of images in any form, on the CPU."""
         return torch.stack([self.preprocess(to_rgb(image)) for image in images])
 
+    def _tensor_images(self, images: Tensor) -> Tensor:
+        """Return images [N, 3, H, W] as float32 on the network's device; raise ScorerError for other tensors."""
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ScorerError(
+                f"score_tensor takes floating-point images [N, 3, H, W] in [0, 1], got {list(images.shape)} of "
+                f"{images.dtype}. Use score for images in other forms."
+            )
+        return images.to(self.device, torch.float32)
+
+    def _prompts_for(self, count: int, prompts: Prompts) -> list[str]:
+        if prompts is None and self.text_length is not None:
+            raise ScorerError(f"{self.name} reads the prompt: give one an image, or a single string for all.")
+        if prompts is None or isinstance(prompts, str):
+            return [prompts or ""] * count
+        prompts = list(prompts)
+        if len(prompts) != count:
+            raise ScorerError(
+                f"Got {count} images and {len(prompts)} prompts. Give one prompt an image, or a single string for all."
+            )
+        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+            raise ScorerError(f"A prompt must be a string, got {wrong[0]!r}.")
+        return prompts
+
+    def _report_cut(self, prompts: Sequence[str]) -> None:
+        """Remember prompts that are longer than the network reads in `cut_prompts`, and log each of them once."""
+        counts = dict(zip(prompts, self.token_counts(prompts), strict=True))
+        cut = {text: n for text, n in counts.items() if n > self.text_length and text not in self.cut_prompts}
+        if cut:
+            self.cut_prompts.update(cut)
+            text, tokens = max(cut.items(), key=lambda item: item[1])
+            _log.warning(
+                '%s reads %d tokens of a prompt, end token included: %d prompt(s) are cut, the longest "%.60s..." '
+                "with %d tokens. They are listed in cut_prompts.",
+                *(self.name, self.text_length, len(cut), text, tokens),
+            )
+
+    def _checked(self, scores: Tensor) -> Tensor:
+        """Return the scores; raise ScorerError with the place of the first that is not finite."""
+        if not torch.isfinite(scores).all():
+            index = (~torch.isfinite(scores)).nonzero()[0].tolist()
+            raise ScorerError(f"{self.name} gave image {index[0]} the score {scores[*index].item()}. {self._nan_hint}")
+        return scores
+
+    @property
+    def _nan_hint(self) -> str:
+        return "Load the scorer with dtype=torch.float32; if it persists, its weights are damaged."
+
     def _batched(self, count: int, evaluate: Callable[[slice], Tensor]) -> Tensor:
-        """Concatenate `evaluate` over slices of `batch_size`, halving it for good where the GPU runs out of memory."""
+        """Concatenate `evaluate` over slices of `batch_size`, halving it for good where memory runs out."""
         parts, start = [], 0
         while start < count:
             try:
                 parts.append(evaluate(slice(start, start + self.batch_size)))
-            except torch.OutOfMemoryError:
-                if self.batch_size == 1:
+            except RuntimeError as error:
+                if self.batch_size == 1 or not _is_out_of_memory(error):
                     raise
                 self.batch_size //= 2
                 torch.cuda.empty_cache()
@@ -168,14 +245,5 @@ def listed(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
     return list(images)
 
 
-def _prompts_for(count: int, prompts: str | Sequence[str]) -> list[str]:
-    if isinstance(prompts, str):
-        return [prompts] * count
-    prompts = list(prompts)
-    if len(prompts) != count:
-        raise ScorerError(
-            f"Got {count} images and {len(prompts)} prompts. Give one prompt an image, or a single string for all."
-        )
-    if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
-        raise ScorerError(f"A prompt must be a string, got {wrong[0]!r}.")
-    return prompts
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # the CPU's wording

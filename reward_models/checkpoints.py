@@ -113,7 +113,9 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str | Pa
 class _SkipRandomInit(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
-            return args[0] if args else kwargs["tensor"]
+            # zeros, not what lay in memory: trunc_normal_ draws again until all values are in range
+            with torch.no_grad():
+                return (args[0] if args else kwargs["tensor"]).zero_()
         return func(*args, **(kwargs or {}))
 
 

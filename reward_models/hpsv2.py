@@ -93,6 +93,11 @@ class HPSv2(TwoTowerScorer):
         """
         folder, weights = _locate(card, path_or_id)
         config, spec = _read_config(folder / CONFIG_FILE) if folder else (OFFICIAL_MODEL, PixelSpec())
+        if config.get("quick_gelu"):
+            raise ScorerError(
+                f"{folder / CONFIG_FILE}: quick_gelu = true, but HPSv2's network was trained with the exact GELU. "
+                "Correct the config; a network of your own has to use the same activation."
+            )
         state = read_state_dict(weights)  # before the network is built: a broken file is reported at once
         with skip_random_init():
             module = build_clip(config, source=str(folder or weights))
@@ -108,6 +113,15 @@ class HPSv2(TwoTowerScorer):
         logit_scale = module.logit_scale.detach().clone()
         module.to(dtype).logit_scale.data = logit_scale  # bf16 would round 100 to 98.9
         return cls(card, module, spec, config, bpe_file, source=path_or_id)
+
+    @property
+    def text_length(self) -> int:
+        """Return the number of tokens a prompt is cut to, start and end token included."""
+        return self.module.context_length
+
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        """Return how many tokens each prompt has before it is cut, start and end token included."""
+        return [len(self.tokenizer.encode(prompt)) + 2 for prompt in prompts]
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Return pixels [3, size, size] as the official transform."""

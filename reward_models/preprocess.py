@@ -164,6 +164,20 @@ def hps_letterbox(images: Tensor, spec: PixelSpec, *, antialias: bool = True) ->
     return spec.normalise(F.pad(images, bars))
 
 
+def spm_tensor_noaa(images: Tensor, spec: PixelSpec) -> Tensor:
+    """Fit the short side to `size` without antialiasing, crop, clamp, normalise: [..., 3, H, W] in [0, 1] to square.
+
+    Source: `get_preference_score` of RockeyCoss/SPO, which does the same to images in [-1, 1]. A side is rounded
+    half up, and the overshoot of the filter is clamped.
+    """
+    scale = spec.size / min(images.shape[-2:])
+    height, width = (int(side * scale + 0.5) for side in images.shape[-2:])
+    images = resize(images, (height, width), antialias=False)
+    # torchvision's CenterCrop, which the official code uses, rounds half to even
+    top, left = round((height - spec.size) / 2), round((width - spec.size) / 2)
+    return spec.normalise(images[..., top : top + spec.size, left : left + spec.size].clamp(0, 1))
+
+
 def resize(images: Tensor, size: Sequence[int], *, antialias: bool) -> Tensor:
     """Resize images [..., 3, H, W] to `size` (height, width) with the bicubic filter."""
     if tuple(images.shape[-2:]) == tuple(size):

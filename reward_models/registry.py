@@ -5,10 +5,11 @@ import functools
 import importlib
 import os
 import pkgutil
+from pathlib import Path
 
 import torch
 
-from reward_models.base import Scorer, ScorerCard, ScorerError
+from reward_models.base import UNPUBLISHED, Scorer, ScorerCard, ScorerError
 
 
 @functools.cache
@@ -51,8 +52,15 @@ def load(
         ScorerError: for an unknown name, and for weights that are missing, unsafe, damaged or of other shapes.
     """
     scorer_class, scorer_card = _find(name)
+    if path_or_id is None and scorer_card.weights == UNPUBLISHED:
+        raise ScorerError(f"Nobody has published weights for {name}: give the path of your own.")
     path_or_id = scorer_card.weights if path_or_id is None else os.fspath(path_or_id)
     return scorer_class.from_pretrained(scorer_card, path_or_id, dtype=dtype).to(device)
+
+
+def convert(name: str, path_or_id: str | os.PathLike, directory: str | os.PathLike) -> Path:
+    """Write weights in any form that `load` reads as a folder of safetensors, checked name by name; return it."""
+    return load(name, path_or_id).save(directory)
 
 
 def _find(name: str) -> tuple[type[Scorer], ScorerCard]:

@@ -9,6 +9,7 @@ from reward_models.errors import ScorerError
 from reward_models.hpsv2 import HPSv2, build_clip
 from reward_models.pickscore import PickScore
 from reward_models.preprocess import PixelSpec
+from reward_models.step_aware import StepAware
 from reward_models.tokenization import read_merges
 
 
@@ -90,3 +91,8 @@ def build_tiny_hpsv2(directory: str | Path, bpe_file: str | Path, seed: int, siz
         module = build_clip(config, source=str(directory))
     spec = PixelSpec(size=sizes.image_size)
     return HPSv2(HPSv2.cards[0], module, spec, config, Path(bpe_file), source=str(directory)).save(directory)
+
+
+def build_tiny_step_aware(directory: str | Path, pickscore: str | Path, seed: int) -> Path:
+    """Write a step-aware model that scores as the PickScore folder `pickscore` at every timestep, to be trained."""
+    return StepAware.from_clip(pickscore, seed=seed).save(directory)

@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
@@ -50,10 +49,6 @@ class TwoTowerScorer(Scorer):
     def text_groups(self) -> list[list[nn.Parameter]]:
         """Return the text tower's parameters up to the last block: embeddings, each block."""
 
-    @abstractmethod
-    def save(self, directory: str | Path) -> Path:
-        """Write a folder in the scorer's official format that `load` reads, and return it."""
-
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of the towers; logit_scale is float32 in any case."""
@@ -91,6 +86,7 @@ class TwoTowerScorer(Scorer):
         """Return unit text embeddings [N, D] float32 without gradients; each distinct prompt is embedded once."""
         known = {prompt: self._text_cache[prompt] for prompt in prompts if prompt in self._text_cache}
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+        self._report_cut(missing)
         embeddings = self._batched(len(missing), lambda part: self.text_embeddings(missing[part]))
         known.update(zip(missing, embeddings, strict=True))
         self._text_cache.update(known)
@@ -100,10 +96,17 @@ class TwoTowerScorer(Scorer):
             self._text_cache.popitem(last=False)
         return torch.stack([known[prompt] for prompt in prompts])
 
-    def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scores [N] float32 of preprocessed pixels [N, 3, h, w], with gradients to the pixels."""
-        cosine = (self.image_embeddings(pixels) * self.cached_text_embeddings(prompts)).sum(dim=-1)
+    def from_cosine(self, cosine: Tensor) -> Tensor:
+        """Return the score of a cosine: itself, or times exp(logit_scale) where `is_scaled`."""
         return cosine * self.logit_scale if self.is_scaled else cosine
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Return unit image embeddings [N, D] float32 of preprocessed pixels, with gradients."""
+        return self.image_embeddings(pixels)
+
+    def score_features(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the scores [N] float32 of unit image embeddings [N, D], with gradients to them."""
+        return self.from_cosine((features * self.cached_text_embeddings(prompts)).sum(dim=-1))
 
     @torch.no_grad()
     def score_matrix(self, images: Iterable[ImageLike], prompts: Sequence[str]) -> Tensor:
@@ -111,6 +114,5 @@ class TwoTowerScorer(Scorer):
         images, prompts = listed(images), [prompts] if isinstance(prompts, str) else list(prompts)
         if not images or not prompts:
             return torch.empty(len(images), len(prompts))
-        embeddings = self._batched(len(images), lambda part: self.image_embeddings(self.pixels(images[part])))
-        cosine = embeddings @ self.cached_text_embeddings(prompts).T
-        return (cosine * self.logit_scale if self.is_scaled else cosine).cpu()
+        embeddings = self._batched(len(images), lambda part: self.image_features(self.pixels(images[part])))
+        return self._checked(self.from_cosine(embeddings @ self.cached_text_embeddings(prompts).T).cpu())

@@ -6,7 +6,7 @@ A record holds `id`, `what`, `source`, `inputs`, `hyperparameters`, `expected`, 
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,21 @@ def hash_uniform(n: int, stream: int) -> Tensor:
 def hash_fill(shape: Sequence[int], stream: int) -> Tensor:
     """Return 2 * u - 1 in C order, in the shape given, float64."""
     return (2 * hash_uniform(math.prod(shape), stream) - 1).reshape(tuple(shape))
+
+
+def hash_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Return weights by name and shape, float64: each a hash fill whose stream is the rank of its name."""
+    weights = {}
+    for stream, (key, shape) in enumerate(sorted(shapes.items())):
+        value = hash_fill(shape, stream)
+        if key.endswith("logit_scale"):
+            weights[key] = torch.tensor(100.0, dtype=torch.float64).log()
+        elif len(shape) < 2:
+            is_norm_weight = key.endswith("weight") and ("ln_" in key.lower() or "norm" in key.lower())
+            weights[key] = (1.0 if is_norm_weight else 0.0) + 0.1 * value
+        else:
+            weights[key] = value * 1.5 / math.prod(shape[1:]) ** 0.5
+    return weights
 
 
 def _hash(index: int, stream: int) -> int:

@@ -5,6 +5,7 @@ import pytest
 import reward_models
 from reward_models.tiny import build_tiny_hpsv2, build_tiny_pickscore
 from reward_models.tokenization import learn_merges, write_bpe_file, write_hf_tokenizer
+from tests.reward_models.tiny_scorers import build_all
 from tests.reward_models.toy import PROMPTS, SIZES
 
 
@@ -34,3 +35,10 @@ def scorer_folder(tiny_scorer_folders, scorer_name):
 @pytest.fixture
 def scorer(scorer_name, scorer_folder):
     return reward_models.load(scorer_name, scorer_folder)
+
+
+@pytest.fixture(scope="session")
+def scorer_places(tiny_scorer_folders, tmp_path_factory):
+    """Return where the tiny weights of every scorer are, by name; read-only."""
+    folders = tiny_scorer_folders
+    return build_all(tmp_path_factory.mktemp("all-scorers"), folders["pickscore"], folders["hpsv2"])

@@ -5,7 +5,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from reward_models.base import ScorerError
-from reward_models.preprocess import PixelSpec, clip_pil, clip_tensor_aa, hps_letterbox, to_tensor
+from reward_models.preprocess import PixelSpec, clip_pil, clip_tensor_aa, hps_letterbox, spm_tensor_noaa, to_tensor
 from tests import golden
 
 RECORDS = golden.load("rewards")
@@ -14,6 +14,7 @@ FUNCTIONS = {
     "clip_pil": lambda image: clip_pil(image, SPEC),
     "clip_tensor_aa": lambda image: clip_tensor_aa(to_tensor(image), SPEC),
     "hps_letterbox": lambda image: hps_letterbox(to_tensor(image), SPEC),
+    "spm_tensor_noaa": lambda image: spm_tensor_noaa(to_tensor(image), SPEC),
     "hps_letterbox_noaa": lambda image: hps_letterbox(to_tensor(image), SPEC, antialias=False),
 }
 
@@ -27,7 +28,7 @@ def golden_image(kind, width, height):
 
 
 def test_every_preprocessing_golden_is_covered():
-    assert sum(record_id.startswith("pre_") for record_id in RECORDS) == 31
+    assert sum(record_id.startswith("pre_") for record_id in RECORDS) == 39
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_tensor_path_follows_the_pil_path(size):
     assert difference.max() < 0.04
 
 
-@pytest.mark.parametrize("function", [clip_tensor_aa, hps_letterbox])
+@pytest.mark.parametrize("function", [clip_tensor_aa, hps_letterbox, spm_tensor_noaa])
 def test_batches_equal_single_images_and_carry_gradients(function):
     images = torch.stack([to_tensor(golden_image(kind, 60, 48)) for kind in ("hash", "smooth")]).requires_grad_()
     pixels = function(images, PixelSpec(size=32))

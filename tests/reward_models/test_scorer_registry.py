@@ -1,10 +1,11 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import reward_models
-from reward_models.base import ScorerError
+from reward_models.base import UNPUBLISHED, ScorerError
 
 
 def test_names_are_the_scorers_of_the_package():
@@ -16,7 +17,7 @@ def test_names_are_the_scorers_of_the_package():
 def test_every_card_is_complete(name):
     card = reward_models.card(name)
     assert card.name == name
-    assert card.weights.count("/") in (1, 2)
+    assert card.weights == UNPUBLISHED or card.weights.count("/") in (1, 2)
     for text in (card.preprocessing, card.formula, card.scale, card.licence, card.source):
         assert text
     assert card.traps
@@ -65,3 +66,14 @@ assert random.getstate() == before[2]
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout == result.stderr == ""
+
+
+@pytest.mark.parametrize("name", reward_models.names())
+def test_every_scorer_is_in_the_table_of_the_documentation(name):
+    table = (Path(__file__).parents[2] / "docs" / "scorers.md").read_text(encoding="utf-8")
+    card = reward_models.card(name)
+    row = next(line for line in table.splitlines() if line.startswith(f"| `{name}` |"))
+    assert card.weights in row
+    if card.weights != UNPUBLISHED:
+        assert card.licence in row
+        assert "{:g} to {:g}".format(*card.usual_range) in row

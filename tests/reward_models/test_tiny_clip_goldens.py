@@ -4,8 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from reward_models.hf_clip import VIT_H_14
 from reward_models.hpsv2 import OFFICIAL_MODEL, HPSv2, build_clip
-from reward_models.pickscore import OFFICIAL_CONFIG, PickScore
+from reward_models.pickscore import PickScore
 from reward_models.preprocess import PixelSpec
 from reward_models.tokenization import bundled_bpe_file
 from tests import golden
@@ -21,17 +22,7 @@ MODEL = {
 
 def hash_weights():
     """Return the weights of the golden network: each a hash of its rank among the sorted names."""
-    state = {}
-    for stream, (key, shape) in enumerate(RECORDS["tiny_clip_state_keys"]["expected"]["keys"]):
-        value = golden.hash_fill(shape, stream)
-        if key.endswith("logit_scale"):
-            state[key] = torch.tensor(100.0, dtype=torch.float64).log()
-        elif len(shape) < 2:
-            is_norm_weight = key.endswith("weight") and ("ln_" in key or "norm" in key)
-            state[key] = (1.0 if is_norm_weight else 0.0) + 0.1 * value
-        else:
-            state[key] = value * 1.5 / value[0].numel() ** 0.5
-    return state
+    return golden.hash_weights(dict(RECORDS["tiny_clip_state_keys"]["expected"]["keys"]))
 
 
 def hf_config(activation, end_token):
@@ -116,7 +107,7 @@ def test_both_official_configs_describe_the_same_network():
     from transformers import CLIPConfig, CLIPModel
 
     with torch.device("meta"):
-        hf = CLIPModel(CLIPConfig(**OFFICIAL_CONFIG)).state_dict()
+        hf = CLIPModel(CLIPConfig(**VIT_H_14)).state_dict()
         renamed = to_hf_keys(build_clip(OFFICIAL_MODEL, source="test").state_dict())
     assert {key: value.shape for key, value in hf.items()} == {key: value.shape for key, value in renamed.items()}
     assert sum(value.numel() for value in hf.values()) == 986_109_441  # the published ViT-H-14
