@@ -19,9 +19,8 @@ from diffalign import config as configuration
 from diffalign.backbones import loading
 from diffalign.backbones.export import load_adapter_into
 from diffalign.config import Config
-from diffalign.evaluation import Manifest, SamplingSettings, generate_to, prompt_plan
+from diffalign.evaluation import Manifest, SamplingSettings, generate_to, prompt_plan, with_negative_branch
 from diffalign.jobs.demo import compare
-from diffalign.jobs.models import load_pipeline
 from diffalign.jobs.prompts import read_prompts
 from diffalign.jobs.train import train
 from diffalign.training import metrics
@@ -109,15 +108,13 @@ def draw(config: Config, weights: Path | None, name: str, folder: Path, plan: tu
     """Draw with the base, the base with trained weights, or (NPO) the base with those in the negative branch."""
     ids, texts, seeds = plan
     source = config.model.pretrained_model_name_or_path
+    backbone = loading.load(source)
+    pipeline, identity = backbone.pipeline(), f"{name} {backbone.denoiser_fingerprint()}"
     if weights is not None and config.objective_name == "npo":
-        model = load_pipeline(source, negative=str(weights))
-        pipeline, identity = model.pipeline, model.identity
-    else:
-        backbone = loading.load(source)
-        pipeline = backbone.pipeline()
-        if weights is not None:
-            pipeline = load_adapter_into(pipeline, weights)
-            backbone.denoiser = pipeline.unet
+        pipeline, identity = with_negative_branch(pipeline, weights), f"{identity} with the negative branch {weights}"
+    elif weights is not None:
+        pipeline = load_adapter_into(pipeline, weights)
+        backbone.denoiser = pipeline.unet
         identity = f"{name} {backbone.denoiser_fingerprint()}"
     return generate_to(folder, pipeline, texts, seeds, SAMPLING, identity=identity, prompt_ids=ids, progress=False)
 

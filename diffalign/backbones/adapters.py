@@ -1,8 +1,9 @@
 """LoRA adapters on a denoiser (Hu et al. 2021, arXiv:2106.09685): add, switch off, collect, freeze."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import count
 
 import torch
 from peft import LoraConfig
@@ -98,6 +99,56 @@ def adapter_switch(denoiser: nn.Module) -> Callable[[], AbstractContextManager[N
     return off
 
 
+def adapter_mix(denoiser: nn.Module, factors: Mapping[str, float]) -> Callable[[], AbstractContextManager[None]]:
+    """Return a context in which the adapters named in `factors` act, times these, and no others.
+
+    W x becomes W x + sum_i factor_i * alpha_i / rank_i * B_i A_i x. The layers are found once; requires_grad stays.
+
+    Raises:
+        ModelError: an adapter is fused into its layer, where it acts whatever is switched.
+    """
+    layers = _adapter_layers(denoiser)
+    states = [
+        ([name for name in factors if name in layer.scaling], layer.scaling | _scaled(layer.scaling, factors))
+        for layer in layers
+    ]
+
+    @contextmanager
+    def mixed() -> Iterator[None]:
+        before = [(layer._active_adapter, layer.scaling, layer.disable_adapters) for layer in layers]
+        try:
+            for layer, (active, scaling) in zip(layers, states, strict=True):
+                layer._active_adapter, layer.scaling, layer._disable_adapters = active, scaling, False
+            yield
+        finally:
+            for layer, (active, scaling, disabled) in zip(layers, before, strict=True):
+                layer._active_adapter, layer.scaling, layer._disable_adapters = active, scaling, disabled
+
+    return mixed
+
+
+def active_adapters(denoiser: nn.Module) -> list[str]:
+    """Return the names of the adapters that act in any layer of `denoiser`, in peft's order."""
+    acting = [layer for layer in _adapter_layers(denoiser) if not layer.disable_adapters]
+    return list(dict.fromkeys(name for layer in acting for name in layer.active_adapters if name in layer.scaling))
+
+
+def activate(denoiser: nn.Module, names: Sequence[str]) -> None:
+    """Let the adapters `names` act from now on, as they are scaled, and no others; requires_grad stays."""
+    for layer in _adapter_layers(denoiser):
+        layer._active_adapter = [name for name in names if name in layer.scaling]
+
+
+def free_name(denoiser: nn.Module) -> str:
+    """Return a name for one more adapter: diffusers' own choice can be taken where two LoRAs adapt different layers."""
+    return next(name for number in count() if (name := f"default_{number}") not in getattr(denoiser, "peft_config", {}))
+
+
+def count_adapted(denoiser: nn.Module, name: str) -> int:
+    """Return how many layers of `denoiser` carry the LoRA `name`."""
+    return sum(name in part.lora_A for part in denoiser.modules() if hasattr(part, "lora_A"))
+
+
 def has_adapters(module: nn.Module) -> bool:
     """Tell whether any layer of `module` carries an adapter."""
     return any(isinstance(part, BaseTunerLayer) for part in module.modules())
@@ -111,6 +162,17 @@ def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
 def freeze(module: nn.Module) -> nn.Module:
     """Require no gradient for any parameter of `module`, and return it; train/eval mode stays."""
     return module.requires_grad_(False)
+
+
+def _adapter_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
+    layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+    if any(layer.merged for layer in layers):
+        raise ModelError("An adapter is fused into the network, so it cannot be switched. Call unfuse_lora() first.")
+    return layers
+
+
+def _scaled(scaling: Mapping[str, float], factors: Mapping[str, float]) -> dict[str, float]:
+    return {name: value * factors[name] for name, value in scaling.items() if name in factors}
 
 
 def _start(denoiser: nn.Module, init: Callable[[Tensor, torch.Generator], Tensor], seed: int) -> None:

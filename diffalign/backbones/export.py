@@ -11,7 +11,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffalign.backbones.adapters import ADAPTER, has_adapters
+from diffalign.backbones.adapters import ADAPTER, count_adapted, free_name, has_adapters
 from diffalign.backbones.files import LORA_FILE, load_errors, quiet_diffusers, read_header, write_atomically
 from diffalign.backbones.kohya import kohya_metadata, kohya_tensors
 from diffalign.backbones.loading import load, load_unet
@@ -172,12 +172,11 @@ def _lora_name(path: Path) -> str:
 
 def _load_lora(pipeline: Any, folder: Path | str, name: str, source: str) -> Any:
     expected = _count_unet_modules(folder / name) if isinstance(folder, Path) else None
-    before = set(getattr(pipeline.unet, "peft_config", {}))
+    adapter = free_name(pipeline.unet)
     # For each text encoder a UNet-only LoRA draws a warning that ends in "open an issue".
     with load_errors("the LoRA", source), quiet_diffusers():
-        pipeline.load_lora_weights(str(folder), weight_name=name, use_safetensors=True)
-    new = set(getattr(pipeline.unet, "peft_config", {})) - before
-    fitting = sum(not new.isdisjoint(part.lora_A) for part in pipeline.unet.modules() if hasattr(part, "lora_A"))
+        pipeline.load_lora_weights(str(folder), weight_name=name, adapter_name=adapter, use_safetensors=True)
+    fitting = count_adapted(pipeline.unet, adapter)
     # diffusers only logs what did not fit the UNet.
     if fitting == 0 or (expected is not None and fitting != expected):
         raise ModelError(

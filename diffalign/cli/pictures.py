@@ -18,7 +18,12 @@ Limit = Annotated[int | None, typer.Option(help="Use only the first so many.")]
 Base = Annotated[str | None, typer.Option(help="The model that LoRAs and UNets go on, if not the one they name.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps, with the model's own scheduler.")]
 Guidance = Annotated[float, typer.Option(help="7.5 is usual for SD1.5, 5.0 for SDXL; 1 switches guidance off.")]
-Negative = Annotated[str, typer.Option(help="What the pictures should not show.")]
+NegativePrompt = Annotated[str, typer.Option(help="What the pictures should not show.")]
+NegativeLora = Annotated[
+    str | None, typer.Option(help="Diffusion-NPO: a LoRA, UNet or run that draws the unconditional branch of guidance.")
+]
+NegativeScale = Annotated[float, typer.Option(help="How much of --negative-lora is in that branch.")]
+PolicyScale = Annotated[float, typer.Option(help="How much of MODEL's own training is in that branch.")]
 Height = Annotated[int | None, typer.Option(help="Pixels; by default what the model was made for.")]
 Width = Annotated[int | None, typer.Option(help="Pixels; by default what the model was made for.")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float16.")]
@@ -36,7 +41,10 @@ def generate(
     base: Base = None,
     steps: Steps = 30,
     guidance_scale: Guidance = 5.0,
-    negative_prompt: Negative = "",
+    negative_prompt: NegativePrompt = "",
+    negative_lora: NegativeLora = None,
+    negative_scale: NegativeScale = 1.0,
+    policy_scale: PolicyScale = 1.0,
     height: Height = None,
     width: Width = None,
     batch_size: BatchSize = 8,
@@ -49,12 +57,16 @@ def generate(
     interrupted; a longer prompt list or more seeds extend the folder.
 
     Example: `diffalign generate runs/demo --prompts assets/prompts/tiny-held-out.txt --seeds 0-3 --out out/demo`
+
+    Example: `diffalign generate runs/dpo --negative-lora runs/npo --prompt "a red circle" --out out/dpo-npo`
     """
     from diffalign.jobs import generate as job
+    from diffalign.jobs.negative import Negative
 
     texts, numbers = job.read_request(prompts, prompt, seeds, limit)
-    settings = _sampling(steps, guidance_scale, negative_prompt, height, width, batch_size)
-    job.generate(model, texts, numbers, out, settings, base=base, torch_dtype=dtype, device=device, console=Console())
+    settings = sampling(steps, guidance_scale, negative_prompt, height, width, batch_size)
+    options = {"base": base, "negative": Negative.of(negative_lora, negative_scale, policy_scale)}
+    job.generate(model, texts, numbers, out, settings, **options, torch_dtype=dtype, device=device, console=Console())
 
 
 def grid(
@@ -70,7 +82,10 @@ def grid(
     title: Annotated[str, typer.Option(help="Set above the figure.")] = "",
     steps: Steps = 30,
     guidance_scale: Guidance = 5.0,
-    negative_prompt: Negative = "",
+    negative_prompt: NegativePrompt = "",
+    negative_lora: NegativeLora = None,
+    negative_scale: NegativeScale = 1.0,
+    policy_scale: PolicyScale = 1.0,
     height: Height = None,
     width: Width = None,
     batch_size: BatchSize = 8,
@@ -79,16 +94,18 @@ def grid(
 ) -> None:
     """Draw one figure: prompts and seeds down, models across, from the same noise, with scores below each picture.
 
-    LoRAs and UNets of one base model load it once.
+    LoRAs and UNets of one base model load it once. --negative-lora holds for all columns.
 
     Example: `diffalign grid runs/dpo runs/mapo --show-base --prompt "a red circle" --seeds 0-3 --with pickscore`
     """
     from diffalign.jobs import generate as request
     from diffalign.jobs.grid import grid as run
+    from diffalign.jobs.negative import Negative
 
     texts, numbers = request.read_request(prompts, prompt, seeds, limit)
-    settings = _sampling(steps, guidance_scale, negative_prompt, height, width, batch_size)
+    settings = sampling(steps, guidance_scale, negative_prompt, height, width, batch_size)
     options = {"base": base, "show_base": show_base, "scorers": scorers or (), "title": title}
+    options["negative"] = Negative.of(negative_lora, negative_scale, policy_scale)
     run(models, texts, numbers, out, settings, **options, torch_dtype=dtype, device=device, console=Console())
 
 
@@ -126,7 +143,8 @@ def score(
         job.score_images(images, out, scorers or [], prompts_file=prompts, prompt=prompt, **common)
 
 
-def _sampling(steps: int, guidance_scale: float, negative_prompt: str, height, width, batch_size: int):
+def sampling(steps: int, guidance_scale: float, negative_prompt: str, height, width, batch_size: int):
+    """Return the settings that options of drawing commands say."""
     from diffalign.evaluation import SamplingSettings
 
     return SamplingSettings(

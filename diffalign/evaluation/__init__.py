@@ -15,14 +15,17 @@ from diffalign.evaluation.comparison import Comparison, pick_prompts
 from diffalign.evaluation.generation import SamplingSettings, generate, generate_to, prompt_plan
 from diffalign.evaluation.grid import comparison_grid, grid_of, save_grid
 from diffalign.evaluation.manifest import Manifest
+from diffalign.evaluation.negative_branch import with_negative_branch
 from diffalign.evaluation.report import write_report
 from diffalign.evaluation.results import AttributeResult, Bootstrap, ScorerResult
 from diffalign.evaluation.scoring import attribute_table, score_table
+from diffalign.evaluation.several import Evaluation
 
 __all__ = [
     "AttributeResult",
     "Bootstrap",
     "Comparison",
+    "Evaluation",
     "Manifest",
     "SamplingSettings",
     "ScorerResult",
@@ -35,5 +38,6 @@ __all__ = [
     "prompt_plan",
     "save_grid",
     "score_table",
+    "with_negative_branch",
     "write_report",
 ]

@@ -34,6 +34,7 @@ class Comparison:
     attributes: pd.DataFrame | None = None  # the same with `attribute`
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     settings: Mapping[str, Any] = field(default_factory=dict)  # how the pictures were drawn; only recorded
+    further_tests: tuple[float, ...] = ()  # p-values of what else was looked at (other models), for Holm's adjustment
 
     @classmethod
     def from_tables(
@@ -105,7 +106,7 @@ class Comparison:
     def results(self) -> dict[str, ScorerResult]:
         """The summary of every scorer."""
         tables = {scorer: self.per_prompt(scorer) for scorer in self.scorers}
-        adjusted = holm([sign_test(table) for table in tables.values()])
+        adjusted = holm([*(sign_test(table) for table in tables.values()), *self.further_tests])[: len(tables)]
         return {
             scorer: ScorerResult.of(
                 table,
@@ -175,7 +176,7 @@ class Comparison:
         if self.attributes is not None:
             with atomic_write(directory / "attributes.parquet") as file:
                 self.attributes.to_parquet(file, index=False)
-        text = json.dumps(_without_nan(self.summary(extra)), indent=2, default=str, allow_nan=False)
+        text = json.dumps(without_nan(self.summary(extra)), indent=2, default=str, allow_nan=False)
         with atomic_write(directory / "summary.json") as file:
             file.write_text(text + "\n")
         return directory
@@ -257,10 +258,10 @@ def _require_paired(base: pd.DataFrame, aligned: pd.DataFrame, kinds: list[str])
         )
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """Replace NaN, which JSON does not know, by null."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value

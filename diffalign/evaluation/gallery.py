@@ -45,6 +45,7 @@ class Pair:
     base: Picture
     aligned: Picture
     scores: dict[str, tuple[float, float]]  # scorer -> (base, aligned)
+    categories: tuple[str, ...] = ()
 
 
 def find_image(images: Images, model: str, key: tuple[int, int]) -> ImageLike:
@@ -75,7 +76,14 @@ def choose_pairs(comparison: Comparison, scorer: str, count: int) -> list[tuple[
     return list(zip(chosen["prompt_id"].tolist(), chosen["seed"].tolist(), strict=True))
 
 
-def gallery(comparison: Comparison, images: Images, scorer: str, count: int, folder: Path | None) -> list[Pair]:
+def gallery(
+    comparison: Comparison,
+    images: Images,
+    scorer: str,
+    count: int,
+    folder: Path | None,
+    categories: Mapping[int, tuple[str, ...]] | None = None,
+) -> list[Pair]:
     """Return the pairs to show; pictures are embedded, or referred to relative to `folder` if one is given."""
     names = comparison.base_name, comparison.aligned_name
     rows = comparison.pairs.set_index(["prompt_id", "seed"]).sort_index()
@@ -85,7 +93,9 @@ def gallery(comparison: Comparison, images: Images, scorer: str, count: int, fol
         base, aligned = (picture(find_image(images, name, key), folder) for name in names)
         scores = {row.scorer: (row.base, row.aligned) for row in of_pair.itertuples()}
         ordered = {name: scores[name] for name in comparison.scorers}
-        pairs.append(Pair(of_pair["prompt"].iloc[0], *key, base=base, aligned=aligned, scores=ordered))
+        kinds = (categories or {}).get(key[0], ())
+        prompt = of_pair["prompt"].iloc[0]
+        pairs.append(Pair(prompt, *key, base=base, aligned=aligned, scores=ordered, categories=kinds))
     return pairs
 
 

@@ -19,6 +19,7 @@ from diffalign.evaluation.manifest import atomic_write
 from diffalign.evaluation.plots import difference_plot, distribution_plot
 from diffalign.evaluation.results import ScorerResult
 from diffalign.evaluation.scoring import format_score
+from diffalign.evaluation.several import Evaluation
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 _MINUS = "\N{MINUS SIGN}"
@@ -36,6 +37,8 @@ def write_report(
     primary: str | None = None,
     gallery_size: int = 96,
     embed: bool = True,
+    evaluation: Evaluation | None = None,
+    pages: Mapping[str, str] | None = None,
 ) -> Path:
     """Write report.html and return its path.
 
@@ -50,6 +53,8 @@ def write_report(
         primary: the scorer of the headline and of the gallery's first order; by default the first.
         gallery_size: pairs of pictures at most; see `choose_pairs` for which.
         embed: put the pictures into the page (large ones shrunk to 512 pixels), or link to the files relative to it.
+        evaluation: what `comparison` is part of, for a table of all models and tables of categories.
+        pages: model name -> page of its own, relative to `file`; linked from that table.
 
     Raises:
         UserError: for an unknown scorer, missing pictures or unreadable metrics.
@@ -61,6 +66,7 @@ def write_report(
         raise UserError(f'No scores of "{primary}". Available: {", ".join(comparison.scorers)}.{hint}')
     series = read_metrics(metrics) if metrics else {}
     folder = None if embed else file.parent.absolute()
+    categories = evaluation.categories_of_prompts if evaluation else {}
     page = (
         _environment()
         .get_template("report.html.j2")
@@ -74,7 +80,11 @@ def write_report(
             n_pairs=len(comparison.pairs) // len(comparison.scorers),
             charts={scorer: _score_charts(comparison, scorer) for scorer in comparison.scorers},
             training=training_charts(series),
-            pairs=gallery(comparison, images, primary, gallery_size, folder) if images else [],
+            pairs=gallery(comparison, images, primary, gallery_size, folder, categories) if images else [],
+            evaluation=evaluation,
+            pages=dict(pages or {}),
+            category_names=list(dict.fromkeys(name for names in categories.values() for name in names)),
+            category_tables=_category_tables(evaluation, comparison.aligned_name, primary) if evaluation else {},
             settings=_flat(comparison.settings),
             config=yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True) if config else "",
             command=command,
@@ -130,6 +140,15 @@ def _score_charts(comparison: Comparison, scorer: str) -> list[Chart]:
             (("base", comparison.base_name), ("aligned", comparison.aligned_name)),
         ),
     ]
+
+
+def _category_tables(evaluation: Evaluation, model: str, scorer: str) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of one model and scorer by kind of category."""
+    table = evaluation.category_table
+    if table.empty:
+        return {}
+    chosen = table[(table["model"] == model) & (table["scorer"] == scorer)]
+    return {str(kind): part.to_dict("records") for kind, part in chosen.groupby("kind", sort=False)}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

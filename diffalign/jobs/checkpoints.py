@@ -1,4 +1,4 @@
-"""Draw with a run as it was at one of its checkpoints."""
+"""Put weights into a base model's pipeline, those of a run at one of its checkpoints too."""
 
 import copy
 from pathlib import Path
@@ -7,9 +7,13 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from diffalign import config as configuration
 from diffalign.backbones import adapters
+from diffalign.backbones.export import load_adapter_into
+from diffalign.backbones.files import load_errors, quiet_diffusers
+from diffalign.config.sections import LoraSettings
 from diffalign.errors import ModelError
 from diffalign.training.checkpoint import STATE, WEIGHTS
 
@@ -19,8 +23,17 @@ def is_checkpoint(folder: str | Path) -> bool:
     return all((Path(folder) / name).is_file() for name in (STATE, WEIGHTS))
 
 
+def load_weights(pipeline: DiffusionPipeline, weights: str) -> DiffusionPipeline:
+    """Return `pipeline`, a base, with the LoRA, the UNet or the checkpoint of a run that `weights` names."""
+    if is_checkpoint(weights):
+        return load_into(pipeline, Path(weights))
+    return load_adapter_into(pipeline, weights)
+
+
 def load_into(pipeline: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
     """Return `pipeline`, the run's base, with the weights that the run had at this checkpoint (not their average).
+
+    A LoRA is put beside the adapters that the UNet has; all weights of a UNet come without them.
 
     Raises:
         ModelError: the checkpoint is damaged or its run trained something else.
@@ -32,9 +45,14 @@ def load_into(pipeline: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
         raise ModelError(f"{folder} is damaged ({error}). Use another checkpoint.") from error
     if config.model.tune == "lora":
         lora = config.lora
+        if adapters.has_adapters(pipeline.unet):
+            return _load_beside(pipeline, folder, tensors, lora)
         adapters.add_lora(pipeline.unet, lora.rank, lora.lora_alpha, lora.lora_target_modules)
     else:
-        pipeline.register_modules(unet=copy.deepcopy(pipeline.unet).requires_grad_(True))
+        unet = copy.deepcopy(pipeline.unet)
+        if adapters.has_adapters(unet):
+            unet.unload_lora()
+        pipeline.register_modules(unet=unet.requires_grad_(True))
     parameters = {name: value for name, value in pipeline.unet.named_parameters() if value.requires_grad}
     if parameters.keys() != tensors.keys() or any(tensors[name].shape != p.shape for name, p in parameters.items()):
         raise ModelError(f"{folder} does not fit {folder.parent / 'config.yaml'}: it holds other weights.")
@@ -42,4 +60,19 @@ def load_into(pipeline: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     pipeline.unet.requires_grad_(False)
+    return pipeline
+
+
+def _load_beside(
+    pipeline: DiffusionPipeline, folder: Path, tensors: dict[str, Tensor], lora: LoraSettings
+) -> DiffusionPipeline:
+    settings = {"r": lora.rank, "lora_alpha": lora.lora_alpha or lora.rank, "lora_dropout": 0.0}
+    settings["target_modules"] = sorted(lora.lora_target_modules)
+    adapter = adapters.free_name(pipeline.unet)
+    named = {name.replace(f".{adapters.ADAPTER}.", "."): tensor for name, tensor in tensors.items()}
+    with load_errors("the LoRA", str(folder)), quiet_diffusers():
+        pipeline.unet.load_lora_adapter(named, prefix=None, adapter_name=adapter, metadata=settings)
+    fitting = adapters.count_adapted(pipeline.unet, adapter)
+    if 2 * fitting != len(tensors):
+        raise ModelError(f"Only {fitting} of the {len(tensors) // 2} modules in the LoRA of {folder} fit this UNet.")
     return pipeline

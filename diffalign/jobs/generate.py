@@ -8,6 +8,7 @@ from rich.console import Console
 from diffalign.errors import DataError
 from diffalign.evaluation import Manifest, SamplingSettings, generate_to
 from diffalign.jobs import models
+from diffalign.jobs.negative import Negative, loader
 from diffalign.jobs.prompts import parse_seeds, read_prompts
 
 LARGEST_SEED = 2**63 - 1
@@ -45,6 +46,7 @@ def generate(
     settings: SamplingSettings,
     *,
     base: str | None = None,
+    negative: Negative | None = None,
     torch_dtype: str = "auto",
     device: str = "auto",
     console: Console,
@@ -53,7 +55,10 @@ def generate(
 
     The number of a prompt is its position in `prompts`, so a list may grow at its end.
     """
-    model = models.load_pipeline(spec, base, torch_dtype, device)
+    wanted = models.resolve([spec], base, base_is_used=negative is not None)
+    if negative is not None:
+        negative.check(settings.guidance_scale, wanted)
+    model = loader(negative, base, torch_dtype, device).load(wanted[0])
     ids = [index for index in range(len(prompts)) for _ in seeds]
     texts = [prompt for prompt in prompts for _ in seeds]
     manifest = generate_to(

@@ -12,6 +12,7 @@ from diffalign.errors import UserError
 from diffalign.evaluation import SamplingSettings, comparison_grid, generate, save_grid, score_table
 from diffalign.jobs import models, tables
 from diffalign.jobs import scorers as scoring
+from diffalign.jobs.negative import Negative, loader
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_ROWS = 200
@@ -25,6 +26,7 @@ def grid(
     settings: SamplingSettings,
     *,
     base: str | None = None,
+    negative: Negative | None = None,
     show_base: bool = False,
     scorers: Sequence[str] = (),
     title: str = "",
@@ -38,10 +40,13 @@ def grid(
         UserError: a figure that cannot be written as asked, found before anything is drawn.
     """
     _check_figure(out, len(prompts) * len(seeds))
-    wanted = _columns(specs, base, show_base)
+    wanted = columns(specs, base, show_base, base_is_used=negative is not None)
+    if negative is not None:
+        negative.check(settings.guidance_scale, wanted)
+    drawing = loader(negative, base, torch_dtype, device)
     judges = scoring.load(scorers, device) if scorers else []
     rows = [(prompt, seed) for prompt in prompts for seed in seeds]
-    pictures = draw(wanted, rows, settings, models.ModelLoader(torch_dtype, device), console)
+    pictures = draw(wanted, rows, settings, drawing, console)
     scores = _score(pictures, rows, judges) if judges else None
     names = [model.name for model in wanted]
     figure = comparison_grid(
@@ -51,7 +56,8 @@ def grid(
         [prompt for prompt, _ in rows],
         None if scores is None else _by_cell(scores, names, len(rows)),
         title=title,
-        subtitle=f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, same noise along a row",
+        subtitle=f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}"
+        f"{f', negative branch {negative.spec}' if negative else ''}, same noise along a row",
     )
     save_grid(figure, out)
     if scores is not None:
@@ -87,8 +93,9 @@ def _check_figure(out: Path, rows: int) -> None:
         )
 
 
-def _columns(specs: Sequence[str], base: str | None, show_base: bool) -> list[models.Model]:
-    wanted = models.resolve(specs, base)
+def columns(specs: Sequence[str], base: str | None, show_base: bool, base_is_used: bool) -> list[models.Model]:
+    """Return the models that a command line names, and before them the base of the first LoRA or UNet if asked for."""
+    wanted = models.resolve(specs, base, base_is_used=base_is_used)
     if not show_base:
         return wanted
     first = next((model for model in wanted if model.weights is not None), None)

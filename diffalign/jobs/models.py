@@ -21,7 +21,6 @@ from pydantic import ValidationError
 
 from diffalign.backbones import loading
 from diffalign.backbones.base import Backbone
-from diffalign.backbones.export import load_adapter_into
 from diffalign.backbones.files import read_header
 from diffalign.config.sections import ModelSettings
 from diffalign.errors import ConfigError, ModelError, suggestion
@@ -74,10 +73,11 @@ class LoadedModel:
     name: str
     backbone: Backbone  # of the base; its denoiser may have been replaced in `pipeline`
     pipeline: DiffusionPipeline
+    note: str = ""  # what else shapes its pictures, besides the tensors in `pipeline`
 
     @cached_property
     def identity(self) -> str:
-        """Return the name, the dtype and a hash of everything in the pipeline that shapes a picture."""
+        """Return the name, the dtype, a hash of everything in the pipeline that shapes a picture, and the note."""
         backbone, pipeline = self.backbone, self.pipeline
         names = ("text_encoder", "text_encoder_2")
         whole = type(backbone)(
@@ -92,7 +92,7 @@ class LoadedModel:
         scales = [layer.scaling for layer in pipeline.unet.modules() if isinstance(layer, BaseTunerLayer)]
         parts = f"{whole.fingerprint()} {whole.denoiser_fingerprint()} {scales}"
         dtype = str(pipeline.dtype).removeprefix("torch.")
-        return f"{self.name} ({dtype}, weights {hashlib.sha256(parts.encode()).hexdigest()[:16]})"
+        return f"{self.name} ({dtype}, weights {hashlib.sha256(parts.encode()).hexdigest()[:16]}){self.note}"
 
 
 def load_pipeline(spec: str, base: str | None = None, torch_dtype: str = "auto", device: str = "auto") -> LoadedModel:
@@ -128,29 +128,29 @@ class ModelLoader:
         self._pipeline = None
         backbone = self._loaded_base(model)
         self._pipeline = pipeline = backbone.pipeline()
-        if model.weights is not None and checkpoints.is_checkpoint(model.weights):
-            pipeline = checkpoints.load_into(pipeline, Path(model.weights))
-        elif model.weights is not None:
-            pipeline = load_adapter_into(pipeline, model.weights)
+        if model.weights is not None:
+            pipeline = checkpoints.load_weights(pipeline, model.weights)
         pipeline.unet.eval()
         return LoadedModel(model.name, backbone, pipeline)
 
     def _loaded_base(self, model: Model) -> Backbone:
         if self._backbone is None or model.base != self._base:
             self._backbone = None  # frees the memory first
-            self._backbone = _load_base(model, self.torch_dtype).to(self.device)
+            self._backbone = load_base(model, self.torch_dtype).to(self.device)
             self._base = model.base
         return self._backbone
 
 
-def resolve(specs: Sequence[str], base: str | None = None) -> list[Model]:
+def resolve(specs: Sequence[str], base: str | None = None, *, base_is_used: bool = False) -> list[Model]:
     """Say what each name on the command line stands for, under names that differ.
+
+    base_is_used: by something besides these models, so that they may all be whole models.
 
     Raises:
         ModelError: a folder that holds no model, weights without a base, a model given twice, a base without a use.
     """
-    models = [_resolve(*_split_name(spec), base) for spec in specs]
-    if base is not None and all(model.weights is None for model in models):
+    models = [_resolve(*split_name(spec), base) for spec in specs]
+    if base is not None and not base_is_used and all(model.weights is None for model in models):
         raise ModelError(
             f'--base "{base}" has no effect: {", ".join(model.name for model in models)} '
             f"{'is a whole model' if len(models) == 1 else 'are whole models'}. Leave it out."
@@ -158,7 +158,7 @@ def resolve(specs: Sequence[str], base: str | None = None) -> list[Model]:
     taken = [model.name for model in models]
     named = []
     for model, spec in zip(models, specs, strict=True):
-        clash = taken.count(model.name) > 1 and _split_name(spec)[0] is None
+        clash = taken.count(model.name) > 1 and split_name(spec)[0] is None
         named.append(replace(model, name=spec) if clash else model)
     names = [model.name for model in named]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -171,8 +171,8 @@ def base_of(model: Model) -> Model:
     return Model("base", model.base)
 
 
-def _split_name(spec: str) -> tuple[str | None, str]:
-    """Split "dpo=runs/demo"; what exists on disk is a path."""
+def split_name(spec: str) -> tuple[str | None, str]:
+    """Split "dpo=runs/demo" into name and path; what exists on disk is a path without a name."""
     name, sign, rest = spec.partition("=")
     is_named = sign and rest and name and "/" not in name and not Path(spec).exists()
     return (name, rest) if is_named else (None, spec)
@@ -268,7 +268,8 @@ def _base_in_file(path: Path, spec: str) -> str:
     return found
 
 
-def _load_base(model: Model, torch_dtype: torch.dtype) -> Backbone:
+def load_base(model: Model, torch_dtype: torch.dtype) -> Backbone:
+    """Return what `model.base` names, on the CPU; its weights are not read."""
     options = asdict(model.base)
     source = options.pop("source")
     try:

@@ -8,6 +8,7 @@ label pairs: a reward that cannot be wrong would hide what real rewards get wron
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from diffalign.shapes import render
-from diffalign.shapes.captions import PALETTE, SHAPES, Scene, parse
+from diffalign.shapes.captions import COLORS, PALETTE, SHAPES, Scene, parse
 
 ATTRIBUTES = ("background", "color", "shape", "count", "size", "position")
 CONTRAST = 0.12  # smallest RGB distance from the ground that counts as an object
@@ -39,13 +40,16 @@ def _template(shape: str, height: int, width: int) -> np.ndarray:
     return render.coverage(shape, height, width) > 0.5
 
 
+def _overlaps(mask: np.ndarray) -> dict[str, float]:
+    """Return the intersection over union of an object, the mask of its bounding box [h, w], with every shape."""
+    templates = {name: _template(name, *mask.shape) for name in SHAPES}
+    return {name: (mask & t).sum() / max((mask | t).sum(), 1) for name, t in templates.items()}
+
+
 def _shape_score(mask: np.ndarray, shape: str) -> float:
     """Score one object, given as the mask of its bounding box [h, w]."""
     height, width = mask.shape
-    overlap = {}
-    for name in SHAPES:
-        template = _template(name, height, width)
-        overlap[name] = (mask & template).sum() / max((mask | template).sum(), 1)
+    overlap = _overlaps(mask)
     aspect = min(height, width) / max(height, width)
     score = _ramp(overlap[shape], 0.5, 0.88) * _ramp(aspect, 0.4, 0.8)
     return score if max(overlap, key=overlap.get) == shape else WRONG_SHAPE * score
@@ -62,6 +66,14 @@ def _objects(image: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, list[tu
     for new, old in enumerate(keep):
         ordered[labels == old + 1] = new + 1
     return ordered, ndimage.find_objects(ordered)
+
+
+def _border(pixels: np.ndarray) -> np.ndarray:
+    """Return the mask [H, W] of the rim of a picture."""
+    rim = max(pixels.shape[0] // 24, 1)
+    border = np.ones(pixels.shape[:2], dtype=bool)
+    border[rim:-rim, rim:-rim] = False
+    return border
 
 
 def _interior(mask: np.ndarray) -> np.ndarray:
@@ -84,12 +96,34 @@ def _geometry(scene: Scene, box: tuple[slice, slice], side: int) -> dict[str, fl
     return scores
 
 
+class Thing(NamedTuple):
+    """Describe an object of a picture: its box x1, y1, x2, y2 in pixels, the shape nearest to it, and its colour."""
+
+    box: tuple[int, int, int, int]
+    shape: str
+    overlap: float  # intersection over union with that shape
+    color: str
+
+
+def find(image: Image.Image) -> list[Thing]:
+    """Return the objects of a picture, the largest first, whatever its caption asks for."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+    labels, boxes = _objects(pixels, np.median(pixels[_border(pixels)], axis=0))
+    found = []
+    for number, (rows, columns) in enumerate(boxes, start=1):
+        mask = labels == number
+        overlap = _overlaps(mask[rows, columns])
+        shape = max(overlap, key=overlap.get)
+        mean = pixels[_interior(mask)].mean(axis=0)
+        color = min(COLORS, key=lambda name: np.linalg.norm(mean - np.asarray(PALETTE[name]) / 255))
+        found.append(Thing((columns.start, rows.start, columns.stop, rows.stop), shape, float(overlap[shape]), color))
+    return found
+
+
 def measure(image: Image.Image, scene: Scene) -> dict[str, float]:
     """Score every attribute that the scene's caption mentions, each in [0, 1]."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
-    rim = max(pixels.shape[0] // 24, 1)
-    border = np.ones(pixels.shape[:2], dtype=bool)
-    border[rim:-rim, rim:-rim] = False
+    border = _border(pixels)
     ground = np.median(pixels[border], axis=0)
     scores = {"background": _closeness(pixels[border], scene.background)}
 

@@ -24,13 +24,14 @@
   if (!toolbar) return;
   toolbar.hidden = false;
   const list = one(".pairs");
-  const [scorer, order] = all("select", toolbar);
+  const [scorer, order, category] = all("select", toolbar);  // the last only where prompts have categories
   const search = one("input", toolbar);
   const cards = all("article", list).map((node) => ({
     node,
     text: one(".prompt", node).textContent.toLowerCase(),
     place: [Number(node.dataset.prompt), Number(node.dataset.seed)],
     scores: JSON.parse(node.dataset.scores),
+    categories: JSON.parse(node.dataset.categories ?? "[]"),
   }));
   let show = "all";
 
@@ -48,7 +49,8 @@
       const [base, aligned] = card.scores[scorer.value];
       card.change = aligned - base;
       card.kind = card.change > 0 ? "win" : card.change < 0 ? "loss" : "tie";
-      card.node.hidden = (show !== "all" && card.kind !== show) || !card.text.includes(wanted);
+      const elsewhere = category?.value && !card.categories.includes(category.value);
+      card.node.hidden = (show !== "all" && card.kind !== show) || Boolean(elsewhere) || !card.text.includes(wanted);
       shown += !card.node.hidden;
       const figures = all("figure", card.node);
       figures[0].classList.toggle("won", card.kind === "loss");
@@ -67,7 +69,7 @@
       update();
     });
   }
-  for (const control of [scorer, order]) control.addEventListener("change", update);
+  for (const control of [scorer, order, category].filter(Boolean)) control.addEventListener("change", update);
   search.addEventListener("input", update);
 
   const dialog = one("dialog");

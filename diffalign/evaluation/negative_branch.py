@@ -1,0 +1,209 @@
+"""Diffusion-NPO at sampling time: another network evaluates the unconditional branch of guidance.
+
+eps       = eps_neg(xt, empty) + guidance_scale * (eps_pos(xt, prompt) - eps_neg(xt, empty))
+theta_neg = theta_0 + policy_scale * (theta_pos - theta_0) + negative_scale * (theta_npo - theta_0)
+
+Wang et al. 2025, arXiv:2505.11245; the scales are its alpha and beta (`1 - merge_weight` and 1 in the authors' code).
+The pipeline does the first line as ever: its UNet is replaced by one that sends each half of the batch to its network.
+
+Memory: a LoRA costs its own weights, as both networks are one UNet whose adapters are switched between the halves.
+Only a full negative UNet, or a full policy UNet with a policy_scale other than 1, takes a second UNet.
+"""
+
+import copy
+import math
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor, nn
+
+from diffalign.backbones.adapters import activate, active_adapters, adapter_mix
+from diffalign.backbones.export import load_adapter_into
+from diffalign.errors import ModelError, UserError
+
+Load = Callable[[DiffusionPipeline, str], DiffusionPipeline]
+
+
+class NegativeBranch(nn.Module):
+    """Stand in for a pipeline's UNet: the first half of the batch goes to the negative network, the second to the own.
+
+    Everything else that a pipeline asks of its UNet (config, dtype, ...) is answered by the positive network.
+    """
+
+    def __init__(
+        self,
+        positive: nn.Module,
+        negative: nn.Module,
+        positive_adapters: dict[str, float],
+        negative_adapters: dict[str, float],
+        pipeline: DiffusionPipeline,
+    ):
+        """Take networks, which may be one, the factor of each adapter that acts in a branch, and who will call."""
+        super().__init__()
+        self.networks = nn.ModuleList([positive] if negative is positive else [positive, negative])
+        self._branches = (
+            (negative, adapter_mix(negative, negative_adapters)),
+            (positive, adapter_mix(positive, positive_adapters)),
+        )
+        self._pipeline = weakref.ref(pipeline)
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the positive network."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "networks":
+                raise
+            return getattr(self.networks[0], name)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Return the prediction [2N,C,h,w] for `sample` [2N,C,h,w], unconditional half first, at one timestep.
+
+        Raises:
+            ModelError: the pipeline does not guide, so that there is no half to be evaluated by the negative network.
+        """
+        pipeline = self._pipeline()
+        if pipeline is not None and not pipeline.do_classifier_free_guidance:
+            raise ModelError(
+                f"The negative branch needs guidance: guidance_scale must be above 1, got {pipeline.guidance_scale}. "
+                "5 to 7.5 is usual."
+            )
+        inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states, **options}
+        predictions = []
+        for half, (network, mixed) in enumerate(self._branches):
+            with mixed():
+                predictions.append(network(**_half(inputs, half, len(sample)), return_dict=False)[0])
+        prediction = torch.cat(predictions)
+        return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+
+def with_negative_branch(
+    pipeline: DiffusionPipeline,
+    source: str | Path,
+    *,
+    negative_scale: float = 1.0,
+    policy_scale: float = 1.0,
+    base: nn.Module | None = None,
+    source_base: Callable[[], nn.Module] | None = None,
+    load: Load = load_adapter_into,
+) -> DiffusionPipeline:
+    """Return a pipeline that draws as `pipeline` does, guided away from the network trained to prefer the worse.
+
+    It shares all modules with `pipeline`, which goes on drawing as before.
+
+    Args:
+        pipeline: SD or SDXL; its UNet is theta_pos, with or without LoRAs.
+        source: theta_npo, a LoRA or a UNet as `load` takes it.
+        negative_scale: beta >= 0, of what NPO has learnt.
+        policy_scale: alpha >= 0, of what the policy has learnt.
+        base: theta_0 of a policy whose UNet was trained as a whole; by default the policy without its LoRAs.
+        source_base: returns what a full UNet in `source` was trained from, if not `base`; a LoRA goes on any model.
+        load: puts `source` into a pipeline and returns it.
+
+    Raises:
+        UserError: a scale that is no number from 0 up.
+        ModelError: `source` cannot be loaded, does not fit, or trains text encoders, which both branches share.
+    """
+    check_scales(negative_scale=negative_scale, policy_scale=policy_scale)
+    policy = pipeline.unet
+    if isinstance(policy, NegativeBranch):
+        raise ModelError("This pipeline has a negative branch already. Start from the pipeline it was made from.")
+    own = active_adapters(policy)
+    npo, new = _load(pipeline, source, load)
+    negative = policy
+    base = policy if base is None else base
+    if npo is not None or (base is not policy and policy_scale != 1):
+        other = None if npo is None else (npo, base if source_base is None else source_base())
+        negative = _merged(policy, base, other, policy_scale, negative_scale)
+    mix = dict.fromkeys(own, policy_scale) | dict.fromkeys(new, negative_scale)
+    result = copy.copy(pipeline)
+    branch = NegativeBranch(policy, negative, dict.fromkeys(own, 1.0), mix, result)
+    result.register_modules(unet=branch.eval().requires_grad_(False))
+    return result
+
+
+def negative_weights(
+    policy: Tensor, base: Tensor, npo: Tensor, npo_base: Tensor, policy_scale: float, negative_scale: float
+) -> Tensor:
+    """Return theta_neg, float32: base + policy_scale * (policy - base) + negative_scale * (npo - npo_base).
+
+    Summed from `policy`, so that scales of 1 and 0, or differences of 0, give `policy` to the last bit.
+    """
+    policy, base, npo, npo_base = policy.float(), base.float(), npo.float(), npo_base.float()
+    return policy + (policy_scale - 1) * (policy - base) + negative_scale * (npo - npo_base)
+
+
+def check_scales(**scales: float) -> None:
+    """Raise UserError for scales no network can be made with."""
+    for name, value in scales.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{name} must be a number of at least 0, got {value}. 1 is usual, 0 leaves the part out.")
+
+
+def _load(pipeline: DiffusionPipeline, source: str | Path, load: Load) -> tuple[nn.Module | None, list[str]]:
+    """Return a full network, or None and the names of new adapters in `pipeline.unet`, which do not act there yet."""
+    policy = pipeline.unet
+    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+    own, before, before_encoders = active_adapters(policy), _adapters(policy), _adapters(*encoders)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second LoRA is what we want
+        npo = load(pipeline, str(source)).unet
+    pipeline.register_modules(unet=policy)
+    activate(policy, own)
+    if new := _adapters(*encoders) - before_encoders:
+        pipeline.delete_adapters(sorted(new))
+        raise ModelError(
+            f'The LoRA "{source}" trains text encoders, which both branches share. Give one that trains the UNet only.'
+        )
+    return (None, sorted(_adapters(policy) - before)) if npo is policy else (npo, [])
+
+
+def _adapters(*modules: nn.Module | None) -> set[str]:
+    return {name for module in modules for name in getattr(module, "peft_config", {})}
+
+
+def _merged(
+    policy: nn.Module,
+    base: nn.Module,
+    other: tuple[nn.Module, nn.Module] | None,
+    policy_scale: float,
+    negative_scale: float,
+) -> nn.Module:
+    """Return a copy of `policy`, adapters included, whose own weights are those of theta_neg."""
+    bases = _own_weights(base)
+    npo, npo_bases = (_own_weights(network) for network in other) if other else (bases, bases)
+    merged = copy.deepcopy(policy)
+    for name, weight in _own_weights(merged).items():
+        parts = (source[name].detach().to(weight.device) for source in (bases, npo, npo_bases))
+        weight.data.copy_(negative_weights(weight.detach(), *parts, policy_scale, negative_scale))
+    return merged
+
+
+def _own_weights(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are no adapter's, under the names they have without adapters."""
+    named = network.named_parameters()
+    return {name.replace(".base_layer.", "."): weight for name, weight in named if ".lora_" not in name}
+
+
+def _half(value: Any, half: int, size: int) -> Any:
+    """Return the entries of one half wherever `value` has one for each of the `size` in the batch."""
+    if isinstance(value, Tensor):
+        return value.chunk(2)[half] if value.ndim and len(value) == size else value
+    if isinstance(value, dict):
+        return {key: _half(entry, half, size) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_half(entry, half, size) for entry in value)
+    return value
