@@ -28,6 +28,7 @@ from diffalign.training import metrics
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "assets" / "prompts" / "tiny-held-out.txt"
 N_PROMPTS, IMAGES_PER_PROMPT, SEED = 256, 2, 3_000_000
+STEPS = 200  # half of the recipes' own: of 16 pairs, or as many images
 SAMPLING = SamplingSettings(num_inference_steps=20, guidance_scale=5.0, batch_size=64)
 
 
@@ -60,7 +61,13 @@ def run(name: str, output: Path, overrides: list[str]) -> dict[str, Any]:
     """Train configs/tiny/NAME.yaml, draw and score, and return one row of the table."""
     config = configuration.load(
         ROOT / "configs" / "tiny" / f"{name}.yaml",
-        [f"train.output_dir={output}", f"data.cache_dir={output.parent / 'cache'}", "logging.report_to=[]", *overrides],
+        [
+            f"train.output_dir={output}",
+            f"data.cache_dir={output.parent / 'cache'}",
+            "logging.report_to=[]",
+            f"train.max_train_steps={STEPS}",
+            *overrides,
+        ],
     )
     evaluations, started = Evaluations(), time.perf_counter()
     with evaluations.counting():

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.method_runs import IMAGES_PER_PROMPT, N_PROMPTS, ROOT
+from benchmarks.method_runs import IMAGES_PER_PROMPT, N_PROMPTS, ROOT, STEPS
 from diffalign import objectives
 from diffalign.jobs.train import versions
 
@@ -55,12 +55,12 @@ def line_of(row: dict[str, Any]) -> str:
 def write_table(rows: list[dict[str, Any]]) -> None:
     """Write the markdown table."""
     base = rows[0]["scores"]["oracle"]["base"]
-    found = versions()
+    found, pairs, images = versions(), 16 * STEPS, 32 * STEPS
     head = f"""# Every method on the embedded world
 
 {datetime.date.today().isoformat()}; {torch.get_num_threads()} CPU threads, torch {found["torch"]}, diffusers
-{found["diffusers"]}. Made by `make methods`. Every method starts from `assets/tiny-sdxl` and sees 12,800 images (6,400
-pairs; SFT the 6,400 winners), with configs/tiny/METHOD.yaml. Judged on {N_PROMPTS} held-out prompts with
+{found["diffusers"]}. Made by `make methods`. Every method starts from `assets/tiny-sdxl` and sees {images:,} images in {STEPS}
+steps ({pairs:,} pairs; SFT their winners), with configs/tiny/METHOD.yaml, which are made for twice as many. Judged on {N_PROMPTS} held-out prompts with
 {IMAGES_PER_PROMPT} pictures each, from the same noise as the base (oracle mean {base:.3f}); win rates against the base
 with a paired bootstrap over prompts. One training run each: the intervals say nothing about another seed. "UNet images"
 are images through the network per example, with + without gradient. Other work shared the machine, so examples/s are
