@@ -59,12 +59,12 @@ def write_table(rows: list[dict[str, Any]]) -> None:
     head = f"""# Every method on the embedded world
 
 {datetime.date.today().isoformat()}; {torch.get_num_threads()} CPU threads, torch {found["torch"]}, diffusers
-{found["diffusers"]}. Made by `make methods`. Every method starts from `assets/tiny-sdxl` and sees {images:,} images in {STEPS}
-steps ({pairs:,} pairs; SFT their winners), with configs/tiny/METHOD.yaml, which are made for twice as many. Judged on {N_PROMPTS} held-out prompts with
-{IMAGES_PER_PROMPT} pictures each, from the same noise as the base (oracle mean {base:.3f}); win rates against the base
-with a paired bootstrap over prompts. One training run each: the intervals say nothing about another seed. "UNet images"
-are images through the network per example, with + without gradient. Other work shared the machine, so examples/s are
-rough.
+{found["diffusers"]}. Made by `make methods`. Every method starts from `assets/tiny-sdxl` and sees {images:,} images
+in {STEPS} steps ({pairs:,} pairs; SFT their winners), with configs/tiny/METHOD.yaml, which are made for twice as many.
+Judged on {N_PROMPTS} held-out prompts with {IMAGES_PER_PROMPT} pictures each, from the same noise as the base (oracle
+mean {base:.3f}); win rates against the base with a paired bootstrap over prompts. One training run each: the intervals
+say nothing about another seed. "UNet images" are images through the network per example, with + without gradient.
+Other work shared the machine, so examples/s are rough.
 
 """
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
