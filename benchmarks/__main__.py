@@ -20,12 +20,13 @@ def main() -> None:
     commands.add_parser("cpu-step", help="the optimizer step on this CPU, against what the public scripts do (default)")
     compared = commands.add_parser("methods", help="every objective on the embedded world; hours on two cores")
     compared.add_argument("names", nargs="*", help="only these objectives")
+    compared.add_argument("--table-only", action="store_true", help="train nothing, tabulate what there is")
     compared.add_argument("--output", type=Path, default=Path("runs/methods").resolve())
     noise = commands.add_parser("label-noise", help="DPO against robust DPO under flipped labels")
     noise.add_argument("--output", type=Path, default=Path("runs/label-noise").resolve())
     asked = parser.parse_args()
     if asked.command == "methods":
-        methods.main(asked.names, asked.output)
+        methods.main(asked.names, asked.output, asked.table_only)
     elif asked.command == "label-noise":
         label_noise.main(asked.output)
     else:

@@ -23,14 +23,25 @@ RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = ("method", "oracle", "win rate (95 %)", "PickScore", "HPSv2", "UNet images", "examples/s", "memory")
 
 
-def main(only: list[str], output: Path) -> None:
-    """Train and judge the methods named (all if none are), then write table, CSV and plot."""
+def offline_methods() -> list[str]:
+    """Return the objectives that learn from data: those that sample while they train have other costs."""
+    return [name for name in objectives.names() if objectives.objective_class(name).layout != "transition"]
+
+
+def main(only: list[str], output: Path, table_only: bool = False) -> None:
+    """Train and judge the methods named (all if none are), then write table, CSV and plot.
+
+    With `table_only` nothing is trained: methods without a row are listed as not measured.
+    """
     unknown = sorted(set(only) - set(objectives.names()))
     if unknown:
         raise SystemExit(f"Unknown method {unknown[0]}. Available: {', '.join(objectives.names())}.")
-    rows = []
-    for name in only or objectives.names():
+    rows, missing = [], []
+    for name in only or offline_methods():
         file = output / name / "row.json"
+        if not file.exists() and table_only:
+            missing.append(name)
+            continue
         if not file.exists():
             print(f"{name} ...", flush=True)
             command = [sys.executable, "-m", "benchmarks.method_runs", name, str(output / name)]
@@ -38,7 +49,7 @@ def main(only: list[str], output: Path) -> None:
         rows.append(json.loads(file.read_text(encoding="utf8")))
         print(line_of(rows[-1]), flush=True)
     rows.sort(key=lambda row: -row["scores"]["oracle"]["win_rate"])
-    write_table(rows)
+    write_table(rows, missing)
     write_csv(rows)
     plot(rows, RESULTS / "methods.png")
 
@@ -52,7 +63,7 @@ def line_of(row: dict[str, Any]) -> str:
     )
 
 
-def write_table(rows: list[dict[str, Any]]) -> None:
+def write_table(rows: list[dict[str, Any]], missing: list[str]) -> None:
     """Write the markdown table."""
     base = rows[0]["scores"]["oracle"]["base"]
     found, pairs, images = versions(), 16 * STEPS, 32 * STEPS
@@ -81,6 +92,8 @@ Other work shared the machine, so examples/s are rough.
             f"{row['peak_memory_gib']:.2f} GiB",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    if missing:
+        lines += ["", f"Not measured: {', '.join(f'`{name}`' for name in missing)}."]
     (RESULTS / "methods.md").write_text(head + "\n".join(lines) + "\n", encoding="utf8")
 
 
