@@ -20,12 +20,13 @@ from diffalign import objectives
 from diffalign.jobs.train import versions
 
 RESULTS = ROOT / "benchmarks" / "results"
+LAYOUTS = ("pair", "single", "list")
 COLUMNS = ("method", "oracle", "win rate (95 %)", "PickScore", "HPSv2", "UNet images", "examples/s", "memory")
 
 
 def offline_methods() -> list[str]:
     """Return the objectives that learn from data: those that sample while they train have other costs."""
-    return [name for name in objectives.names() if objectives.objective_class(name).layout != "transition"]
+    return [name for name in objectives.names() if objectives.objective_class(name).layout in LAYOUTS]
 
 
 def main(only: list[str], output: Path, table_only: bool = False) -> None:
