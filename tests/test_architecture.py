@@ -15,7 +15,7 @@ LAYERS = (
     {"objectives"},
     {"denoising"},
     {"backbones", "data"},
-    {"rollout", "training", "evaluation", "filtering", "shapes"},
+    {"rollout", "training", "evaluation", "filtering", "labelling", "shapes"},
     {"config"},
     {"jobs"},
     {"cli"},

@@ -131,7 +131,7 @@ class TestObjective:
     @pytest.mark.parametrize("block", ["objective:", "objective:\n  beta: 5.0", "objective:\n  name: 5"])
     def test_a_missing_name_lists_what_there_is(self, tmp_path, block):
         text = MINIMAL[: MINIMAL.index("objective")] + block
-        with pytest.raises(ConfigError, match=r'"objective\.name" must be one of apo, '):
+        with pytest.raises(ConfigError, match=r'"objective\.name" must be one of alignprop, apo, '):
             configuration.load(write(tmp_path, text))
 
     def test_a_word_is_not_a_block(self, tmp_path):

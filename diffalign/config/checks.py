@@ -3,6 +3,7 @@
 from diffalign.config.config import Config
 from diffalign.denoising import INVERSIONS
 from diffalign.errors import ConfigError
+from diffalign.objectives.base import BACKPROPAGATIONS
 
 
 def check(config: Config) -> None:
@@ -16,6 +17,9 @@ def check(config: Config) -> None:
         "fixed.": config.reference.update != "fixed" and not referenced,
         f'loss.anchor_weight needs an objective with a reference, "{name}" has none. Use 0.': (
             config.loss.anchor_weight > 0 and not referenced
+        ),
+        f'loss.sft_weight would also learn the undesirable images of "{name}". Use 0.': (
+            config.loss.sft_weight > 0 and objective.layout == "single" and not objective.chosen_only
         ),
         f'loss.auto_beta needs an objective of pairs with a reference and a beta, "{name}" is none. Use null.': (
             config.loss.auto_beta is not None
@@ -34,6 +38,51 @@ def check(config: Config) -> None:
             not 0 < config.loss.auto_beta_limits[0] <= config.loss.auto_beta_limits[1]
         ),
     }
-    for message, found in faults.items():
+    for message, found in {**faults, **_rollout_faults(config)}.items():
         if found:
             raise ConfigError(message)
+
+
+def _rollout_faults(config: Config) -> dict[str, bool]:
+    """Return what goes wrong with objectives that sample while they train, and whether it does here."""
+    name, train, rollout = config.objective_name, config.train, config.rollout
+    if not config.is_online:
+        return {
+            f'data.prompts_file is for objectives that draw the images themselves (such as spo); "{name}" learns '
+            "from given ones: set data.train_data_dir or data.dataset_name.": config.data.prompts_file is not None
+        }
+    objective = config.build_objective()
+    kinds = {"trajectories"} if "advantages" in objective.needs else {"step_pairs", "trajectory_pairs"}
+    kinds = set(BACKPROPAGATIONS) if objective.layout == "reward" else kinds
+    untouched = {
+        "loss.anchor_weight": config.loss.anchor_weight == 0,
+        "loss.sft_weight": config.loss.sft_weight == 0,
+        "denoising.noising": config.denoising.noising is None,
+        "denoising.snr_weighting": config.denoising.snr_weighting == "none",
+        "data.scorer": config.data.scorer is None and config.data.annotations_file is None,
+    }
+    useless = ", ".join(key for key, unset in untouched.items() if not unset)
+    ends = [train.max_train_steps % rollout.updates, train.checkpointing_steps % rollout.updates]
+    return {
+        f'"{name}" draws the images itself: give it data.prompts_file (with train_data_dir and dataset_name null).': (
+            config.data.prompts_file is None
+        ),
+        f'"{name}" needs a reward model to judge what it draws: rollout.scorer, e.g. pickscore.': (
+            rollout.scorer is None
+        ),
+        f'rollout.collect of "{name}" must be one of {", ".join(sorted(kinds))}, got "{config.collect}".': (
+            config.collect not in kinds
+        ),
+        f'{useless} has no effect on "{name}", which learns from transitions. Use the default.': bool(useless),
+        f"train.max_train_steps and train.checkpointing_steps must be multiples of rollout.updates {rollout.updates}: "
+        "a run stops and resumes where a rollout does.": any(ends),
+        "rollout.likelihood: score_matching is for step_pairs without inner steps (GradSPO).": (
+            rollout.likelihood == "score_matching" and (config.collect != "step_pairs" or rollout.num_inner_steps > 0)
+        ),
+        "rollout.ema_decay is for pairs: policy gradients and reward gradients are those of the policy that draws.": (
+            rollout.ema_decay is not None and config.collect not in ("step_pairs", "trajectory_pairs")
+        ),
+        "rollout.eta must be above 0: a step without noise has no log-probability.": (
+            rollout.eta == 0 and objective.layout == "transition"
+        ),
+    }

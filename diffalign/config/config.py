@@ -3,6 +3,7 @@
 from typing import Any
 
 from diffalign import objectives
+from diffalign.config.rollout import RolloutSettings
 from diffalign.config.sections import (
     DataSettings,
     DenoisingSettings,
@@ -32,6 +33,7 @@ class Config(Settings):
     inversion: InversionSettings = InversionSettings()
     reference: ReferenceSettings = ReferenceSettings()
     loss: LossSettings = LossSettings()
+    rollout: RolloutSettings = RolloutSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
     validation: ValidationSettings = ValidationSettings()
@@ -46,6 +48,16 @@ class Config(Settings):
     def noising(self) -> str:
         """Return how latents are noised: what is set, else what the objective's paper does."""
         return self.denoising.noising or objectives.objective_class(self.objective_name).noising
+
+    @property
+    def is_online(self) -> bool:
+        """Tell whether the objective learns from what the policy samples while it trains."""
+        return objectives.objective_class(self.objective_name).layout in ("transition", "reward")
+
+    @property
+    def collect(self) -> str:
+        """Return how an online objective samples: what is set, else what its paper does."""
+        return self.rollout.collect or objectives.objective_class(self.objective_name).rollout
 
     def build_objective(self) -> objectives.Objective:
         """Build the objective from its block; the block is known to be valid."""

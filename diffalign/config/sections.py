@@ -46,6 +46,8 @@ class DataSettings(Settings):
     """A data set on the hub with Pick-a-Pic's columns, e.g. yuvalkirstain/pickapic_v2."""
     train_data_dir: str | None = None
     """A parquet file, a folder of them, a .jsonl file, or a folder with w/ and l/."""
+    prompts_file: str | None = None
+    """Prompts, one a line or a table, for objectives that draw the images themselves (such as spo)."""
     dataset_config_name: str | None = None
     dataset_split_name: str = "train"
     format: Literal["pickapic", "jsonl", "folders", "lists", "singles"] | None = None
@@ -111,9 +113,10 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSettings":
-        if (self.dataset_name is None) == (self.train_data_dir is None):
+        if [self.dataset_name, self.train_data_dir, self.prompts_file].count(None) != 2:
             raise ValueError(
-                "Give exactly one of data.dataset_name (hub) and data.train_data_dir (local files); null clears one"
+                "Give exactly one of data.dataset_name (hub) and data.train_data_dir (local files); null clears one. "
+                "Objectives that draw the images themselves take data.prompts_file instead"
             )
         if self.random_crop and self.cache_latents:
             raise ValueError("data.random_crop needs data.cache_latents: false (a cached latent has one crop)")

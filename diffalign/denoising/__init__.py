@@ -1,5 +1,6 @@
 """From clean latents to errors: noise paths, keyed randomness, noisings, inversion, frozen passes, the step."""
 
+from diffalign.denoising.ddim import Ladder, StepDistribution, ddim_step, guided, ladder
 from diffalign.denoising.draws import normal, uniform
 from diffalign.denoising.frozen import FrozenDenoiser, Predict
 from diffalign.denoising.inversion import Inversion, invert, inverted
@@ -12,7 +13,7 @@ from diffalign.denoising.noising import (
     independent,
     shared,
 )
-from diffalign.denoising.paths import DDPMPath, add_noise, target, to_x0, zero_terminal_snr
+from diffalign.denoising.paths import DDPMPath, add_noise, target, to_epsilon, to_x0, zero_terminal_snr
 from diffalign.denoising.step import (
     DenoisingOutputs,
     denoising_step,
@@ -23,6 +24,7 @@ from diffalign.denoising.step import (
     single_errors,
 )
 from diffalign.denoising.timesteps import sample_timesteps
+from diffalign.denoising.transitions import Rollout, TransitionBatch, score_matching, transition_likelihoods
 from diffalign.denoising.weighting import min_snr
 
 __all__ = [
@@ -34,24 +36,34 @@ __all__ = [
     "DenoisingOutputs",
     "FrozenDenoiser",
     "Inversion",
+    "Ladder",
     "Predict",
+    "Rollout",
+    "StepDistribution",
+    "TransitionBatch",
     "add_noise",
+    "ddim_step",
     "denoising_step",
     "drift",
     "errors",
+    "guided",
     "image_stream",
     "independent",
     "invert",
     "inverted",
+    "ladder",
     "list_errors",
     "min_snr",
     "normal",
     "pair_errors",
     "sample_timesteps",
+    "score_matching",
     "shared",
     "single_errors",
     "target",
+    "to_epsilon",
     "to_x0",
+    "transition_likelihoods",
     "uniform",
     "zero_terminal_snr",
 ]

@@ -97,6 +97,14 @@ def to_x0(path: DDPMPath, xt: Tensor, pred: Tensor, timesteps: Tensor) -> Tensor
     return alpha * xt.float() - sigma * pred.float()
 
 
+def to_epsilon(path: DDPMPath, xt: Tensor, pred: Tensor, timesteps: Tensor) -> Tensor:
+    """Return the noise that a prediction implies [N,...]: itself, or of v: alpha * pred + sigma * xt."""
+    if path.prediction_type == "epsilon":
+        return pred.float()
+    alpha, sigma = _broadcast(path, timesteps, xt)
+    return alpha * pred.float() + sigma * xt.float()
+
+
 def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     """Shift and scale sqrt(abar) [T] so that the last level is pure noise and the first one stays.
 

@@ -12,7 +12,9 @@ SHOWN = ("loss", "implicit_accuracy", "margin", "chosen_drift", "rejected_drift"
 def render(config: Config, family: str, metrics: dict[str, float], scores: str = "") -> str:
     """Return the README.md of a trained model, with the front matter that the hub reads."""
     base, lora = config.model.pretrained_model_name_or_path, config.model.tune == "lora"
-    data = config.data.dataset_name or Path(config.data.train_data_dir).name
+    data = config.data
+    named = data.dataset_name or Path(data.train_data_dir or data.prompts_file).name
+    learnt_from = f"{'its own pictures for the prompts' if data.prompts_file else 'the preference pairs'} of {named}"
     header = ["---", f"base_model: {base}", "library_name: diffusers", "pipeline_tag: text-to-image"]
     header += [f"datasets: [{config.data.dataset_name}]"] if config.data.dataset_name else []
     header += [f"tags: [text-to-image, diffusers, {'lora, ' if lora else ''}{config.objective_name}, diffalign]", "---"]
@@ -23,7 +25,7 @@ def render(config: Config, family: str, metrics: dict[str, float], scores: str =
             "",
             f"# {Path(config.train.output_dir).name}",
             "",
-            f"{'A LoRA for' if lora else 'A fine-tuned UNet of'} `{base}`, aligned with the preference pairs of {data} "
+            f"{'A LoRA for' if lora else 'A fine-tuned UNet of'} `{base}`, aligned with {learnt_from} "
             f"by {config.objective_name.upper()} in {config.train.max_train_steps} steps.",
             "",
             "```python",

@@ -16,7 +16,7 @@ from diffalign.backbones import adapters, loading, published, single_file
 from diffalign.config import Config
 from diffalign.denoising import INVERSIONS, DDPMPath, inversion
 from diffalign.errors import ModelError
-from diffalign.jobs import assemble
+from diffalign.jobs import assemble, online
 from diffalign.objectives.base import UNITS
 from diffalign.training import optimizer
 from diffalign.training.batching import BatchPlan
@@ -29,7 +29,8 @@ STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0.1}
 # Saved activations of one image at the native resolution, GiB: (LoRA, full) under autocast, then with checkpointing.
 # Counted on meta tensors, see docs/performance.md; they grow with the area of the image.
 ACTIVATIONS = {"sdxl": (1024, 7.25, 8.56, 0.5), "sd15": (512, 1.08, 1.35, 0.14)}
-# Images of an example that pass with gradient; how long the lists are is only known from the data.
+# Images of an example that pass with gradient; how long the lists are is only known from the data. Of transitions it
+# depends on the rollout: see `online.images_with_gradient`.
 IMAGES = {"single": 1, "pair": 2, "list": 4}
 NATIVE_WIDTH = {"sdxl": 320, "sd15": 320}
 
@@ -79,6 +80,8 @@ def show(config: Config, console: Console) -> None:
 def passes(config: Config) -> str:
     """Word how many images pass through the network for one example, the cost of a method."""
     objective = config.build_objective()
+    if config.is_online:
+        return online.passes(config)
     images, mismatched = IMAGES[objective.layout], 2 if "mismatched" in objective.needs else 0
     frozen = float(images * (("reference" in objective.needs) + mismatched))
     note = f" (lists counted as {images} images)" if objective.layout == "list" else ""
@@ -141,7 +144,7 @@ def estimate_memory(
         native, lora, everything, checkpointed = ACTIVATIONS[family]
         image = checkpointed if config.train.gradient_checkpointing else everything if full else lora
         scale = (config.data.resolution / native) ** 2 * (2 if half == 4 else 1)
-        activations = image * scale * plan.train_batch_size * IMAGES[config.build_objective().layout]
+        activations = image * scale * plan.train_batch_size * _images(config)
     return MemoryPlan(
         weights=(4 * total if full else half * total + 4 * trained) / GIB,
         reference=half * total / GIB if needs_copy else 0.0,
@@ -149,6 +152,11 @@ def estimate_memory(
         optimizer=STATE_BYTES[config.optimizer.name] * trained / GIB,
         activations=activations,
     )
+
+
+def _images(config: Config) -> int:
+    """Return how many images of an example pass with gradient."""
+    return online.images_with_gradient(config) if config.is_online else IMAGES[config.build_objective().layout]
 
 
 def _describe(memory: MemoryPlan) -> str:

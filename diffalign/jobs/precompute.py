@@ -14,6 +14,10 @@ def precompute(config: Config, console: Console) -> None:
     Raises:
         ConfigError: the configuration does not use a cache.
     """
+    if config.is_online:
+        raise ConfigError(
+            f'There is nothing to precompute: "{config.objective_name}" draws its images while it trains.'
+        )
     if not config.data.cache_latents:
         raise ConfigError("There is nothing to precompute: data.cache_latents is false.")
     accelerator = Accelerator(mixed_precision=config.train.mixed_precision)

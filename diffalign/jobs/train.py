@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -18,15 +18,24 @@ from diffalign import config as configuration
 from diffalign.backbones import export
 from diffalign.backbones.base import Backbone
 from diffalign.config import Config
-from diffalign.data import PairSource
 from diffalign.data.fingerprints import digest_files
 from diffalign.errors import ConfigError
-from diffalign.jobs import assemble, examples, model_card, validation
+from diffalign.jobs import assemble, examples, model_card, online, validation
 from diffalign.objectives.base import UNITS
 from diffalign.training.batching import BatchPlan
-from diffalign.training.trainer import Trainer
+from diffalign.training.trainer import Sampler, Trainer
 
+ERRORS = "unusable_rows.jsonl"
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "bitsandbytes")
+
+
+class Source(Protocol):
+    """Say what a run learns from."""
+
+    name: str
+
+    def identify(self, cache: Path) -> Any:
+        """Return what the content is; `cache` keeps hashes that are expensive."""
 
 
 def train(config: Config, console: Console | None = None) -> dict[str, float]:
@@ -41,18 +50,17 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
     set_seed(config.train.seed)  # only what is not keyed by example: LoRA dropout
     plan = BatchPlan.of(config.train, accelerator.num_processes)
     backbone = assemble.load_backbone(config, accelerator.mixed_precision)
-    source = examples.open_source(config, output_dir / "unusable_rows.jsonl")
+    source = online.open_prompts(config) if config.is_online else examples.open_source(config, output_dir / ERRORS)
     console.print(f"Data: {source.name}: {source.counts}.")
     identity = run_identity(config, plan, backbone, source)
-    data = examples.open_examples(config, backbone, source, accelerator, console)
-    reference = assemble.prepare_networks(config, backbone, accelerator)
-    step = assemble.preference_step(config, backbone, data, reference, partial(accelerator.reduce, reduction="mean"))
+    step, sampler, reference = learning(config, backbone, source, plan, accelerator, console)
     hooks = {"step": step, "reference": reference and reference.moving, "auto_beta": step.auto_beta}
+    hooks["behavior"] = getattr(step, "behavior", None)
     trainer = Trainer(
         accelerator=accelerator,
         policy=backbone.denoiser,
         loss=step,
-        sampler=examples.order(config, data, source, plan.global_batch_size),
+        sampler=sampler,
         plan=plan,
         train=config.train,
         optimizer=config.optimizer,
@@ -72,6 +80,24 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
         console.print(f"Done: {output_dir}")
     accelerator.end_training()
     return line
+
+
+def learning(
+    config: Config, backbone: Backbone, source: Any, plan: BatchPlan, accelerator: Accelerator, console: Console
+) -> tuple[Any, Sampler, assemble.Reference | None]:
+    """Return the loss function of a run, the order of its examples, and the reference if there is one."""
+    average = partial(accelerator.reduce, reduction="mean")
+    if config.is_online:
+        reference = assemble.prepare_networks(config, backbone, accelerator)
+        if config.build_objective().layout == "reward":
+            step = online.reward_step(config, backbone, source, accelerator.device)
+        else:
+            step = online.online_step(config, backbone, source, reference, accelerator.device, average)
+        return step, step.order, reference
+    data = examples.open_examples(config, backbone, source, accelerator, console)
+    reference = assemble.prepare_networks(config, backbone, accelerator)
+    step = assemble.preference_step(config, backbone, data, reference, average)
+    return step, examples.order(config, data, source, plan.global_batch_size), reference
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -105,14 +131,14 @@ def start_trackers(config: Config, accelerator: Accelerator) -> None:
     accelerator.init_trackers(config.logging.tracker_name, config=plain)
 
 
-def run_identity(config: Config, plan: BatchPlan, backbone: Backbone, source: PairSource) -> dict[str, Any]:
+def run_identity(config: Config, plan: BatchPlan, backbone: Backbone, source: Source) -> dict[str, Any]:
     """Return everything the weights of a run depend on: a resumed run must agree with its checkpoint on all of it."""
     sections = config.model_dump(mode="json")
     train = {key: sections["train"][key] for key in ("seed", "mixed_precision")}
     train["global_batch_size"] = plan.global_batch_size
     if config.optimizer.lr_scheduler in ("linear", "cosine"):
         train["max_train_steps"] = config.train.max_train_steps
-    where = ("cache_dir", "train_data_dir", "dataset_name", "vae_encode_batch_size", "annotations_file")
+    where = ("cache_dir", "train_data_dir", "dataset_name", "prompts_file", "vae_encode_batch_size", "annotations_file")
     data = {key: value for key, value in sections["data"].items() if key not in where}
     if config.data.annotations_file:
         data["annotations"] = digest_files([Path(config.data.annotations_file)], None)[0]
@@ -120,7 +146,10 @@ def run_identity(config: Config, plan: BatchPlan, backbone: Backbone, source: Pa
     adapter = {"lora": sections["lora"]} if config.model.tune == "lora" else {}
     content = source.identify(Path(config.data.cache_dir) / "content_hashes.sqlite")
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    asked = ("objective", "denoising", "inversion", "reference", "loss", "optimizer")
+    asked = ["objective", "denoising", "inversion", "reference", "loss", "optimizer"]
+    if config.is_online:
+        asked.append("rollout")
+        sections["rollout"] = {key: value for key, value in sections["rollout"].items() if "batch_size" not in key}
     sections = {name: sections[name] for name in asked}
     return {**sections, **adapter, "train": train, "model": model, "data": {**data, "content": digest}}
 

@@ -6,12 +6,13 @@ import pkgutil
 from typing import Any
 
 from diffalign.errors import ConfigError, suggestion
-from diffalign.objectives.base import ListErrors, Objective, PairErrors, SingleErrors, Transitions
+from diffalign.objectives.base import ListErrors, Objective, PairErrors, Rewards, SingleErrors, Transitions
 
 __all__ = [
     "ListErrors",
     "Objective",
     "PairErrors",
+    "Rewards",
     "SingleErrors",
     "Transitions",
     "fields",

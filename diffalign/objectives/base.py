@@ -13,6 +13,7 @@ from typing import ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffalign.errors import ConfigError, suggestion
 
@@ -108,22 +109,63 @@ class ListErrors(_Checked):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Transitions(_Checked):
-    """Hold the log-probabilities of B pairs of denoising transitions xt -> x(t-1)."""
+    """Hold the log-probabilities of B pairs of denoising transitions xt -> x(t-1), or of B single ones (those of w)."""
 
     log_prob_w: Tensor  # [B], with gradient
-    log_prob_l: Tensor  # [B], with gradient
+    log_prob_l: Tensor | None = None  # [B], with gradient; None: the transitions are no pairs
     reference_log_prob_w: Tensor | None = None  # [B]
     reference_log_prob_l: Tensor | None = None  # [B]
+    label: Tensor | None = None  # [B], 1: w is preferred, -1: l is, 0: a tie; None: w always is
+    advantages: Tensor | None = None  # [B], of single transitions; needs "advantages"
+    behavior_log_prob: Tensor | None = None  # [B], of single transitions under the network that took them
+    statistic: Tensor | None = None  # [], of the whole batch: see Objective.statistic
+
+    @property
+    def log_ratios(self) -> tuple[Tensor, Tensor]:
+        """Return log(policy / reference) of winner and loser, [B] each."""
+        assert self.log_prob_l is not None, "these transitions are no pairs"
+        assert self.reference_log_prob_w is not None, NO_REFERENCE
+        assert self.reference_log_prob_l is not None, NO_REFERENCE
+        return self.log_prob_w - self.reference_log_prob_w, self.log_prob_l - self.reference_log_prob_l
+
+    @property
+    def margin(self) -> Tensor:
+        """Return the log-ratio of the winner minus that of the loser [B]."""
+        return torch.subtract(*self.log_ratios)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rewards(_Checked):
+    """Hold the rewards of B pictures that the policy drew, differentiable in its weights."""
+
+    reward: Tensor  # [B], with gradient
+    statistic: Tensor | None = None  # [], of the whole batch: see Objective.statistic
 
 
 # What an objective may ask of the engine: frozen passes, more functions of the predictions, more of the data.
-NEEDS = frozenset({"reference", "behavior", "mismatched", "drift", "residual_product", "preference", "image_captions"})
+NEEDS = frozenset(
+    {
+        "reference",
+        "behavior",
+        "mismatched",
+        "drift",
+        "residual_product",
+        "preference",
+        "image_captions",
+        "advantages",
+    }
+)
 
-ErrorsT = TypeVar("ErrorsT", PairErrors, SingleErrors, ListErrors, Transitions)
+# How transitions are collected: k candidates a step from one latent; pairs of whole trajectories; single trajectories.
+ROLLOUTS = ("step_pairs", "trajectory_pairs", "trajectories")
+# Through which steps a reward is differentiated: one, whose prediction is judged; the last; those from a random one on.
+BACKPROPAGATIONS = ("one_step", "last_steps", "random_steps")
+
+ErrorsT = TypeVar("ErrorsT", PairErrors, SingleErrors, ListErrors, Transitions, Rewards)
 
 
 # What the examples of a layout are called.
-UNITS = {"pair": "pairs", "single": "images", "list": "lists", "transition": "transitions"}
+UNITS = {"pair": "pairs", "single": "images", "list": "lists", "transition": "transitions", "reward": "drawn images"}
 
 
 class Objective(ABC, Generic[ErrorsT]):
@@ -134,9 +176,10 @@ class Objective(ABC, Generic[ErrorsT]):
     """
 
     needs: ClassVar[frozenset[str]]  # what the engine must supply, of NEEDS
-    layout: ClassVar[Literal["pair", "single", "list", "transition"]]  # which container `loss` takes
+    layout: ClassVar[Literal["pair", "single", "list", "transition", "reward"]]  # which container `loss` takes
     chosen_only: ClassVar[bool] = False  # layout "single": of a preference pair, take the winner alone
     noising: ClassVar[str] = "shared"  # how the paper makes (xt, target): a name of denoising.NOISINGS
+    rollout: ClassVar[str] = "step_pairs"  # how the paper samples: of ROLLOUTS, or for rewards of BACKPROPAGATIONS
 
     @abstractmethod
     def loss(self, errors: ErrorsT) -> Tensor:
@@ -171,6 +214,36 @@ class ScaledMargin(Objective[PairErrors]):
         """Return the implicit rewards beta/2 * (reference - policy) of winner and loser, [B] each."""
         log_ratio_w, log_ratio_l = errors.log_ratios
         return self.beta / 2 * log_ratio_w, self.beta / 2 * log_ratio_l
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedRatios(Objective[Transitions]):
+    """Share what SPO and D3PO have in common: DPO on single transitions, with ratios clipped as in PPO.
+
+    A side whose ratio has left [1 - ratio_clip, 1 + ratio_clip] gets no gradient.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"reference"})
+    layout: ClassVar[Literal["pair", "single", "list", "transition"]] = "transition"
+
+    beta: float = 10.0
+    ratio_clip: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_number("beta", self.beta, above=0.0)
+        check_number("ratio_clip", self.ratio_clip, above=0.0, below=1.0)
+
+    def logit(self, transitions: Transitions) -> Tensor:
+        """Return label * beta * (log r_w - log r_l) [B] of the clipped ratios r."""
+        # log clamp(exp(d)) = clamp(d): no overflow, and the same gradient.
+        low, high = math.log1p(-self.ratio_clip), math.log1p(self.ratio_clip)
+        log_ratio_w, log_ratio_l = (ratio.clamp(low, high) for ratio in transitions.log_ratios)
+        logit = self.beta * (log_ratio_w - log_ratio_l)
+        return logit if transitions.label is None else transitions.label * logit
+
+    def loss(self, transitions: Transitions) -> Tensor:
+        """Return -log sigmoid(logit) of every pair [B]."""
+        return -F.logsigmoid(self.logit(transitions))
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

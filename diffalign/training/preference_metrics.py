@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.objectives.base import ListErrors, Objective, PairErrors, SingleErrors
+from diffalign.objectives.base import ListErrors, Objective, PairErrors, SingleErrors, Transitions
 
 SATURATED = 3.0  # beyond this logit the gradient weight sigma(-logit) is below 5 %
 
@@ -54,3 +54,22 @@ def _list(errors: ListErrors, objective: Objective[Any]) -> dict[str, Tensor]:
     pairs = better.sum(dim=(1, 2)).clamp(min=1)
     agreed = ((0.5 + 0.5 * difference.sign()) * better).sum(dim=(1, 2)) / pairs
     return metrics | {"implicit_accuracy": agreed, "margin": (difference * better).sum(dim=(1, 2)) / pairs}
+
+
+@of.register
+def _transitions(errors: Transitions, objective: Objective[Any]) -> dict[str, Tensor]:
+    if errors.log_prob_l is None:
+        moved = errors.log_prob_w.detach() - errors.behavior_log_prob
+        return {"log_prob": errors.log_prob_w.detach(), "ratio": moved.exp(), "advantage": errors.advantages}
+    log_ratio_w, log_ratio_l = (ratio.detach() for ratio in errors.log_ratios)
+    sign = 1.0 if errors.label is None else errors.label
+    margin = sign * (log_ratio_w - log_ratio_l)
+    clip = getattr(objective, "ratio_clip", float("inf"))
+    outside = [((ratio.exp() - 1).abs() > clip).float() for ratio in (log_ratio_w, log_ratio_l)]
+    return {
+        "margin": margin,
+        "implicit_accuracy": 0.5 + 0.5 * margin.sign(),
+        "chosen_ratio": log_ratio_w.exp(),
+        "rejected_ratio": log_ratio_l.exp(),
+        "clipped": (outside[0] + outside[1]) / 2,
+    }

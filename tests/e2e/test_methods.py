@@ -16,7 +16,18 @@ from tests.e2e.pairs import write_lists, write_pairs
 from tests.e2e.test_training import assert_close, assert_same_bits, variant, weights
 
 FIRST_LOSS = {name: math.log(2) for name in ("dpo", "robust_dpo", "inpo", "smpo", "dcpo", "sdpo", "npo", "fdpo")}
+FIRST_LOSS |= {name: math.log(2) for name in ("spo", "d3po")}
 FIRST_LOSS |= {"ipo": 0.25, "hinge": 1.0, "bco": 2 * math.log(2), "sppo": 0.5, "apo": 1.0, "kto": 0.5}
+
+
+ASSETS = Path(__file__).parents[2] / "assets"
+ROLLOUT = {
+    "scorer": f"pickscore={ASSETS / 'tiny-pickscore'}",
+    "num_inference_steps": 4,
+    "divert_start_step": 1,
+    "num_candidates": 2,
+    "threshold": 0.0,
+}
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +56,9 @@ def method(content, sources):
             changed["data"]["image_caption_columns"] = ["caption_0", "caption_1"]
         if name == "smpo":
             changed["data"] |= {"annotations_file": str(sources["scores"]), "preference_from": "scores"}
+        if objectives.objective_class(name).layout in ("transition", "reward"):
+            changed["data"] = {"prompts_file": str(ASSETS / "prompts" / "tiny-train.txt"), "resolution": 64}
+            changed["rollout"] = ROLLOUT | {"samples_per_prompt": 2, "transitions_per_prompt": 3}
         changed["inversion"] = {"num_steps": 3}
         changed["train"] |= {"train_batch_size": 3, "max_train_steps": 2}
         for section, values in sections.items():

@@ -116,6 +116,28 @@ FAULTS = {
         "training/auto_beta.py", "-2 * self.logit / self.average", "-2 * self.logit * self.average",
         "tests/training/test_auto_beta.py",
     ),
+    "the log-probability of a step is summed": (
+        "denoising/ddim.py", "residual.square().flatten(1).mean(1)", "residual.square().flatten(1).sum(1)",
+        f"{DENOISING}/test_ddim.py",
+    ),
+    "a log-probability is taken before the latent is rounded": (
+        "denoising/ddim.py", "* noise.float()).to(dtype).float()", "* noise.float())", f"{DENOISING}/test_ddim.py",
+    ),
+    "gradient flows through the unconditional branch no more": (
+        "denoising/ddim.py", "return without + guidance_scale", "return without.detach() + guidance_scale",
+        f"{DENOISING}/test_ddim.py",
+    ),
+    "winner and loser of a step are exchanged": (
+        "rollout/selection.py", "scores.max(0), scores.min(0)", "scores.min(0), scores.max(0)",
+        "tests/rollout/test_selection_and_advantages.py",
+    ),
+    "a ratio outside the clip keeps its gradient": (
+        "objectives/base.py", "(ratio.clamp(low, high) for ratio in transitions.log_ratios)",
+        "transitions.log_ratios", "tests/rollout/test_selection_and_advantages.py",
+    ),
+    "PPO takes the better of clipped and unclipped": (
+        "objectives/ddpo.py", "torch.maximum(", "torch.minimum(", "tests/rollout/test_selection_and_advantages.py",
+    ),
 }  # fmt: skip
 
 

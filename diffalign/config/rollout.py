@@ -1,0 +1,89 @@
+"""The section of a configuration that says how an online objective samples and judges."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from diffalign.objectives.base import BACKPROPAGATIONS, ROLLOUTS
+from diffalign.rollout import ADVANTAGES
+from diffalign.training.settings import Settings
+
+
+class RolloutSettings(Settings):
+    """How an objective that draws its images (spo, d3po, ddpo, refl, draft, alignprop) samples and judges.
+
+    The defaults are SPO's for SD1.5.
+    """
+
+    collect: Literal[(*ROLLOUTS, *BACKPROPAGATIONS)] | None = None
+    """null: as the objective's paper does. step_pairs: candidates for single steps (SPO); trajectory_pairs: pairs of
+    whole trajectories (D3PO); trajectories: single ones with an advantage (DDPO). The reward's gradient flows through
+    one_step, whose prediction is judged (ReFL), the last_steps (DRaFT), or random_steps (AlignProp)."""
+    scorer: str | None = None
+    """Reward model, NAME or NAME=PATH, of decoded pictures; for trajectory_pairs also several, separated by commas."""
+    num_inference_steps: int = Field(20, ge=1)
+    guidance_scale: float = Field(5.0, ge=0)
+    """In sampling and in training, with gradient through both branches. 1: no guidance."""
+    eta: float = Field(1.0, ge=0)
+    """Noise of the DDIM steps; 1 in all published codes. 0 only where no log-probability is taken."""
+
+    num_candidates: int = Field(4, ge=2)
+    """Of step_pairs: candidates for the next latent (2 for SDXL)."""
+    divert_start_step: int = Field(4, ge=0)
+    """Of step_pairs: steps before the first candidates."""
+    num_inner_steps: int = Field(0, ge=0)
+    """Of step_pairs: steps each candidate goes on alone before it is judged (3 for SDXL)."""
+    threshold: float = Field(0.3, ge=0, lt=1)
+    """Of step_pairs: smallest P(better) - P(worse) that is learnt from (0.4 for SDXL). 0 keeps all but ties."""
+    threshold_high: float | None = Field(None, ge=0, lt=1)
+    """The threshold rises with the std of the step from threshold to this (LPO); null: it is constant."""
+    resample: Literal["random", "best"] = "random"
+    """Which candidate sampling goes on from."""
+
+    likelihood: Literal["gaussian", "score_matching"] = "gaussian"
+    """How likely a network finds a step: by its Gaussian, or by GradSPO's score matching (step_pairs only)."""
+    grad_scale: float = Field(0.5, gt=0)
+    """Of score_matching."""
+    ema_decay: float | None = Field(None, ge=0, lt=1)
+    """Sample with a moving average of the policy (GradSPO: 0.9); null: with the policy itself."""
+
+    samples_per_prompt: int | None = Field(None, ge=1)
+    """Trajectories of a prompt; null: 2 of trajectory_pairs, 1 of trajectories."""
+    advantages: Literal[ADVANTAGES] = "per_prompt"
+    """per_prompt: by the prompt's rewards of late (DDPO); group: by its rewards in this rollout; batch: by all."""
+    buffer_size: int = Field(16, ge=1)
+    """Of per_prompt: rewards remembered of a prompt."""
+    min_count: int = Field(16, ge=1)
+    """Of per_prompt: with fewer, the mean and std of the rollout are taken."""
+
+    one_step_range: list[int] | None = Field(None, min_length=2, max_length=2)
+    """Of one_step: first and last step that may be judged, counted from 0; null: any. ReFL: [30, 39] of 40."""
+    backprop_steps: int | None = Field(1, ge=1)
+    """Of last_steps: K of DRaFT-K; null: all."""
+    random_start: Literal["gaussian", "uniform"] = "gaussian"
+    """Of random_steps: where the gradient starts."""
+
+    transitions_per_prompt: int | None = Field(None, ge=1)
+    """Examples used of a prompt, drawn at random, clear pairs first; null: all."""
+    updates: int = Field(1, ge=1)
+    """Optimizer steps a rollout serves; each takes its share of the prompt's transitions."""
+    latent_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """What latents are rounded to before any log-probability is taken of them."""
+    sample_batch_size: int = Field(32, ge=1)
+    """Images in one pass of the network without gradient."""
+    decode_batch_size: int = Field(8, ge=1)
+    """Latents decoded and scored at a time."""
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "RolloutSettings":
+        if self.divert_start_step >= self.num_inference_steps:
+            raise ValueError(
+                "rollout.divert_start_step must be below rollout.num_inference_steps, got "
+                f"{self.divert_start_step} and {self.num_inference_steps}"
+            )
+        if self.threshold_high is not None and self.threshold_high < self.threshold:
+            raise ValueError(
+                "rollout.threshold_high must not be below rollout.threshold, got "
+                f"{self.threshold_high} and {self.threshold}"
+            )
+        return self

@@ -1,0 +1,31 @@
+"""Sampling while training: candidates, trajectories, their scores, and the transitions to learn from."""
+
+from diffalign.rollout.advantages import ADVANTAGES, PerPromptTracker, normalised
+from diffalign.rollout.differentiable import RewardGradients
+from diffalign.rollout.prompts import PromptBatch, PromptEncoder
+from diffalign.rollout.sampler import Evaluations, Sampler
+from diffalign.rollout.scoring import PictureScorer, StepScorer
+from diffalign.rollout.selection import Selection, best_and_worst, dynamic_threshold, pareto, probability_gap
+from diffalign.rollout.steps import StepPairs
+from diffalign.rollout.trajectories import Trajectories, TrajectoryPairs
+
+__all__ = [
+    "ADVANTAGES",
+    "Evaluations",
+    "PerPromptTracker",
+    "PictureScorer",
+    "PromptBatch",
+    "PromptEncoder",
+    "RewardGradients",
+    "Sampler",
+    "Selection",
+    "StepPairs",
+    "StepScorer",
+    "Trajectories",
+    "TrajectoryPairs",
+    "best_and_worst",
+    "dynamic_threshold",
+    "normalised",
+    "pareto",
+    "probability_gap",
+]

@@ -1,0 +1,144 @@
+"""Whole trajectories, judged by their finished pictures: D3PO's pairs of them, and DDPO's single ones."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from diffalign.denoising import Rollout, TransitionBatch
+from diffalign.errors import ConfigError
+from diffalign.rollout.prompts import PromptBatch
+from diffalign.rollout.sampler import Sampler
+from diffalign.rollout.scoring import StepScorer
+from diffalign.rollout.selection import pareto
+
+# (prompts [N], rewards [N] of this process) -> advantages [N]; compares with other processes and steps as it likes.
+Advantages = Callable[[Sequence[str], Tensor], Tensor]
+
+
+@dataclass(kw_only=True)
+class _Drawn:
+    """Hold G trajectories for each of B prompts."""
+
+    latents: Tensor  # [S+1,G,B,...], as they were stored
+    log_probs: Tensor  # [S,G,B], of the steps under the network that took them
+    rewards: Tensor  # [R,G,B]
+
+
+def draw(sampler: Sampler, scorer: StepScorer, prompts: PromptBatch, step: int, copies: int, shared: bool) -> _Drawn:
+    """Sample `copies` trajectories for every prompt, from the same start if `shared`, and score the pictures."""
+    texts, cond = prompts.copies(copies)
+    x = sampler.start(prompts, step, 1 if shared else copies)
+    x = x.repeat(copies, *(1 for _ in x.shape[1:])) if shared else x
+    latents, log_probs = [x], []
+    for index in range(sampler.num_inference_steps):
+        distribution = sampler.distribution(x, sampler.predict(x, index, cond, prompts.empty), index)
+        x = distribution.sample(sampler.noise(prompts, step, f"step{index}", copies), sampler.storage_dtype)
+        latents.append(x)
+        log_probs.append(distribution.log_prob(x))
+    finished = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    grid = (copies, len(prompts))
+    return _Drawn(
+        latents=torch.stack(latents).unflatten(1, grid),
+        log_probs=torch.stack(log_probs).unflatten(1, grid),
+        rewards=scorer(x, texts, finished).unflatten(1, grid),
+    )
+
+
+@dataclass(kw_only=True)
+class TrajectoryPairs:
+    """Collect pairs of trajectories that start from the same noise; every step of them is an example (D3PO).
+
+    The better one is better in some reward and worse in none; otherwise the pair is a tie, which has no gradient.
+
+    Args:
+        samples_per_prompt: G >= 2; all G (G - 1) / 2 pairs are used. The paper's code: 2, with human labels 7.
+    """
+
+    sampler: Sampler
+    scorer: StepScorer
+    samples_per_prompt: int = 2
+
+    def __post_init__(self) -> None:
+        if self.samples_per_prompt < 2:
+            raise ConfigError(f"A pair needs samples_per_prompt >= 2, got {self.samples_per_prompt}.")
+        self._pairs = list(combinations(range(self.samples_per_prompt), 2))
+
+    @property
+    def examples_per_prompt(self) -> int:
+        """Return how many pairs of steps a prompt gives."""
+        return len(self._pairs) * self.sampler.num_inference_steps
+
+    def __call__(self, prompts: PromptBatch, step: int) -> Rollout:
+        """Sample for every prompt and return the pairs of all steps."""
+        drawn = draw(self.sampler, self.scorer, prompts, step, self.samples_per_prompt, shared=True)
+        parts = []
+        for a, b in self._pairs:
+            label = pareto(drawn.rewards[:, a], drawn.rewards[:, b])
+            for index in range(self.sampler.num_inference_steps):
+                pair = drawn.latents[index : index + 2][:, [a, b]].transpose(1, 2)  # [2,B,2,...]
+                parts.append(_examples(self.sampler, index, pair[0], pair[1], label=label))
+        return _rollout(prompts, drawn, parts)
+
+
+@dataclass(kw_only=True)
+class Trajectories:
+    """Collect single trajectories; every step of them is an example with the advantage of its picture (DDPO).
+
+    Args:
+        samples_per_prompt: G >= 1, from different noise.
+        advantages: turns rewards into advantages.
+    """
+
+    sampler: Sampler
+    scorer: StepScorer
+    advantages: Advantages
+    samples_per_prompt: int = 1
+
+    @property
+    def examples_per_prompt(self) -> int:
+        """Return how many steps a prompt gives."""
+        return self.samples_per_prompt * self.sampler.num_inference_steps
+
+    def __call__(self, prompts: PromptBatch, step: int) -> Rollout:
+        """Sample for every prompt and return all steps."""
+        drawn = draw(self.sampler, self.scorer, prompts, step, self.samples_per_prompt, shared=False)
+        texts, _ = prompts.copies(self.samples_per_prompt)
+        rewards = drawn.rewards.mean(0)
+        worth = self.advantages(texts, rewards.flatten().cpu()).to(rewards).view_as(rewards)
+        parts = []
+        for copy in range(self.samples_per_prompt):
+            for index in range(self.sampler.num_inference_steps):
+                here, there = drawn.latents[index, copy][:, None], drawn.latents[index + 1, copy][:, None]
+                behavior = drawn.log_probs[index, copy]
+                parts.append(
+                    _examples(self.sampler, index, here, there, advantages=worth[copy], behavior_log_prob=behavior)
+                )
+        return _rollout(prompts, drawn, parts)
+
+
+def _examples(sampler: Sampler, index: int, xt: Tensor, x_prev: Tensor, **columns: Tensor) -> TransitionBatch:
+    """Return the examples of one step for B prompts: xt, x_prev [B,m,...]."""
+    count, device = len(xt), xt.device
+    label = columns.get("label")
+    return TransitionBatch(
+        xt=xt,
+        x_prev=x_prev,
+        timesteps=sampler.ladder.timesteps[index].to(device).repeat(count),
+        previous=sampler.ladder.previous[index].to(device).repeat(count),
+        prompt=torch.arange(count, device=device),
+        kept=torch.ones(count, dtype=torch.bool, device=device) if label is None else label != 0,
+        **columns,
+    )
+
+
+def _rollout(prompts: PromptBatch, drawn: _Drawn, parts: list[TransitionBatch]) -> Rollout:
+    return Rollout(
+        transitions=TransitionBatch.cat(parts),
+        prompt_ids=prompts.ids,
+        cond=prompts.cond,
+        empty=prompts.empty,
+        reward=drawn.rewards[0].mean(0),
+    )

@@ -1,0 +1,135 @@
+"""Objectives that sample while they train: equal runs whatever the batching, resuming, ranks, and what is refused."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from diffalign import config as configuration
+from diffalign.errors import ConfigError
+from tests.e2e.test_methods import ASSETS, ROLLOUT
+from tests.e2e.test_training import assert_close, assert_same_bits, variant, weights
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = str(ASSETS / "prompts" / "tiny-train.txt")
+
+
+@pytest.fixture
+def online(content):
+    """Return a function that makes the configuration of two steps of an online objective."""
+
+    def make(name, **sections):
+        changed = copy.deepcopy(content)
+        changed["objective"] = {"name": name}
+        changed["data"] = {"prompts_file": PROMPTS, "resolution": 64}
+        changed["rollout"] = ROLLOUT | {"transitions_per_prompt": 2, "samples_per_prompt": 2}
+        changed["train"] |= {"train_batch_size": 4, "max_train_steps": 2}
+        for section, values in sections.items():
+            changed[section] = {**changed.get(section, {}), **values}
+        return changed
+
+    return make
+
+
+def test_accumulation_equals_the_large_batch(online, run, tmp_path):
+    # A threshold that some pairs miss: a micro-batch of them has fewer, or none.
+    content = online("spo", rollout={"threshold": 0.02})
+    large = variant(content, tmp_path, "large")
+    split = variant(content, tmp_path, "split", train={"train_batch_size": 1, "gradient_accumulation_steps": 4})
+    line = run(large)
+    run(split)
+    assert 0 < line["kept"] < 1
+    assert_close(weights(large, 2), weights(split, 2))
+
+
+@pytest.mark.parametrize("name", ["spo", "ddpo"])
+def test_resumed_is_uninterrupted(name, online, run, tmp_path):
+    content = online(name, train={"max_train_steps": 4}, rollout={"updates": 2, "min_count": 2})
+    whole, halves = (variant(content, tmp_path, part) for part in ("whole", "halves"))
+    run(whole)
+    halves["train"]["max_train_steps"] = 2
+    run(halves)
+    halves["train"] |= {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    run(halves)
+    assert_same_bits(weights(whole), weights(halves))
+
+
+def test_gradspo_samples_with_an_average_that_survives_a_resume(online, run, tmp_path):
+    how = {"likelihood": "score_matching", "ema_decay": 0.5}
+    content = online("spo", train={"max_train_steps": 4}, rollout=how)
+    whole, halves = (variant(content, tmp_path, part) for part in ("whole", "halves"))
+    assert run(whole)["margin"] != 0
+    halves["train"]["max_train_steps"] = 2
+    run(halves)
+    halves["train"] |= {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    run(halves)
+    assert_same_bits(weights(whole), weights(halves))
+
+
+def test_nothing_to_learn_from_leaves_the_weights(online, run):
+    content = online("spo", rollout={"threshold": 0.999})
+    line = run(content)
+    assert line["kept"] == 0
+    assert line["grad_norm"] == 0
+    assert not any(tensor.any() for key, tensor in weights(content, 2).items() if "lora_B" in key)
+
+
+def test_two_ranks_equal_one(online, tmp_path):
+    runs = {"one": (4, []), "two": (2, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])}
+    found = {}
+    for name, (batch, launcher) in runs.items():
+        content = online("ddpo", rollout={"min_count": 2})
+        content["train"] |= {"output_dir": str(tmp_path / name), "train_batch_size": batch}
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(configuration.check(content).model_dump(mode="json", exclude_none=True)))
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, *launcher, "-m", "diffalign", "train", str(file)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[name] = load_file(tmp_path / name / "checkpoint-2" / "trainable.safetensors")
+    for name, tensor in found["one"].items():
+        torch.testing.assert_close(found["two"][name], tensor, rtol=2e-2, atol=2e-4)
+    assert max(t.abs().max().item() for name, t in found["one"].items() if "lora_B" in name) > 1e-3
+
+
+WRONG = {
+    "data.prompts_file": {"data": {"prompts_file": None, "train_data_dir": "pairs"}},
+    "rollout.scorer": {"rollout": {"scorer": None}},
+    'rollout.collect of "spo" must be': {"rollout": {"collect": "trajectories"}},
+    "loss.anchor_weight has no effect": {"loss": {"anchor_weight": 1.0}},
+    "multiples of rollout.updates 2": {"rollout": {"updates": 2}, "train": {"max_train_steps": 3}},
+    "score_matching is for step_pairs": {"rollout": {"likelihood": "score_matching", "num_inner_steps": 1}},
+    "divert_start_step must be below": {"rollout": {"divert_start_step": 4}},
+    "threshold_high must not be below": {"rollout": {"threshold": 0.3, "threshold_high": 0.2}},
+}
+
+
+@pytest.mark.parametrize("expected", WRONG)
+def test_impossible_settings_are_refused(expected, online):
+    with pytest.raises(ConfigError, match=expected):
+        configuration.check(online("spo", **WRONG[expected]))
+
+
+def test_prompts_are_refused_by_objectives_of_given_images(online):
+    with pytest.raises(ConfigError, match="learns from given ones"):
+        configuration.check(online("dpo"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"scorer": "oracle"}, "must not be trained on"),
+        ({"scorer": f"{ROLLOUT['scorer']},hpsv2={ASSETS / 'tiny-hpsv2'}"}, "needs one reward model"),
+        ({"transitions_per_prompt": 4}, "more than the 3 transitions"),
+        ({"transitions_per_prompt": 3}, "is no multiple of the 3"),
+    ],
+)
+def test_impossible_rollouts_are_refused(settings, expected, online, run):
+    with pytest.raises(ConfigError, match=expected):
+        run(online("spo", rollout=settings))

@@ -1,0 +1,126 @@
+"""Which transitions an optimizer step takes of a rollout, and what they count."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffalign.data import PairSampler
+from diffalign.denoising import Rollout, TransitionBatch, normal
+from diffalign.denoising.paths import DDPMPath
+from diffalign.errors import ConfigError
+from diffalign.objectives import load
+from diffalign.training.online_step import OnlineStep, TransitionOrder
+
+PROMPTS, ROWS = 3, 8
+
+
+class Nothing:
+    """Conditioning of N that says nothing."""
+
+    def select(self, rows):
+        return self
+
+
+class Backbone:
+    """Predict a multiple of the latent."""
+
+    path = DDPMPath.from_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+
+    def predict(self, denoiser, xt, timesteps, cond):
+        return denoiser.weight * xt
+
+
+def rollout(kept):
+    """Return a rollout of three prompts with eight pairs each, of which `kept` [3,8] are kept."""
+    count = PROMPTS * ROWS
+    ids = torch.arange(count)
+    return Rollout(
+        transitions=TransitionBatch(
+            xt=normal(0, 0, ids, (1, 2, 2, 2), "xt"),
+            x_prev=normal(0, 0, ids, (2, 2, 2, 2), "x_prev"),
+            timesteps=torch.full((count,), 501),
+            previous=torch.full((count,), 451),
+            prompt=torch.arange(PROMPTS).repeat_interleave(ROWS),
+            kept=kept.flatten(),
+        ),
+        prompt_ids=torch.arange(PROMPTS),
+        cond=Nothing(),
+        empty=Nothing(),
+        reward=torch.arange(PROMPTS).float(),
+    )
+
+
+def step_of(kept, updates=1, seed=0):
+    """Return an OnlineStep over such a rollout, and a policy."""
+    policy = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(policy.weight, 0.5)
+    order = TransitionOrder(PairSampler(PROMPTS, seed=0), ROWS, updates)
+    reference = lambda xt, timesteps, cond: 0.49 * xt  # noqa: E731
+    objective = load("spo", ratio_clip=0.9)
+    return (
+        OnlineStep(
+            backbone=Backbone(), objective=objective, reference=reference, collect=lambda prompts, step: rollout(kept),
+            order=order, seed=seed, guidance_scale=1.0,
+        ),
+        policy,
+    )  # fmt: skip
+
+
+def mixed():
+    """Return which pairs are kept: none of the first prompt, four of the second, all of the third."""
+    return torch.stack([torch.zeros(8), torch.tensor([1, 0] * 4), torch.ones(8)]).bool()
+
+
+def test_the_mean_is_over_kept_pairs_however_they_are_batched():
+    step, policy = step_of(mixed())
+    indices = step.order.indices(0, PROMPTS * ROWS)
+    assert sorted(indices) == list(range(PROMPTS * ROWS))
+    step.before_step(indices, 0)
+    whole, metrics = step(policy, indices, 0)
+    assert metrics["kept"].sum() == 12
+    assert (whole != 0).sum() == 12
+    assert torch.allclose(whole.mean(), metrics["loss"].mean())
+    parts = [step(policy, indices[start : start + 4], 0)[0] for start in range(0, len(indices), 4)]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    shuffled = [indices[place] for place in torch.randperm(len(indices)).tolist()]
+    torch.testing.assert_close(step(policy, shuffled, 0)[0].mean(), whole.mean())
+
+
+def test_a_batch_without_kept_pairs_still_has_a_gradient_of_zero():
+    step, policy = step_of(torch.zeros(PROMPTS, ROWS).bool())
+    indices = step.order.indices(0, PROMPTS * ROWS)
+    step.before_step(indices, 0)
+    loss, _ = step(policy, indices[:4], 0)
+    loss.mean().backward()
+    assert policy.weight.grad.item() == 0
+
+
+def test_updates_share_a_rollout_and_its_kept_pairs():
+    step, policy = step_of(mixed(), updates=4)
+    seen, kept = [], []
+    for number in range(4):
+        indices = step.order.indices(number * 6, 6)
+        step.before_step(indices, number)
+        _, metrics = step(policy, indices, number)
+        seen += indices
+        kept.append(int(metrics["kept"].sum()))
+    assert sorted(seen) == list(range(PROMPTS * ROWS))
+    assert kept == [3, 3, 3, 3]
+
+
+def test_the_order_goes_through_the_prompts():
+    order = TransitionOrder(PairSampler(10, seed=1), slots=6, updates=3)
+    steps = [order.indices(number * 10, 10) for number in range(6)]
+    prompts = [sorted({index // 6 for index in indices}) for indices in steps]
+    assert prompts[0] == prompts[1] == prompts[2]
+    assert sorted(prompts[0] + prompts[3]) == list(range(10))
+    assert len({index for indices in steps for index in indices}) == 60
+
+
+def test_orders_that_do_not_divide_are_refused():
+    with pytest.raises(ConfigError, match="must divide the 5 transitions"):
+        TransitionOrder(PairSampler(10, seed=1), slots=5, updates=2)
+    with pytest.raises(ConfigError, match="no multiple of the 3"):
+        TransitionOrder(PairSampler(10, seed=1), slots=3).indices(0, 4)
+    with pytest.raises(ConfigError, match="takes 4 prompts, there are 3"):
+        TransitionOrder(PairSampler(3, seed=1), slots=1).indices(0, 4)
