@@ -4,10 +4,10 @@ import pytest
 import yaml
 
 from diffalign import config as configuration
-from diffalign.yaml_text import parse_yaml
 from diffalign.errors import ConfigError
 from diffalign.objectives.dpo import DPO
 from diffalign.objectives.sft import SFT
+from diffalign.yaml_text import parse_yaml
 
 MINIMAL = """
 model:

@@ -99,7 +99,8 @@ def describe_objective(name: str) -> str:
     fields = objectives.fields(name)
     lines = [f"  {key} = {field.default!r}" for key, field in fields.items()] or ["  none"]
     needs = ", ".join(sorted(found.needs)) or "nothing"
-    trains_on = "the chosen images of pairs" if found.chosen_only else {"pair": "pairs"}.get(found.layout, found.layout)
+    kinds = {"pair": "pairs", "transition": "steps that it samples", "reward": "images that it draws"}
+    trains_on = "the chosen images of pairs" if found.chosen_only else kinds.get(found.layout, found.layout)
     return "\n".join(
         [
             f"{name}: {inspect.cleandoc(module.__doc__)}",

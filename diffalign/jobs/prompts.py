@@ -1,5 +1,6 @@
 """Prompt lists: a text file with one a line, or a table with a prompt column."""
 
+import csv
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,8 @@ COLUMNS = ("prompt", "caption", "Prompt", "text")
 _READERS = {
     ".parquet": pd.read_parquet,
     ".csv": pd.read_csv,
-    ".tsv": lambda path: pd.read_csv(path, sep="\t"),  # PartiPrompts as published
+    # PartiPrompts as published: prompts hold quotation marks, and one is "null".
+    ".tsv": lambda path: pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE),
     ".jsonl": lambda path: pd.read_json(path, lines=True),
     ".json": pd.read_json,
 }

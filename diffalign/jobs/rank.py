@@ -11,16 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 
 from diffalign.data import win_rate_labels
 from diffalign.errors import DataError, suggestion
-from diffalign.evaluation.manifest import atomic_write
+from diffalign.jobs.tables import write_rows
 
 NEEDED = ("file", "prompt", "scorer", "score")
-ROWS_PER_GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def rank(
         kept = [group for group, gap in found if gap > 0 and gap >= min_gap]
         dropped = len(groups) - len(kept)
         rows = map(_pair_row, kept)
-    count = _write(rows, out)
+    count = write_rows(rows, out, "No prompt is left: each needs two pictures that the scorers tell apart.")
     console.print(f"{count} {layout} in {out}; {dropped} prompts left out.", markup=False, highlight=False)
     return count
 
@@ -137,29 +134,3 @@ def _bytes(file: str) -> bytes:
         raise DataError(
             f"Cannot read the picture {file} ({error.strerror}). Run this where the pictures were scored."
         ) from error
-
-
-def _write(rows: Iterator[dict[str, Any]], out: Path) -> int:
-    """Write rows a group at a time, the file whole or not at all."""
-    count, writer = 0, None
-    with atomic_write(out) as temporary:
-        batch: list[dict[str, Any]] = []
-        for row in rows:
-            batch.append(row)
-            count += 1
-            if len(batch) == ROWS_PER_GROUP:
-                writer = _append(writer, batch, temporary)
-                batch = []
-        if batch:
-            writer = _append(writer, batch, temporary)
-        if writer is None:
-            raise DataError("No prompt is left: each needs two pictures that the scorers tell apart.")
-        writer.close()
-    return count
-
-
-def _append(writer: pq.ParquetWriter | None, rows: list[dict[str, Any]], file: Path) -> pq.ParquetWriter:
-    table = pa.Table.from_pylist(rows)
-    writer = writer or pq.ParquetWriter(file, table.schema)
-    writer.write_table(table)
-    return writer

@@ -1,16 +1,22 @@
 """Tables for the terminal, and files of tables."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from diffalign.errors import UserError
+from diffalign.errors import DataError, UserError
 from diffalign.evaluation.manifest import atomic_write
 from diffalign.evaluation.scoring import format_score
+
+ROWS_PER_GROUP = 64
 
 _WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
     ".parquet": lambda table, path: table.to_parquet(path, index=False),
@@ -32,6 +38,35 @@ def write(table: pd.DataFrame, out: Path) -> None:
     check_suffix(out)
     with atomic_write(out) as temporary:
         _WRITERS[out.suffix.lower()](table, temporary)
+
+
+def write_rows(rows: Iterable[dict[str, Any]], out: Path, nothing: str) -> int:
+    """Write parquet rows a group at a time, the file whole or not at all; return their number.
+
+    Raises:
+        DataError: with the words of `nothing`, if there is no row.
+    """
+    count, writer = 0, None
+    with atomic_write(out) as temporary:
+        try:
+            for batch in batched(rows, ROWS_PER_GROUP):
+                table = pa.Table.from_pylist(batch, schema=writer and writer.schema)
+                writer = writer or pq.ParquetWriter(temporary, table.schema)
+                writer.write_table(table)
+                count += len(batch)
+        finally:
+            if writer is not None:
+                writer.close()
+        if writer is None:
+            raise DataError(nothing)
+    return count
+
+
+def batched(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows in lists of `size`, the last maybe shorter."""
+    left = iter(rows)
+    while batch := list(islice(left, size)):
+        yield batch
 
 
 def plain(*columns: str, title: str | None = None) -> Table:

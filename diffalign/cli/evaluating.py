@@ -1,0 +1,81 @@
+"""The command that compares models: evaluate."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from diffalign.cli import pictures as options
+
+MODELS_HELP = (
+    "A hub id, folder, .safetensors file, LoRA or training run, or a folder drawn by `diffalign generate`. "
+    "dpo=runs/demo names it dpo."
+)
+PROMPTS_HELP = (
+    "embedded, a list of prompts (.txt or a table), or a published set: PartiPrompts.tsv, HPDv2's folder of .json, "
+    "GenEval's .jsonl, DPG's folder or .csv, Pick-a-Pic's parquet. KIND=PATH says which: parti=, hpdv2=, geneval=, "
+    "dpg=, pickapic=."
+)
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODELS_HELP)],
+    prompts: Annotated[str, typer.Option(help=PROMPTS_HELP)],
+    scorers: Annotated[list[str], typer.Option("--with", help=options.SCORERS_HELP)],
+    out: Annotated[Path, typer.Option(help="Folder for pictures, scores, summaries and reports.")],
+    seeds: Annotated[str, typer.Option(help="Pictures of every prompt: 0, 0,3,7 or 0-3 (both ends included).")] = "0",
+    noise: Annotated[str, typer.Option(help="own: every prompt draws from other noise; shared: as generate.")] = "own",
+    limit: options.Limit = None,
+    baseline: Annotated[str | None, typer.Option(help="Which model the others are compared with: the first.")] = None,
+    base: options.Base = None,
+    show_base: Annotated[bool, typer.Option("--show-base", help="Add the base of the first LoRA, in front.")] = False,
+    steps: options.Steps = 30,
+    guidance_scale: options.Guidance = 5.0,
+    negative_prompt: options.NegativePrompt = "",
+    height: options.Height = None,
+    width: options.Width = None,
+    batch_size: options.BatchSize = 8,
+    resamples: Annotated[int, typer.Option(help="Of the bootstrap over prompts.")] = 10_000,
+    gallery: Annotated[int, typer.Option(help="Pairs of pictures a report shows at most.")] = 96,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Compare models on a prompt set: the same noise for all, all scorers, paired statistics over prompts, a report.
+
+    Writes images/, scores.parquet, summary.json, .csv and .md, categories.csv and report.html (with a page for each
+    further model). Run again, the command draws only what is missing.
+
+    Example: `diffalign evaluate runs/dpo runs/mapo --show-base --prompts embedded --with oracle --out out/tiny`
+
+    Example: `diffalign evaluate sdxl-base=... runs/dpo --prompts PartiPrompts.tsv --with pickscore,hpsv2.1 --out out/p`
+    """
+    from diffalign.evaluation.results import Bootstrap
+    from diffalign.jobs import evaluate as job
+    from diffalign.jobs.prompt_sets import open_prompt_set
+    from diffalign.jobs.prompts import parse_seeds
+
+    request = job.Request(
+        specs=models,
+        prompts=open_prompt_set(prompts, limit),
+        seeds=parse_seeds(seeds),
+        scorers=scorers,
+        out=out,
+        settings=options.sampling(steps, guidance_scale, negative_prompt, height, width, batch_size),
+        baseline=baseline,
+        base=base,
+        show_base=show_base,
+        noise=noise,
+        bootstrap=Bootstrap(resamples=resamples),
+        gallery_size=gallery,
+        torch_dtype=dtype,
+        device=device,
+    )
+    job.evaluate(request, command=shlex.join(["diffalign", *sys.argv[1:]]), console=Console())
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(evaluate)

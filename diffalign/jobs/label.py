@@ -1,0 +1,203 @@
+"""`diffalign label`: people choose between pictures; what they said becomes numbers, and training pairs."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from rich.console import Console
+
+from diffalign.errors import DataError, UserError
+from diffalign.evaluation import Manifest
+from diffalign.evaluation.arena import Arena
+from diffalign.evaluation.statistics import binomial_test, holm, paired_bootstrap, wilson_interval
+from diffalign.jobs import models, tables
+from diffalign.labelling import Votes, agreement_of
+from diffalign.labelling.app import LOOPBACK, serve
+from diffalign.labelling.store import pair_tasks
+
+Layout = Literal["majority", "share", "votes"]
+LAYOUTS = ("majority", "share", "votes")
+
+
+def label(folders: Sequence[str], file: Path, *, host: str, port: int, console: Console) -> None:
+    """Add the pairs of the folders to a file of votes, and serve the page until interrupted.
+
+    Args:
+        folders: drawn by `diffalign generate` or `evaluate`, alone or as name=folder; none to go on with what is there.
+        file: of votes; made if missing.
+        host: where to listen.
+        port: 0 takes a free one.
+        console: is told the address.
+    """
+    added = _tasks(folders)
+    with Votes(file) as votes:
+        new = votes.add(added)
+        _, total = votes.progress("")
+        if not total:
+            raise UserError(f"{file} holds no pair to judge. Name two or more folders of pictures of the same prompts.")
+        console.print(f"{total} pairs to judge, {new} of them new; votes go to {file}", markup=False, highlight=False)
+        if host not in LOOPBACK:
+            console.print(f"Anyone who can reach {host} can vote and see the pictures.", markup=False, highlight=False)
+        serve(votes, host, port, _announcer(console))
+
+
+def export(file: Path, out: Path, layout: Layout, console: Console) -> int:
+    """Write the votes as training pairs in Pick-a-Pic's columns, and return how many.
+
+    Args:
+        file: of votes.
+        out: a .parquet file, read by `diffalign train`, `filter` and `score --pairs`.
+        layout: "majority": a pair judged, won by whichever more raters chose, a draw being a tie; "share": a pair
+            judged, with the share of the raters as a soft label; "votes": a row a vote.
+        console: is told what was written.
+    """
+    if out.suffix != ".parquet":
+        raise DataError(f'Training pairs are written as parquet, got "{out}". Give a name that ends in .parquet.')
+    if layout not in LAYOUTS:
+        raise UserError(f'--as must be one of {", ".join(LAYOUTS)}, got "{layout}".')
+    rows = list(_judged(_read(file), layout).to_dict("records"))
+    per_prompt = pd.Series([row["prompt"] for row in rows]).value_counts()
+    written = ((_pair(row, int(per_prompt[row["prompt"]]))) for row in rows)
+    count = tables.write_rows(written, out, f"There is no vote in {file} yet.")
+    ties = sum(row["credit"] == 0.5 for row in rows)
+    console.print(f"{count} pairs in {out}, {ties} of them ties.", markup=False, highlight=False)
+    return count
+
+
+def results(file: Path, console: Console) -> dict[str, Any]:
+    """Return and show who was preferred how often, how sure that is, and how far the raters agree."""
+    votes = _read(file)
+    if votes.empty:
+        raise DataError(f"There is no vote in {file} yet.")
+    rows = [_of_models(a, b, part) for (a, b), part in votes.groupby(["model_a", "model_b"], sort=False)]
+    for row, p in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+        row["p_value_holm"] = p
+    ranking = _ranking(votes)
+    table = tables.plain("model", "against", "win rate", "95 % interval", "won/tied/lost", "prompts", "p")
+    for r in rows:
+        interval = "n/a" if pd.isna(r["ci_low"]) else f"{100 * r['ci_low']:.1f} to {100 * r['ci_high']:.1f}%"
+        counts = f"{r['wins']}/{r['ties']}/{r['losses']}"
+        p = "< 0.001" if r["p_value_holm"] < 0.001 else f"{r['p_value_holm']:.3f}"
+        table.add_row(r["model_a"], r["model_b"], f"{100 * r['win_rate']:.1f}%", interval, counts, str(r["prompts"]), p)
+    console.print(table)
+    found = agreement_of(votes)
+    shared = f"{found['shared_tasks']} pairs judged by several of {found['raters']} raters"
+    equal = f"{100 * found['share_equal']:.1f}% of votes on them equal, " if found["shared_tasks"] else ""
+    alpha = "n/a" if pd.isna(found["alpha_nominal"]) else f"{found['alpha_nominal']:.3f}"
+    console.print(f"{shared}; {equal}Krippendorff's alpha {alpha}.", markup=False, highlight=False)
+    return {"pairs": rows, "ranking": ranking.to_dict("records"), "agreement": found}
+
+
+def _tasks(folders: Sequence[str]) -> list[Any]:
+    named: list[tuple[str, pd.DataFrame]] = []
+    for spec in folders:
+        name, place = models.split_name(spec)
+        manifest = Manifest.read(Path(place).expanduser())
+        files = [str(path.resolve()) for path in manifest.paths]
+        named.append((name or Path(place).resolve().name, manifest.table.assign(file=files)))
+    names = [name for name, _ in named]
+    if len(names) == 1:
+        raise UserError(f"Only {names[0]} is named: two or more folders of pictures are needed to choose between.")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f'Two folders are named "{twice[0]}". Name them apart: first=FOLDER second=FOLDER.')
+    for name, table in named[1:]:
+        both = named[0][1].merge(table, on=["prompt_id", "seed"])
+        if both.empty or (both["prompt_x"] != both["prompt_y"]).any():
+            raise DataError(f"{names[0]} and {name} show other prompts or seeds. Draw the same with both.")
+    tasks = pair_tasks(named)
+    if gone := next((f for task in tasks for f in (task.file_a, task.file_b) if not Path(f).is_file()), None):
+        raise DataError(f"The picture {gone} is not there. Run the command that draws it again.")
+    return tasks
+
+
+def _announcer(console: Console) -> Callable[[str], None]:
+    return lambda address: console.print(f"Open {address} (Ctrl-C ends it)", markup=False, highlight=False)
+
+
+def _read(file: Path) -> pd.DataFrame:
+    if not file.is_file():
+        raise DataError(f"There is no file of votes {file}. Collect some: diffalign label FOLDER FOLDER --votes {file}")
+    with Votes(file) as votes:
+        return votes.table()
+
+
+def _judged(votes: pd.DataFrame, layout: Layout) -> pd.DataFrame:
+    """Return the rows to write: credit is P(picture a preferred), n_votes how many said so."""
+    if layout == "votes" or votes.empty:
+        return votes.assign(n_votes=1)
+    grouped = votes.groupby("task", sort=True)
+    table = grouped.first().reset_index()
+    table["credit"], table["n_votes"] = grouped["credit"].mean().to_numpy(), grouped.size().to_numpy()
+    table["rater"] = ""
+    if layout == "majority":
+        table["credit"] = table["credit"].map(lambda share: 0.5 if share == 0.5 else float(share > 0.5))
+    return table
+
+
+def _pair(row: dict[str, Any], per_prompt: int) -> dict[str, Any]:
+    """Return a row in Pick-a-Pic's columns."""
+    images = [_bytes(row["file_a"]), _bytes(row["file_b"])]
+    uids = [hashlib.sha256(image).hexdigest()[:32] for image in images]
+    credit = float(row["credit"])
+    best = "tie" if credit == 0.5 else uids[0] if credit > 0.5 else uids[1]
+    rater = int.from_bytes(hashlib.sha256(row["rater"].encode()).digest()[:6], "big") if row["rater"] else 0
+    return {
+        "caption": row["prompt"],
+        "jpg_0": images[0],
+        "jpg_1": images[1],
+        "label_0": credit,
+        "label_1": 1.0 - credit,
+        "image_0_uid": uids[0],
+        "image_1_uid": uids[1],
+        "best_image_uid": best,
+        "model_0": row["model_a"],
+        "model_1": row["model_b"],
+        "are_different": uids[0] != uids[1],
+        "has_label": True,
+        "ranking_id": int(row["task"]),
+        "user_id": rater,
+        "num_example_per_prompt": per_prompt,
+        "n_votes": int(row["n_votes"]),
+    }
+
+
+def _bytes(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise DataError(f"Cannot read {file} ({error.strerror}). Put the pictures back.") from error
+
+
+def _of_models(a: str, b: str, votes: pd.DataFrame) -> dict[str, Any]:
+    """Summarise the votes on two models; interval and test are over prompts, as votes on one are not independent."""
+    share = votes.groupby("prompt_id")["credit"].mean()
+    wins, losses = int((votes["credit"] == 1).sum()), int((votes["credit"] == 0).sum())
+    prompts_won = int((share > 0.5).sum())
+    interval = paired_bootstrap(share, 1 - share, lambda x, _: x.mean(axis=-1))
+    wilson = wilson_interval(float(votes["credit"].sum()), len(votes))
+    return {
+        "model_a": a,
+        "model_b": b,
+        "win_rate": float(share.mean()),
+        "ci_low": interval.low,
+        "ci_high": interval.high,
+        "wilson_low": wilson.low,
+        "wilson_high": wilson.high,
+        "prompts_won": prompts_won,
+        "wins": wins,
+        "ties": len(votes) - wins - losses,
+        "losses": losses,
+        "votes": len(votes),
+        "prompts": len(share),
+        "p_value": binomial_test(prompts_won, prompts_won + int((share < 0.5).sum())),
+    }
+
+
+def _ranking(votes: pd.DataFrame) -> pd.DataFrame:
+    """Return the arena's table after all votes, in the order they came in."""
+    arena = Arena(list(dict.fromkeys([*votes["model_a"], *votes["model_b"]])))
+    for row in votes.itertuples():
+        arena.vote([row.model_a, row.model_b], [1, 1] if row.credit == 0.5 else [1, 2] if row.credit == 1 else [2, 1])
+    return arena.table()

@@ -1,0 +1,181 @@
+"""Tasks and votes in one SQLite file. A vote that was answered for is on the disk: a kill or a power cut keeps it."""
+
+import hashlib
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import pandas as pd
+
+from diffalign.errors import DataError
+
+Choice = Literal["left", "right", "tie"]
+VERSION = "1"
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS tasks (
+    id INTEGER PRIMARY KEY, prompt_id INTEGER NOT NULL, prompt TEXT NOT NULL, seed INTEGER NOT NULL,
+    model_a TEXT NOT NULL, file_a TEXT NOT NULL, model_b TEXT NOT NULL, file_b TEXT NOT NULL,
+    UNIQUE (file_a, file_b)
+);
+CREATE TABLE IF NOT EXISTS votes (
+    task INTEGER NOT NULL REFERENCES tasks (id), rater TEXT NOT NULL, credit REAL NOT NULL,
+    left TEXT NOT NULL, seconds REAL, created REAL NOT NULL, PRIMARY KEY (task, rater)
+);
+"""
+_CREDIT = {"a": 1.0, "b": 0.0}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Hold two pictures of one prompt by two models; a rater sees only the pictures."""
+
+    prompt_id: int
+    prompt: str
+    seed: int
+    model_a: str
+    file_a: str
+    model_b: str
+    file_b: str
+
+
+class Votes:
+    """Keep the tasks and what raters said of them.
+
+    Write-ahead log with synchronous=FULL: every vote is its own transaction, flushed before `vote` returns.
+    """
+
+    def __init__(self, file: str | Path):
+        """Open the file, making it if it is missing; raise DataError if it is something else."""
+        self.file = Path(file)
+        self._lock = threading.Lock()
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(self.file, check_same_thread=False, isolation_level=None, timeout=30)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA foreign_keys=ON")
+            self._db.executescript(_SCHEMA)
+            self._db.execute("INSERT OR IGNORE INTO about VALUES ('version', ?)", (VERSION,))
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise DataError(f"{self.file} is no file of votes ({error}). Name another.") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add(self, tasks: Iterable[Task]) -> int:
+        """Add the tasks that are not there yet; return how many were new."""
+        with self._lock:
+            before = self._count("tasks")
+            self._db.execute("BEGIN")
+            self._db.executemany(
+                "INSERT OR IGNORE INTO tasks (prompt_id, prompt, seed, model_a, file_a, model_b, file_b) "
+                "VALUES (:prompt_id, :prompt, :seed, :model_a, :file_a, :model_b, :file_b)",
+                (asdict(task) for task in tasks),
+            )
+            self._db.execute("COMMIT")
+            return self._count("tasks") - before
+
+    def task(self, number: int) -> Task:
+        """Return a task; raise DataError if there is none of that number."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT prompt_id, prompt, seed, model_a, file_a, model_b, file_b FROM tasks WHERE id = ?", (number,)
+            ).fetchone()
+        if row is None:
+            raise DataError(f"There is no task {number} in {self.file}.")
+        return Task(*row)
+
+    def next_task(self, rater: str) -> int | None:
+        """Return what the rater judges next: fewest votes first, equal ones in an order of the rater's own."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT t.id, (SELECT COUNT(*) FROM votes v WHERE v.task = t.id) FROM tasks t "
+                "WHERE NOT EXISTS (SELECT 1 FROM votes v WHERE v.task = t.id AND v.rater = ?)",
+                (rater,),
+            ).fetchall()
+        return min(rows, key=lambda row: (row[1], _hash(rater, row[0], "order")))[0] if rows else None
+
+    def left_of(self, number: int, rater: str) -> Literal["a", "b"]:
+        """Return which picture the rater sees on the left: a coin that falls the same way each time it is asked."""
+        return "a" if _hash(rater, number, "side") % 2 else "b"
+
+    def file_of(self, number: int, rater: str, side: Literal["left", "right"]) -> Path:
+        """Return the picture on one side."""
+        task, left = self.task(number), self.left_of(number, rater)
+        shows_a = (side == "left") == (left == "a")
+        return Path(task.file_a if shows_a else task.file_b)
+
+    def vote(self, number: int, rater: str, choice: Choice, seconds: float | None = None) -> None:
+        """Keep a vote; one on the same task by the same rater is replaced. When this returns it is on the disk."""
+        self.task(number)
+        left = self.left_of(number, rater)
+        right = "b" if left == "a" else "a"
+        credit = 0.5 if choice == "tie" else _CREDIT[left if choice == "left" else right]
+        with self._lock:
+            self._db.execute(
+                "INSERT OR REPLACE INTO votes VALUES (?, ?, ?, ?, ?, ?)",
+                (number, rater, credit, left, seconds, time.time()),
+            )
+
+    def undo(self, rater: str) -> int | None:
+        """Take back the rater's last vote; return its task, or None if there is none."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT task FROM votes WHERE rater = ? ORDER BY created DESC, rowid DESC LIMIT 1", (rater,)
+            ).fetchone()
+            if row is not None:
+                self._db.execute("DELETE FROM votes WHERE rater = ? AND task = ?", (rater, row[0]))
+        return None if row is None else int(row[0])
+
+    def progress(self, rater: str) -> tuple[int, int]:
+        """Return how many tasks the rater has judged, and how many there are."""
+        with self._lock:
+            done = self._db.execute("SELECT COUNT(*) FROM votes WHERE rater = ?", (rater,)).fetchone()[0]
+            return int(done), self._count("tasks")
+
+    def table(self) -> pd.DataFrame:
+        """Return one row a vote: task, rater, credit (1: model_a), left, seconds, created, and what its task holds."""
+        with self._lock:
+            return pd.read_sql_query(
+                "SELECT v.task, v.rater, v.credit, v.left, v.seconds, v.created, t.prompt_id, t.prompt, t.seed, "
+                "t.model_a, t.file_a, t.model_b, t.file_b "
+                "FROM votes v JOIN tasks t ON t.id = v.task ORDER BY v.created, v.rowid",
+                self._db,
+            )
+
+    def _count(self, table: Literal["tasks", "votes"]) -> int:
+        return int(self._db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])
+
+
+def pair_tasks(models: Sequence[tuple[str, pd.DataFrame]]) -> list[Task]:
+    """Return a task for every prompt, seed and pair of models.
+
+    Args:
+        models: names, and tables of prompt_id, prompt, seed and file (absolute).
+    """
+    tasks = []
+    for i, (name_a, a) in enumerate(models):
+        for name_b, b in models[i + 1 :]:
+            both = a.merge(b, on=["prompt_id", "seed"], suffixes=("_a", "_b"))
+            tasks += [
+                Task(int(r.prompt_id), r.prompt_a, int(r.seed), name_a, str(r.file_a), name_b, str(r.file_b))
+                for r in both.itertuples()
+            ]
+    return tasks
+
+
+def _hash(rater: str, number: int, what: str) -> int:
+    digest = hashlib.sha256(f"{what}\0{rater}\0{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
