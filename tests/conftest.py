@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import socket
+import sys
 
 import pytest
 import torch
@@ -54,3 +55,20 @@ def tiny_sdxl(tmp_path_factory):
 def tiny_sd15(tmp_path_factory):
     """Return the folder of a random-weight SD1.5 pipeline; treat it as read-only."""
     return build_tiny_sd15(tmp_path_factory.mktemp("models") / "tiny-sd15")
+
+
+@pytest.fixture
+def diffalign(monkeypatch, capsys):
+    """Return a function that runs a command and returns its exit code and what it said."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["diffalign", *map(str, arguments)])
+        from diffalign.cli import main
+
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return stopped.value.code or 0, " ".join((captured.out + captured.err).split())
+
+    return run

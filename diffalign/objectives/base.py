@@ -217,6 +217,23 @@ class ScaledMargin(Objective[PairErrors]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RawMargin(Objective[PairErrors]):
+    """Share what SimPO and CPO have in common: logit = beta/2 * (policy_l - policy_w), and no reference."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    layout: ClassVar[Literal["pair", "single", "list", "transition", "reward"]] = "pair"
+
+    beta: float = 500.0  # scale of the errors, > 0
+
+    def __post_init__(self) -> None:
+        check_number("beta", self.beta, above=0.0)
+
+    def logit(self, errors: PairErrors) -> Tensor:
+        """Return beta/2 * (policy_l - policy_w) [B]."""
+        return self.beta / 2 * errors.raw_margin
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClippedRatios(Objective[Transitions]):
     """Share what SPO and D3PO have in common: DPO on single transitions, with ratios clipped as in PPO.
 

@@ -1,16 +1,15 @@
 """CPO (Xu et al. 2024, "Contrastive Preference Optimization", 2401.08417)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffalign.objectives.base import Objective, PairErrors, check_number
+from diffalign.objectives.base import PairErrors, RawMargin, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
-class CPO(Objective[PairErrors]):
+class CPO(RawMargin):
     """DPO under a uniform reference, held by supervised fine-tuning on the winner.
 
     L = -log sigmoid( beta/2 * (policy_l - policy_w) ) + sft_weight * policy_w    Eq. 4 and 5, errors for likelihoods
@@ -30,19 +29,11 @@ class CPO(Objective[PairErrors]):
         tensor([0.1067])
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    layout: ClassVar = "pair"
-
-    beta: float = 500.0
     sft_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("beta", self.beta, above=0.0)
+        super().__post_init__()
         check_number("sft_weight", self.sft_weight, at_least=0.0)
-
-    def logit(self, errors: PairErrors) -> Tensor:
-        """Return beta/2 * (policy_l - policy_w) [B]."""
-        return self.beta / 2 * errors.raw_margin
 
     def loss(self, errors: PairErrors) -> Tensor:
         """Return the loss of every pair [B]."""

@@ -1,16 +1,15 @@
 """SimPO (Meng et al. 2024, "Simple Preference Optimization with a Reference-Free Reward", 2405.14734)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffalign.objectives.base import Objective, PairErrors, check_number
+from diffalign.objectives.base import PairErrors, RawMargin, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimPO(Objective[PairErrors]):
+class SimPO(RawMargin):
     """Ask the winner's error to be smaller than the loser's by a margin; no reference.
 
     L = -log sigmoid( beta/2 * (policy_l - policy_w) - target_margin )    Eq. 6, with errors for log-likelihoods
@@ -32,19 +31,11 @@ class SimPO(Objective[PairErrors]):
         tensor([0.0110])
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    layout: ClassVar = "pair"
-
-    beta: float = 500.0
     target_margin: float = 0.5
 
     def __post_init__(self) -> None:
-        check_number("beta", self.beta, above=0.0)
+        super().__post_init__()
         check_number("target_margin", self.target_margin, at_least=0.0)
-
-    def logit(self, errors: PairErrors) -> Tensor:
-        """Return beta/2 * (policy_l - policy_w) [B], before the target margin."""
-        return self.beta / 2 * errors.raw_margin
 
     def loss(self, errors: PairErrors) -> Tensor:
         """Return the loss of every pair [B]."""

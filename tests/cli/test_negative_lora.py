@@ -1,11 +1,9 @@
 """`diffalign generate --negative-lora` and `diffalign grid --negative-lora`, as a user types them."""
 
-import sys
 
 import pytest
 from PIL import Image
 
-from diffalign.cli import main
 from diffalign.evaluation import Manifest
 from tests.jobs.material import write_run
 
@@ -13,21 +11,6 @@ from tests.jobs.material import write_run
 @pytest.fixture(scope="session")
 def npo_run(tiny_sdxl, tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "npo", tiny_sdxl, seed=2)
-
-
-@pytest.fixture
-def diffalign(monkeypatch, capsys):
-    """Return a function that runs a command and returns its exit code and what it said."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["diffalign", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return stopped.value.code or 0, " ".join((captured.out + captured.err).split())
-
-    return run
 
 
 def drawing(model, out, *more):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pandas as pd
@@ -11,7 +10,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from typer.testing import CliRunner
 
-from diffalign.cli import app, main
+from diffalign.cli import app
 from diffalign.evaluation import Manifest, hps_benchmark
 from tests.jobs.material import write_run
 
@@ -22,21 +21,6 @@ PROMPTS = [
     "three cyan crosses on a gray background",
     "an orange diamond on a purple background",
 ]
-
-
-@pytest.fixture
-def diffalign(monkeypatch, capsys):
-    """Return a function that runs a command and returns its exit code and what it said."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["diffalign", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return stopped.value.code or 0, " ".join((captured.out + captured.err).split())
-
-    return run
 
 
 @pytest.fixture(scope="session")

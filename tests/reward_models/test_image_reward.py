@@ -15,29 +15,11 @@ from reward_models.image_reward import (
 )
 from reward_models.losses import pair_losses
 from tests import golden
+from tests.reward_models.tiny_scorers import REWARD_SIZES
 from tests.reward_models.toy import noise_image
 
 RECORDS = golden.load("rewards")
-SIZES = {
-    "vision": {
-        "image_size": 32,
-        "patch_size": 16,
-        "hidden_size": 48,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    },
-    "text": {
-        "vocab_size": 100,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 40,
-    },
-    "head": [24, 16, 8, 4],
-    "text_length": 35,
-}
+SIZES = REWARD_SIZES | {"text_length": 35}
 
 
 @pytest.fixture(scope="module")
