@@ -7,8 +7,9 @@ The numbers come from Philox4x32-10, a counter-based generator (Salmon et al. 20
 as 1, 2, 3"). The counter is (block, step, low word of the example id, high word), the key is (seed, checksum of the
 stream's name): one to one for the ranges checked below, so two draws never share their numbers by accident.
 
-A draw is made where the ids are. CPU and GPU compute the same random bits; their normal numbers may differ in the last
-digit, because their float64 logarithm and cosine do.
+A draw is made where the ids are, on a GPU in one kernel (see `kernels`): the torch version has about 150 operations,
+each of them a launch. All compute the same random bits; their normal numbers may differ in the last digit, because
+their float64 logarithm and cosine do.
 """
 
 import math
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffalign.denoising.kernels import triton_for
 from diffalign.errors import ConfigError
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]  # int64 tensors that hold unsigned 32-bit numbers
@@ -30,9 +32,11 @@ def normal(seed: int, step: int, example_ids: Tensor, shape: Sequence[int], stre
 
     Raises ConfigError for a seed outside 0..2^32-1.
     """
-    count = math.prod(shape)
-    blocks = math.ceil(count / 4)
-    a, b, c, d = _philox_words(seed, step, example_ids, stream, blocks)
+    count, key = math.prod(shape), _key(seed, step, example_ids, stream)
+    triton = triton_for(example_ids)
+    if triton is not None:
+        return triton.normal(key, step, example_ids, count).reshape(-1, *shape)
+    a, b, c, d = _philox_words(key, step, example_ids, blocks=math.ceil(count / 4))
     # Box-Muller in float64: the rounding to float32 then hides how a machine computes a logarithm or a cosine.
     values = torch.stack([*_box_muller(a, b), *_box_muller(c, d)], dim=-1)
     return values.flatten(1)[:, :count].float().reshape(-1, *shape)
@@ -43,7 +47,7 @@ def uniform(seed: int, step: int, example_ids: Tensor, stream: str) -> Tensor:
 
     Raises ConfigError for a seed outside 0..2^32-1.
     """
-    high, low, _, _ = _philox_words(seed, step, example_ids, stream, blocks=1)
+    high, low, _, _ = _philox_words(_key(seed, step, example_ids, stream), step, example_ids, blocks=1)
     return ((high << 21) + (low >> 11)).squeeze(1).double() * 2.0**-53
 
 
@@ -65,17 +69,25 @@ def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & (_WORD - 1), product & (_WORD - 1)
 
 
-def _philox_words(seed: int, step: int, example_ids: Tensor, stream: str, blocks: int) -> Words:
-    """Return `blocks` times four random words for every example, each word as [B,blocks]."""
+def _key(seed: int, step: int, example_ids: Tensor, stream: str) -> tuple[int, int]:
+    """Check what identifies a draw; return its Philox key."""
     if not 0 <= seed < _WORD:
         raise ConfigError(f'"seed" must be an integer from 0 to {_WORD - 1}, got {seed}.')
     assert 0 <= step < _WORD, f"step {step} is outside 0..2^32-1"
     assert example_ids.dtype == torch.int64, f"example ids must be int64, got {example_ids.dtype}"
     assert example_ids.ndim == 1, f"example ids must be [B], got {tuple(example_ids.shape)}"
+    return seed, zlib.crc32(stream.encode())
+
+
+def _philox_words(key: tuple[int, int], step: int, example_ids: Tensor, blocks: int) -> Words:
+    """Return `blocks` times four random words for every example, each word as [B,blocks]."""
+    triton = triton_for(example_ids)
+    if triton is not None:
+        return triton.philox_words(key, step, example_ids, blocks)
     ids, device = example_ids[:, None], example_ids.device
     block = torch.arange(blocks, device=device)[None, :]
     counter = (block, torch.full_like(block, step), ids & (_WORD - 1), (ids >> 32) & (_WORD - 1))
-    return philox4x32(counter, key=(seed, zlib.crc32(stream.encode())))
+    return philox4x32(counter, key)
 
 
 def _box_muller(radial: Tensor, angular: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from diffalign.denoising.draws import normal
+from diffalign.denoising.kernels import triton_for
 from diffalign.denoising.paths import DDPMPath, add_noise, target
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DenoisingBatch:
-    """Hold N denoising problems, float32, on the device of the clean latents."""
+    """Hold N denoising problems on the device of the clean latents, float32; xt may be in the network's dtype."""
 
     x0: Tensor  # [N,C,H,W], clean latents after the VAE's shift and scale
     noise: Tensor  # [N,C,H,W]
@@ -30,25 +31,39 @@ class DenoisingBatch:
         return replace(self, **{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
-def shared(path: DDPMPath, x0: Tensor, timesteps: Tensor, seed: int, step: int, example_ids: Tensor) -> DenoisingBatch:
-    """Noise all images of an example with the same noise: x0 [k*B,...], timesteps [B], ids [B].
+def shared(
+    path: DDPMPath,
+    x0: Tensor,
+    timesteps: Tensor,
+    seed: int,
+    step: int,
+    example_ids: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> DenoisingBatch:
+    """Noise all images of an example with the same noise: x0 [k*B,...], timesteps [B], ids [B]; xt comes in `dtype`.
 
     The rule of the code and the pseudo-code of Diffusion-DPO, and of MaPO.
     """
     images = len(x0) // len(example_ids)
     noise = normal(seed, step, example_ids, x0.shape[1:]).repeat(images, *(1 for _ in x0.shape[1:]))
-    return with_noise(path, x0, noise, timesteps.repeat(images))
+    return with_noise(path, x0, noise, timesteps.repeat(images), dtype=dtype)
 
 
 def independent(
-    path: DDPMPath, x0: Tensor, timesteps: Tensor, seed: int, step: int, example_ids: Tensor
+    path: DDPMPath,
+    x0: Tensor,
+    timesteps: Tensor,
+    seed: int,
+    step: int,
+    example_ids: Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> DenoisingBatch:
-    """Noise each image of an example with its own noise: x0 [k*B,...], timesteps [B], ids [B].
+    """Noise each image of an example with its own noise: x0 [k*B,...], timesteps [B], ids [B]; xt comes in `dtype`.
 
     Eq. 14 of Diffusion-DPO, and Algorithm 2 of RankDPO.
     """
     noise = per_image(seed, step, example_ids, x0, stream="noise")
-    return with_noise(path, x0, noise, timesteps.repeat(len(x0) // len(example_ids)))
+    return with_noise(path, x0, noise, timesteps.repeat(len(x0) // len(example_ids)), dtype=dtype)
 
 
 RANDOM_NOISINGS = {"shared": shared, "independent": independent}
@@ -69,20 +84,24 @@ def image_stream(stream: str, image: int) -> str:
 
 
 def with_noise(
-    path: DDPMPath, x0: Tensor, noise: Tensor, timesteps: Tensor, xt: Tensor | None = None
+    path: DDPMPath,
+    x0: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    xt: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> DenoisingBatch:
-    """Build the batch for given noise [N,...] and timesteps [N]; `xt` if it is known already."""
+    """Build the batch for given noise [N,...] and timesteps [N]; `xt` if it is known already, else made in `dtype`."""
     counts = len(x0), len(noise), len(timesteps)
     assert len(set(counts)) == 1, f"latents, noises and timesteps must be as many, got {counts}"
     x0 = x0.float()
     noise, timesteps = noise.to(x0.device), timesteps.to(x0.device)
     alpha, sigma = path.alpha_sigma(timesteps)
-    return DenoisingBatch(
-        x0=x0,
-        noise=noise,
-        xt=add_noise(path, x0, noise, timesteps) if xt is None else xt,
-        target=target(path, x0, noise, timesteps),
-        timesteps=timesteps,
-        alpha=alpha,
-        sigma=sigma,
-    )
+    triton = triton_for(x0) if xt is None else None
+    if triton is not None:
+        v = path.prediction_type == "v_prediction"
+        xt, wanted = triton.noise_and_target(x0, noise, alpha, sigma, v_prediction=v, dtype=dtype)
+    else:
+        xt = add_noise(path, x0, noise, timesteps).to(dtype) if xt is None else xt
+        wanted = target(path, x0, noise, timesteps)
+    return DenoisingBatch(x0=x0, noise=noise, xt=xt, target=wanted, timesteps=timesteps, alpha=alpha, sigma=sigma)
