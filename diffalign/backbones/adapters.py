@@ -1,6 +1,7 @@
 """LoRA adapters on a denoiser (Hu et al. 2021, arXiv:2106.09685): add, switch off, collect, freeze."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from diffalign.errors import ModelError, suggestion
 
 ADAPTER = "default"
+BLOCKS = ("down", "mid", "up")
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 # How A starts. B is always 0: the adapted network starts as the base, so the DPO logit is exactly 0 at step 0.
 INITS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
@@ -29,6 +31,7 @@ def add_lora(
     dropout: float = 0.0,
     init: str = "gaussian",
     seed: int = 0,
+    blocks: Sequence[str] = BLOCKS,
 ) -> list[nn.Parameter]:
     """Freeze `denoiser`, add LoRA layers to it and return their parameters, in float32.
 
@@ -42,6 +45,7 @@ def add_lora(
         dropout: probability in [0, 1) that an input of A is dropped in training.
         init: of A: "gaussian" (std 1/rank, diffusers' scripts) or "kaiming" (uniform, peft's default).
         seed: of A; the same on every device and in every dtype.
+        blocks: which parts of the UNet are adapted, of BLOCKS; what belongs to none of them is if all are.
 
     Raises:
         ModelError: an argument is out of range, a target matches no module, or there are adapters already.
@@ -51,9 +55,11 @@ def add_lora(
     _check_numbers(rank, alpha, dropout, init)
     if has_adapters(denoiser):
         raise ModelError("This network has adapters already. Load it again, or fuse them first.")
-    _check_targets(denoiser, targets)
+    _check_targets(denoiser, targets, blocks)
     freeze(denoiser)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, exclude_modules=_outside(blocks)
+    )
     with torch.random.fork_rng(devices=[]):  # peft draws numbers too; _start replaces them
         denoiser.add_adapter(config, adapter_name=ADAPTER)
     _start(denoiser, INITS[init], seed)
@@ -171,6 +177,14 @@ def _adapter_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
     return layers
 
 
+def _outside(blocks: Sequence[str]) -> str | None:
+    """Return a pattern of the names of the modules that lie in none of the blocks; None if all blocks are wanted."""
+    if set(blocks) >= set(BLOCKS):
+        return None
+    inside = "|".join(f"{block}_block" for block in blocks)
+    return rf"(?!({inside})).*"
+
+
 def _scaled(scaling: Mapping[str, float], factors: Mapping[str, float]) -> dict[str, float]:
     return {name: value * factors[name] for name, value in scaling.items() if name in factors}
 
@@ -197,8 +211,12 @@ def _check_numbers(rank: int, alpha: float, dropout: float, init: str) -> None:
         raise ModelError(f'Unknown LoRA init "{init}".{suggestion(init, INITS)} Available: {", ".join(INITS)}.')
 
 
-def _check_targets(denoiser: nn.Module, targets: list[str]) -> None:
-    adaptable = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+def _check_targets(denoiser: nn.Module, targets: list[str], blocks: Sequence[str]) -> None:
+    if unknown := sorted(set(blocks) - set(BLOCKS)):
+        raise ModelError(f'Unknown LoRA block "{unknown[0]}". Available: {", ".join(BLOCKS)}.')
+    outside = re.compile(_outside(blocks) or r"(?!)")
+    layers = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    adaptable = [name for name in layers if not outside.fullmatch(name)]
     if not targets:
         raise ModelError("target_modules is empty: name at least one module, such as to_q.")
     for target in targets:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from diffalign import objectives
+from diffalign.config.performance import PerformanceSettings
 from diffalign.config.rollout import RolloutSettings
 from diffalign.config.sections import (
     DataSettings,
@@ -37,6 +38,7 @@ class Config(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
     validation: ValidationSettings = ValidationSettings()
+    performance: PerformanceSettings = PerformanceSettings()
     logging: LoggingSettings = LoggingSettings()
 
     @property
@@ -53,6 +55,11 @@ class Config(Settings):
     def is_online(self) -> bool:
         """Tell whether the objective learns from what the policy samples while it trains."""
         return objectives.objective_class(self.objective_name).layout in ("transition", "reward")
+
+    @property
+    def pure_bf16(self) -> bool:
+        """Return whether the network runs in bfloat16 without autocast: only frozen weights can."""
+        return self.performance.pure_bf16 and self.train.mixed_precision == "bf16" and self.model.tune == "lora"
 
     @property
     def collect(self) -> str:

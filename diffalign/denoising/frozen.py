@@ -4,12 +4,22 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 Predict = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]  # (denoiser, xt, timesteps, cond) -> pred
+
+
+class SharedWork(Protocol):
+    """Keep results of one pass of a network for the next."""
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Return a context whose pass is kept."""
+
+    def replaying(self) -> AbstractContextManager[None]:
+        """Return a context whose pass, of the same inputs, takes what was kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +35,19 @@ class FrozenDenoiser:
         frozen_weights: given the network, a context in which it has the weights to be evaluated. With adapters off, the
             reference of a LoRA run is the policy's own base weights, and costs no memory.
         micro_batch_size: images a pass, to bound memory; all at once if None. `cond` must offer `select(indices)`.
+        dtype: precision to autocast to; None: that of the network. The predictions are then not the policy's bits.
+        buckets: with a micro_batch_size, pad every pass to one of so many sizes, each half of the one before: a
+            compiled network then sees few shapes, and none twice as large as it needs. 0: no padding.
+        prefix: keeps what this pass computes that the policy's next one would compute again.
     """
 
     denoiser: nn.Module
     predict: Predict
     frozen_weights: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
     micro_batch_size: int | None = None
+    dtype: torch.dtype | None = None
+    buckets: int = 0
+    prefix: SharedWork | None = None
 
     @classmethod
     def copy_of(cls, denoiser: nn.Module, predict: Predict, micro_batch_size: int | None = None) -> "FrozenDenoiser":
@@ -41,8 +58,33 @@ class FrozenDenoiser:
     def __call__(self, xt: Tensor, timesteps: Tensor, cond: Any) -> Tensor:
         """Predict for noisy latents: xt [N,...], timesteps [N], cond of N -> [N,...] float32."""
         weights = self.frozen_weights(self.denoiser) if self.frozen_weights else nullcontext()
-        with torch.no_grad(), weights, _evaluating(self.denoiser):
-            return torch.cat([self.predict(self.denoiser, *part).float() for part in self._parts(xt, timesteps, cond)])
+        precision = torch.autocast(xt.device.type, self.dtype) if self.dtype else nullcontext()
+        recording = self.prefix.recording() if self.prefix else nullcontext()
+        with torch.no_grad(), weights, precision, recording, _evaluating(self.denoiser):
+            passes = [self._pass(*part) for part in self._parts(xt, timesteps, cond)]
+        return passes[0] if len(passes) == 1 else torch.cat(passes)
+
+    def shared(self) -> AbstractContextManager[None]:
+        """Return a context for a pass of the policy with the arguments of the last call: it takes over shared work."""
+        return self.prefix.replaying() if self.prefix else nullcontext()
+
+    def _pass(self, xt: Tensor, timesteps: Tensor, cond: Any) -> Tensor:
+        """Predict for one micro-batch, padded with its last image if it has to be."""
+        count = len(xt)
+        padding = self._padded(count) - count
+        if padding:
+            rows = torch.arange(count + padding, device=xt.device).clamp(max=count - 1)
+            xt, timesteps, cond = xt[rows], timesteps[rows], cond.select(rows)
+        pred = self.predict(self.denoiser, xt, timesteps, cond)[:count]
+        # A CUDA graph writes its next result where this one lies: what is not converted must be copied.
+        return pred.clone() if pred.dtype == torch.float32 else pred.float()
+
+    def _padded(self, count: int) -> int:
+        """Return the size of the pass that `count` images are part of."""
+        if not self.buckets or self.micro_batch_size is None:
+            return count
+        sizes = [max(self.micro_batch_size >> halvings, 1) for halvings in range(self.buckets)]
+        return min(size for size in sizes if size >= count)
 
     def _parts(self, xt: Tensor, timesteps: Tensor, cond: Any) -> Iterator[tuple[Tensor, Tensor, Any]]:
         """Split the arguments of a pass into micro-batches."""

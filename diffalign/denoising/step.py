@@ -7,16 +7,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffalign.denoising.frozen import FrozenDenoiser, Predict
+from diffalign.denoising.kernels import squared_errors
 from diffalign.denoising.noising import DenoisingBatch
 from diffalign.objectives.base import ListErrors, PairErrors, SingleErrors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DenoisingOutputs:
-    """Hold the predictions for a DenoisingBatch of N, float32."""
+    """Hold the predictions for a DenoisingBatch of N, in the dtype their network gives them."""
 
     policy: Tensor  # [N,C,H,W], with gradient
     reference: Tensor | None = None  # [N,C,H,W]
+    reference_error: Tensor | None = None  # [N], unweighted, in the place of `reference` where only errors are known
     behavior: Tensor | None = None  # [N,C,H,W], of the network that produced the samples
 
 
@@ -28,8 +30,11 @@ def denoising_step(
     The reference comes first: during its pass no activations of the policy are kept for the backward pass, so the peak
     of memory is that of the policy alone.
     """
-    frozen = reference(batch.xt, batch.timesteps, cond) if reference is not None else None
-    return DenoisingOutputs(policy=predict(denoiser, batch.xt, batch.timesteps, cond).float(), reference=frozen)
+    if reference is None:
+        return DenoisingOutputs(policy=predict(denoiser, batch.xt, batch.timesteps, cond))
+    frozen = reference(batch.xt, batch.timesteps, cond)
+    with reference.shared():
+        return DenoisingOutputs(policy=predict(denoiser, batch.xt, batch.timesteps, cond), reference=frozen)
 
 
 def errors(
@@ -39,10 +44,9 @@ def errors(
 
     `weight` [N] multiplies the errors; objectives see the weighted ones.
     """
-    reference = None
-    if outputs.reference is not None:
-        reference = _weighted(mean_product(outputs.reference - batch.target), weight)
-    return _weighted(mean_product(outputs.policy - batch.target), weight), reference
+    policy, reference = squared_errors(outputs.policy, batch.target, outputs.reference)
+    reference = outputs.reference_error if reference is None else reference
+    return _weighted(policy, weight), None if reference is None else _weighted(reference, weight)
 
 
 def pair_errors(
@@ -63,7 +67,7 @@ def pair_errors(
     drift_w, drift_l = drift(outputs, weight).chunk(2) if "drift" in needs else (None, None)
     product = None
     if "residual_product" in needs:
-        product = _weighted(mean_product(*(outputs.policy - batch.target).chunk(2)), _first_half(weight))
+        product = _weighted(_residual_product(outputs, batch), None if weight is None else weight.chunk(2)[0])
     return PairErrors(
         policy_w=policy_w,
         policy_l=policy_l,
@@ -112,21 +116,14 @@ def list_errors(
 def drift(outputs: DenoisingOutputs, weight: Tensor | None = None) -> Tensor:
     """Return the mean of (policy - reference)^2 of every image [N], with gradient to the policy."""
     assert outputs.reference is not None, "drift is measured from the reference: declare it in Objective.needs"
-    return _weighted(mean_product(outputs.policy - outputs.reference), weight)
+    return _weighted(squared_errors(outputs.policy, outputs.reference)[0], weight)
 
 
-def mean_product(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """Return the mean over C, H, W of a * b (of a^2 without b): [N,C,H,W] -> [N] float32.
-
-    float32 from here on: in bfloat16 the squares alone would move a DPO logit at beta 5000 by 0.5.
-    """
-    a = a.float()
-    return (a.square() if b is None else a * b.float()).flatten(1).mean(1)
+def _residual_product(outputs: DenoisingOutputs, batch: DenoisingBatch) -> Tensor:
+    """Return the mean of (policy_w - target_w)(policy_l - target_l) of B pairs [B] float32, with gradient."""
+    residual_w, residual_l = (outputs.policy.float() - batch.target).chunk(2)
+    return (residual_w * residual_l).flatten(1).mean(1)
 
 
 def _weighted(error: Tensor, weight: Tensor | None) -> Tensor:
     return error if weight is None else error * weight
-
-
-def _first_half(weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else weight[: len(weight) // 2]

@@ -1,0 +1,194 @@
+"""The networks of a run: the policy made trainable and fast, what anchors it, and what samples or is inverted."""
+
+import copy
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from diffalign.backbones import adapters
+from diffalign.backbones.attention import share_text, use_backend
+from diffalign.backbones.attention_probe import attention_shapes, probe
+from diffalign.backbones.base import Backbone
+from diffalign.backbones.fused_lora import fuse_lora
+from diffalign.backbones.prefix import SharedPrefix
+from diffalign.config import Config
+from diffalign.denoising import FrozenDenoiser, acceleration, kernels
+from diffalign.errors import ConfigError
+from diffalign.training import sharding
+from diffalign.training.moving_reference import MovingReference
+from diffalign.training.reference_cache import ReferenceCache
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# What selective checkpointing keeps: the results of matrix products, convolutions and attention. All else is cheap.
+KEPT = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Hold the network that anchors a run, and what lets it follow the policy, if it does."""
+
+    network: FrozenDenoiser
+    moving: MovingReference | None = None
+
+
+def prepare_networks(
+    config: Config,
+    backbone: Backbone,
+    accelerator: Accelerator,
+    checkpointing: str = "none",
+    stored: ReferenceCache | None = None,
+) -> Reference | None:
+    """Make the denoiser trainable in place and return the reference, if the objective needs one.
+
+    With LoRA the reference is the denoiser itself with its adapters off; otherwise a frozen copy. A reference that
+    moves is the denoiser with other weights of its trained parameters. All run in the policy's precision unless
+    performance.reference_dtype says otherwise, so that the first logits are exactly 0.
+
+    checkpointing: which activations are recomputed, "none", "selective" or "full".
+    stored: errors of the reference; once they are complete, no copy is made of what would never run.
+    """
+    denoiser, lora, performance = backbone.denoiser.to(accelerator.device), config.lora, config.performance
+    kernels.use(performance.kernels)
+    acceleration.channels_last(denoiser, performance.channels_last)
+    choose_attention(config, backbone)  # before it is copied: both must run the same kernels
+    frozen, referenced = None, "reference" in config.build_objective().needs
+    if stored is not None and stored.complete and _has_a_copy(config):
+        referenced = False
+    if referenced and _has_a_copy(config):
+        frozen = _frozen_copy(config, denoiser, accelerator)
+    if config.model.tune == "lora":
+        adapters.add_lora(
+            denoiser,
+            lora.rank,
+            lora.lora_alpha,
+            lora.lora_target_modules,
+            lora.lora_dropout,
+            seed=config.train.seed,
+            blocks=lora.blocks,
+        )
+        if performance.fused_lora:
+            fuse_lora(denoiser)
+    else:
+        denoiser.requires_grad_(True)
+    checkpoint_activations(denoiser, checkpointing)
+    reference = _reference(config, backbone, frozen) if referenced else None
+    for network in [denoiser] if frozen is None else [denoiser, frozen]:
+        acceleration.compile_network(network, performance.compile, performance.cuda_graphs)
+    return reference
+
+
+def _has_a_copy(config: Config) -> bool:
+    """Tell whether the reference has weights of its own."""
+    full = config.model.tune == "full" and config.reference.update == "fixed"
+    return full or config.performance.reference_dtype == "fp8"
+
+
+def _frozen_copy(config: Config, denoiser: nn.Module, accelerator: Accelerator) -> nn.Module:
+    frozen = copy.deepcopy(denoiser).requires_grad_(False).eval()
+    if config.performance.reference_dtype == "fp8":
+        acceleration.to_float8(frozen)
+        return frozen
+    _store_half(frozen, accelerator.mixed_precision)
+    sharding.shard(frozen, accelerator)
+    return accelerator.prepare_model(frozen, evaluation_mode=True)
+
+
+def _reference(config: Config, backbone: Backbone, frozen: nn.Module | None) -> Reference:
+    denoiser, follow = backbone.denoiser, config.reference
+    dtype = HALF.get(config.performance.reference_dtype)
+    network = partial(FrozenDenoiser, predict=backbone.predict, dtype=dtype)
+    if frozen is not None:
+        return Reference(network(frozen))
+    if follow.update != "fixed":
+        trained = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+        moving = MovingReference(trained, follow.update, follow.decay, follow.every)
+        return Reference(network(denoiser, frozen_weights=moving.lent), moving)
+    switch = adapters.adapter_switch(denoiser)
+    both_run = config.reference.cache_draws is None and config.performance.compile != "full" and dtype is None
+    prefix = SharedPrefix(denoiser) if both_run and "down" not in config.lora.blocks else None
+    return Reference(network(denoiser, frozen_weights=lambda _: switch(), prefix=prefix))
+
+
+def sampling_network(
+    config: Config,
+    backbone: Backbone,
+    batch_size: int,
+    frozen_weights: Callable[[nn.Module], AbstractContextManager[Any]] | None = None,
+) -> FrozenDenoiser:
+    """Return the policy without gradient, for inversions and rollouts of `batch_size` images a pass."""
+    performance = config.performance
+    return FrozenDenoiser(
+        backbone.denoiser,
+        backbone.predict,
+        frozen_weights=frozen_weights,
+        micro_batch_size=batch_size,
+        dtype=HALF.get(performance.sampling_dtype),
+        buckets=performance.sampling_buckets if performance.compile != "none" else 0,
+    )
+
+
+def checkpoint_activations(denoiser: nn.Module, kind: str) -> None:
+    """Recompute activations in the backward pass: "none" of them, "selective" all but those of KEPT, "full" all."""
+    if kind == "full":
+        denoiser.enable_gradient_checkpointing()
+    elif kind == "selective":
+        contexts = partial(create_selective_checkpoint_contexts, list(_kept_operators()))
+
+        def recompute(module: nn.Module, *args: Any) -> Any:
+            return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
+
+        denoiser.enable_gradient_checkpointing(recompute)
+
+
+def _kept_operators() -> Iterable[Any]:
+    for name in KEPT:
+        if hasattr(torch.ops.aten, name):
+            yield getattr(torch.ops.aten, name).default
+
+
+def choose_attention(config: Config, backbone: Backbone) -> None:
+    """Set the attention kernels of the denoiser as it was loaded, and whether images of an example share their text."""
+    denoiser, performance = backbone.denoiser, config.performance
+    if config.train.enable_xformers_memory_efficient_attention:
+        _use_xformers(denoiser)
+        return
+    name = performance.attention
+    if name == "auto":
+        side = config.data.resolution // backbone.vae_scale_factor
+        shapes = attention_shapes(denoiser, side, side, backbone.tokenizers[0].model_max_length)
+        device, dtype = next(denoiser.parameters()).device, HALF.get(config.train.mixed_precision, torch.float32)
+        name = probe(device, dtype, shapes)
+    if performance.fused_lora or performance.share_text or name != "default":
+        use_backend(denoiser, name)
+    if performance.share_text:
+        share_text(denoiser)
+
+
+def _use_xformers(denoiser: nn.Module) -> None:
+    try:
+        denoiser.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError) as error:  # not installed; or installed without a GPU
+        raise ConfigError(
+            f"train.enable_xformers_memory_efficient_attention cannot be used here ({error}). "
+            'Install it with pip install "diffalign[xformers]" on a GPU machine, or leave it off.'
+        ) from None
+
+
+def _store_half(module: nn.Module, mixed_precision: str) -> None:
+    """Store the weights of matrix products in half precision: autocast would cast them at every pass anyway.
+
+    Norms stay float32, as autocast runs them; the predictions are the same bits, the copy is half as large.
+    """
+    if mixed_precision in HALF:
+        for part in module.modules():
+            if isinstance(part, nn.Linear | nn.Conv2d):
+                part.to(HALF[mixed_precision])
