@@ -5,12 +5,13 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from diffalign.backbones.attention import shares_text
 from diffalign.denoising.paths import DDPMPath
 from diffalign.errors import ModelError
 
@@ -19,13 +20,25 @@ from diffalign.errors import ModelError
 class Conditioning:
     """Hold what a denoiser is told besides the noisy latent and the timestep; N entries."""
 
-    prompt_embeds: Tensor  # [N,L,D]
+    prompt_embeds: Tensor  # [N/copies,L,D]
     pooled_prompt_embeds: Tensor | None = None  # [N,P]; None where the family has none
     add_time_ids: Tensor | None = None  # [N,6] float32; None where the family has none
+    copies: int = 1  # entry i of prompt_embeds belongs to the entries i, i + N/copies, i + 2N/copies, ... of N
 
     def __len__(self) -> int:
         """Return N."""
-        return self.prompt_embeds.shape[0]
+        return self.prompt_embeds.shape[0] * self.copies
+
+    def shared(self, copies: int) -> Self:
+        """Keep the first N/copies prompts only; the others must repeat them in the same order."""
+        return replace(self, prompt_embeds=self.prompt_embeds[: len(self) // copies], copies=copies)
+
+    def text(self, denoiser: nn.Module) -> Tensor:
+        """Return the embeddings as `denoiser` takes them: of N entries, or shared ones once (`share_text`)."""
+        return self.prompt_embeds if shares_text(denoiser) else self._every_prompt()
+
+    def _every_prompt(self) -> Tensor:
+        return self.prompt_embeds if self.copies == 1 else self.prompt_embeds.repeat(self.copies, 1, 1)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move to `device` and cast the embeddings to `dtype`; the time ids stay float32.
@@ -37,18 +50,22 @@ class Conditioning:
             self.prompt_embeds.to(device=device, dtype=dtype),
             None if pooled is None else pooled.to(device=device, dtype=dtype),
             None if time_ids is None else time_ids.to(device=device),
+            self.copies,
         )
 
     def select(self, index: Tensor | slice | list[int]) -> Self:
-        """Return the entries at `index` (a slice, a list of positions, a boolean or an integer tensor)."""
-        parts = (self.prompt_embeds, self.pooled_prompt_embeds, self.add_time_ids)
-        return type(self)(*(None if part is None else part[index] for part in parts))
+        """Return the entries at `index` (a slice, a list of positions, a boolean or an integer tensor), none shared."""
+        return type(self)(*(None if part is None else part[index] for part in self._columns()))
 
     @classmethod
     def cat(cls, conditionings: Sequence[Self]) -> Self:
         """Concatenate along N; all must come from the same family."""
-        columns = zip(*((c.prompt_embeds, c.pooled_prompt_embeds, c.add_time_ids) for c in conditionings), strict=True)
+        columns = zip(*(c._columns() for c in conditionings), strict=True)
         return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
+
+    def _columns(self) -> tuple[Tensor | None, ...]:
+        """Return what has N entries, none of them shared."""
+        return self._every_prompt(), self.pooled_prompt_embeds, self.add_time_ids
 
 
 class Backbone(ABC):

@@ -27,7 +27,7 @@ class SD15(Backbone):
     def predict(self, denoiser: nn.Module, xt: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
         """Return the UNet's prediction [N,C,h,w] in its dtype."""
         dtype = self._dtype(denoiser)
-        text = cond.prompt_embeds.to(dtype)
+        text = cond.text(denoiser).to(dtype)
         return denoiser(xt.to(dtype), timesteps, encoder_hidden_states=text, return_dict=False)[0]
 
     def pipeline(self) -> StableDiffusionPipeline:

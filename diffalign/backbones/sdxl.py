@@ -49,7 +49,7 @@ class SDXL(Backbone):
         return denoiser(
             xt.to(dtype),
             timesteps,
-            encoder_hidden_states=cond.prompt_embeds.to(dtype),
+            encoder_hidden_states=cond.text(denoiser).to(dtype),
             added_cond_kwargs=added,
             return_dict=False,
         )[0]
