@@ -48,6 +48,7 @@ def train(
 def precompute(config: ConfigFile, overrides: Overrides = None) -> None:
     """Encode images and prompts of a configuration's data into its latent cache, without training.
 
+    With reference.cache_draws, evaluate the reference on all of it too: what then trains needs no reference network.
     Interrupted, it continues where it stopped when run again.
     """
     from diffalign import config as configuration

@@ -5,6 +5,8 @@ from diffalign.denoising import INVERSIONS
 from diffalign.errors import ConfigError
 from diffalign.objectives.base import BACKPROPAGATIONS
 
+PREDICTIONS = frozenset({"drift", "mismatched", "behavior"})  # of Objective.needs, those that errors do not suffice for
+
 
 def check(config: Config) -> None:
     """Raise ConfigError for the first impossible combination, saying what to change."""
@@ -38,9 +40,29 @@ def check(config: Config) -> None:
             not 0 < config.loss.auto_beta_limits[0] <= config.loss.auto_beta_limits[1]
         ),
     }
-    for message, found in {**faults, **_rollout_faults(config)}.items():
+    for message, found in {**faults, **_rollout_faults(config), **_cache_faults(config)}.items():
         if found:
             raise ConfigError(message)
+
+
+def _cache_faults(config: Config) -> dict[str, bool]:
+    """Return why the reference's errors cannot be computed once and kept, and whether it is so here."""
+    name, cached = config.objective_name, config.reference.cache_draws is not None
+    needs, data = config.build_objective().needs, config.data
+    reasons = {
+        f'"{name}" has no reference': "reference" not in needs,
+        # What else objectives need is made of the policy's predictions, or of the data.
+        f'"{name}" needs the predictions of the reference, not only its errors': not PREDICTIONS.isdisjoint(needs),
+        "loss.anchor_weight needs the predictions of the reference, not only its errors": config.loss.anchor_weight > 0,
+        f"with reference.update {config.reference.update} the reference moves": config.reference.update != "fixed",
+        f"with denoising.noising {config.noising} the noisy latents depend on a network": config.noising in INVERSIONS,
+        "with data.positive_ratio examples are drawn in no epochs": data.positive_ratio is not None,
+        "with data.curriculum_stages examples are drawn in no epochs": data.curriculum_stages is not None,
+        "examples must be cached: set data.cache_latents": not data.cache_latents,
+    }
+    return {
+        f"reference.cache_draws cannot be used: {why}. Use null.": cached and holds for why, holds in reasons.items()
+    }
 
 
 def _rollout_faults(config: Config) -> dict[str, bool]:
@@ -60,6 +82,7 @@ def _rollout_faults(config: Config) -> dict[str, bool]:
         "denoising.noising": config.denoising.noising is None,
         "denoising.snr_weighting": config.denoising.snr_weighting == "none",
         "data.scorer": config.data.scorer is None and config.data.annotations_file is None,
+        "reference.cache_draws": config.reference.cache_draws is None,
     }
     useless = ", ".join(key for key, unset in untouched.items() if not unset)
     ends = [train.max_train_steps % rollout.updates, train.checkpointing_steps % rollout.updates]

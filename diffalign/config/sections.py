@@ -34,6 +34,8 @@ class LoraSettings(Settings):
     lora_alpha: float | None = Field(None, gt=0)
     """The update is scaled by lora_alpha / rank; null means rank."""
     lora_target_modules: list[str] = Field(list(ATTENTION), min_length=1)
+    blocks: list[Literal["down", "mid", "up"]] = Field(["down", "mid", "up"], min_length=1)
+    """Which blocks of the UNet are adapted. Without down, the reference computes them for the policy too."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     export_kohya: bool = False
     """Also write the LoRA in the kohya layout that ComfyUI and A1111 read."""
@@ -175,6 +177,9 @@ class ReferenceSettings(Settings):
     """Of the moving average."""
     every: int = Field(1, ge=1)
     """Optimizer steps between two updates."""
+    cache_draws: int | None = Field(None, ge=1)
+    """K: noise, timestep, flip and caption drop of an example repeat after K visits, and the reference's error at each
+    is computed once and kept in data.cache_dir, for later epochs and other runs (docs/reference-cache.md)."""
 
 
 class LossSettings(Settings):

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from diffalign.data import keyed
+from diffalign.data.visits import Visit
 from diffalign.errors import DataError
 
 
@@ -23,11 +24,13 @@ class PairSampler:
         num_examples: size of the data set, at least 1.
         seed: selects the orders.
         window: shuffle only within blocks of so many consecutive examples, for sources that are read in order.
+        draws: serve `Visit`s, whose draw is the epoch modulo this; None: plain indices.
     """
 
     num_examples: int
     seed: int
     window: int | None = None
+    draws: int | None = None
 
     def __post_init__(self):
         if self.num_examples < 1:
@@ -41,7 +44,8 @@ class PairSampler:
         while len(drawn) < count:
             epoch, offset = divmod(position + len(drawn), self.num_examples)
             order = keyed.order(f"{self.seed}/{epoch}", self.num_examples, self.window)
-            drawn += order[offset : offset + count - len(drawn)].tolist()
+            served = order[offset : offset + count - len(drawn)].tolist()
+            drawn += served if self.draws is None else [Visit(index, epoch % self.draws) for index in served]
         return drawn
 
 

@@ -173,7 +173,8 @@ def order(config: Config, examples: SizedExamples, source: PairSource, global_ba
     if data.curriculum_stages is not None:
         margins = examples.scores[:, 0] - examples.scores[:, 1]
         return CurriculumSampler(margins, data.curriculum_stages, data.curriculum_steps * global_batch_size, seed)
-    return PairSampler(len(examples), seed, window=getattr(source, "window", None))
+    window = getattr(source, "window", None)
+    return PairSampler(len(examples), seed, window=window, draws=config.reference.cache_draws)
 
 
 def desirable_of(examples: Any) -> Any:

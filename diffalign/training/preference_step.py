@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from diffalign import denoising
 from diffalign.backbones.base import Backbone, Conditioning
 from diffalign.data.batch import Augment, Augmentation, PreferenceBatch, sample_latents
+from diffalign.data.visits import Visit
 from diffalign.denoising import DenoisingBatch, DenoisingOutputs, FrozenDenoiser
 from diffalign.errors import ConfigError
 from diffalign.objectives.base import ListErrors, Objective, PairErrors, SingleErrors
 from diffalign.training import preference_metrics
 from diffalign.training.auto_beta import AutoBeta
 from diffalign.training.hooks import StepHook
+from diffalign.training.reference_cache import ReferenceCache
 
 Errors = PairErrors | SingleErrors | ListErrors
 
@@ -40,7 +42,9 @@ class Posed:
         """Return those of some examples [B], each with all its images."""
         count, images = len(self.batch), self.batch.images_per_example
         rows = torch.cat([examples + image * count for image in range(images)])
-        return Posed(self.batch.select(examples), self.problem.select(rows), self.cond.select(rows))
+        cond = self.cond.select(rows)
+        shared = cond.shared(images) if self.cond.copies > 1 else cond
+        return Posed(self.batch.select(examples), self.problem.select(rows), shared)
 
 
 @dataclass(kw_only=True)
@@ -49,7 +53,7 @@ class PreferenceStep(StepHook):
 
     All randomness is keyed by (seed, step, example id): flips, caption dropout, the sample from the VAE's posterior,
     noise and timesteps. The result for an example depends on nothing else in its batch, unless the objective has a
-    `statistic`.
+    `statistic`. With `stored`, the draw of a `Visit` takes the place of the step.
 
     Args:
         noising: a name of denoising.NOISINGS; None takes the objective's own.
@@ -59,6 +63,8 @@ class PreferenceStep(StepHook):
         anchor_weight: adds anchor_weight * mean (policy - reference)^2 of all images of an example.
         sft_weight: adds sft_weight * the policy's error on the first, best image.
         auto_beta: replaces the objective's beta.
+        stored: errors of the reference; `pairs` are then RepeatedDraws, and examples come as `Visit`s. Without a
+            `reference` they must be complete.
         reduce: averages a tensor over processes.
     """
 
@@ -76,6 +82,7 @@ class PreferenceStep(StepHook):
     anchor_weight: float = 0.0
     sft_weight: float = 0.0
     auto_beta: AutoBeta | None = None
+    stored: ReferenceCache | None = None
     random_flip: bool = False
     proportion_empty_prompts: float = 0.0
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
@@ -94,9 +101,9 @@ class PreferenceStep(StepHook):
 
     def __call__(self, policy: nn.Module, indices: list[int], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return losses [B] with gradient and detached metrics of the examples at `indices`."""
+        step = step if self.stored is None else 0  # ids of RepeatedDraws hold the draw already
         posed = self._posed(indices, step)
-        cond = posed.cond
-        outputs = denoising.denoising_step(self.backbone.predict, policy, posed.problem, cond, self.reference)
+        outputs, found = self._evaluate(policy, posed, indices)
         objective, errors = self.objective, self.measure(posed, outputs)
         if self.auto_beta is not None:
             objective = self.auto_beta.applied_to(objective)
@@ -105,10 +112,38 @@ class PreferenceStep(StepHook):
         if statistic is not None:
             errors = replace(errors, statistic=self.reduce(statistic))
         loss = objective.loss(errors)
-        metrics = {"loss": loss.detach(), **preference_metrics.of(errors, objective)}
+        metrics = {"loss": loss.detach(), **preference_metrics.of(errors, objective), **found}
         if self.auto_beta is not None:
             metrics["beta"] = torch.tensor(objective.beta, device=loss.device)
         return self._with_terms(loss, posed, outputs), metrics
+
+    def _evaluate(
+        self, policy: nn.Module, posed: Posed, indices: list[int]
+    ) -> tuple[DenoisingOutputs, dict[str, Tensor]]:
+        """Run the networks; where errors of the reference are stored, it runs only for those not known yet."""
+        predict, problem, cond = self.backbone.predict, posed.problem, posed.cond
+        if self.stored is None:
+            return denoising.denoising_step(predict, policy, problem, cond, self.reference), {}
+        error, hits = self._stored_errors(posed, indices)
+        outputs = denoising.denoising_step(predict, policy, problem, cond)
+        return replace(outputs, reference_error=error), {"reference_cache_hits": hits}
+
+    def fill(self, visits: list[Visit]) -> None:
+        """Store the reference's errors of some examples and draws, without training."""
+        self._stored_errors(self.pose(self.load(visits, 0), 0), visits)
+
+    def _stored_errors(self, posed: Posed, visits: list[Visit]) -> tuple[Tensor, Tensor]:
+        """Return the reference's errors [N] and the share [B] of them that was known before."""
+
+        def evaluate(rows: Tensor) -> Tensor:
+            assert self.reference is not None, "an incomplete cache needs a reference"
+            rows = rows.to(posed.problem.xt.device)
+            problem = posed.problem.select(rows)
+            pred = self.reference(problem.xt, problem.timesteps, posed.cond.select(rows))
+            return denoising.errors(DenoisingOutputs(policy=pred), problem)[0]  # reduced as the policy's are
+
+        assert self.stored is not None
+        return self.stored.errors(visits, evaluate, posed.problem.xt.device)
 
     def _posed(self, indices: list[int], step: int) -> Posed:
         if self._window is None or not all(index in self._window[0] for index in indices):
@@ -139,9 +174,12 @@ class PreferenceStep(StepHook):
         posterior = torch.cat([denoising.normal(self.seed, step, ids, shape, stream) for stream in streams])
         timesteps = denoising.sample_timesteps(path, self.seed, step, ids, self.timestep_low, self.timestep_high)
         cond = self.backbone.condition(batch.prompt_embeds, batch.pooled_prompt_embeds, batch.sizes)
+        if batch.prompts == batch.prompts[: len(batch)] * batch.images_per_example:
+            cond = cond.shared(batch.images_per_example)
         common = path, sample_latents(batch, posterior), timesteps, self.seed, step, ids
         if self.noising in denoising.RANDOM_NOISINGS:
-            return Posed(batch, denoising.RANDOM_NOISINGS[self.noising](*common), cond)
+            dtype = next(self.backbone.denoiser.parameters()).dtype  # what `predict` would round xt to
+            return Posed(batch, denoising.RANDOM_NOISINGS[self.noising](*common, dtype=dtype), cond)
         assert self.inversion_network is not None, f"{self.noising} needs a network to invert"
         problem = denoising.inverted(*common, network=self.inversion_network, cond=cond, how=self.inversion)
         return Posed(batch, problem, cond)
