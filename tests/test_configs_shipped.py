@@ -13,7 +13,7 @@ from diffalign import config as configuration
 from diffalign import objectives
 from diffalign.backbones.files import read_header
 from diffalign.errors import ModelError
-from diffalign.jobs import plan
+from diffalign.jobs import memory, plan
 from diffalign.objectives.base import UNITS
 from diffalign.shapes.pipeline import build_unet
 
@@ -100,13 +100,24 @@ def test_memory_is_added_up_as_stated(monkeypatch):
     config = configuration.load(CONFIGS / "sdxl" / "dpo.yaml", ["optimizer.name=adamw"])
     batch = plan.BatchPlan.of(config.train, 1)
     denoiser, family, _ = plan.skeleton(config)
-    memory = plan.estimate_memory(config, batch, family, denoiser, PUBLISHED["sdxl"], PUBLISHED["sdxl"])
+    counts = memory.Counts(family, denoiser, PUBLISHED["sdxl"], PUBLISHED["sdxl"])
+    estimated = memory.estimate(config, batch, counts, "full")
     gigabytes = PUBLISHED["sdxl"] / 2**30
-    assert memory.weights == pytest.approx(4 * gigabytes)  # float32 weights that train
-    assert memory.reference == pytest.approx(2 * gigabytes)  # a bfloat16 copy
-    assert memory.gradients == pytest.approx(4 * gigabytes)
-    assert memory.optimizer == pytest.approx(8 * gigabytes)
-    assert memory.activations == pytest.approx(2 * 0.5)  # two images of 1024 x 1024, checkpointed
+    assert estimated.weights == pytest.approx(4 * gigabytes)  # float32 weights that train
+    assert estimated.reference == pytest.approx(2 * gigabytes)  # a bfloat16 copy
+    assert estimated.gradients == pytest.approx(4 * gigabytes)
+    assert estimated.optimizer == pytest.approx(8 * gigabytes)
+    assert estimated.activations == pytest.approx(2 * 0.5)  # two images of 1024 x 1024, checkpointed
+
+
+@pytest.mark.parametrize(("available", "kind"), [(24, "none"), (16, "selective"), (10, "full"), (4, "full")])
+def test_as_little_is_recomputed_as_the_memory_asks_for(available, kind):
+    config = configuration.load(CONFIGS / "sdxl" / "dpo-lora.yaml", ["train_batch_size=1"])
+    denoiser, family, _ = plan.skeleton(config)
+    counts = memory.Counts(family, denoiser, PUBLISHED["sdxl"], 92_900_000)
+    decided = memory.checkpointing(config, plan.BatchPlan.of(config.train, 1), counts, available)
+    assert decided.kind == kind
+    assert ("lower train.train_batch_size" in decided.why) == (available == 4)
 
 
 def test_a_single_file_is_recognised_by_its_tensors(tmp_path):

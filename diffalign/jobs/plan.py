@@ -1,6 +1,5 @@
 """`diffalign train --dry-run`: what a run would do, without loading weights or data."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,39 +15,12 @@ from diffalign.backbones import adapters, loading, published, single_file
 from diffalign.config import Config
 from diffalign.denoising import INVERSIONS, DDPMPath, inversion
 from diffalign.errors import ModelError
-from diffalign.jobs import assemble, online
+from diffalign.jobs import assemble, memory, online_costs
 from diffalign.objectives.base import UNITS
 from diffalign.training import optimizer
 from diffalign.training.batching import BatchPlan
 
-GIB = 2**30
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-BYTES = {"no": 4, "bf16": 2, "fp16": 2}
-# Optimizer state per trained parameter, bytes: two float32 moments, two bytes, a factored second moment.
-STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0.1}
-# Saved activations of one image at the native resolution, GiB: (LoRA, full) under autocast, then with checkpointing.
-# Counted on meta tensors, see docs/performance.md; they grow with the area of the image.
-ACTIVATIONS = {"sdxl": (1024, 7.25, 8.56, 0.5), "sd15": (512, 1.08, 1.35, 0.14)}
-# Images of an example that pass with gradient; how long the lists are is only known from the data. Of transitions it
-# depends on the rollout: see `online.images_with_gradient`.
-IMAGES = {"single": 1, "pair": 2, "list": 4}
-NATIVE_WIDTH = {"sdxl": 320, "sd15": 320}
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Estimate the memory of one device, in GiB; activations are None where nothing is known about the model."""
-
-    weights: float
-    reference: float
-    gradients: float
-    optimizer: float
-    activations: float | None
-
-    @property
-    def total(self) -> float:
-        """Return the sum of what is known."""
-        return self.weights + self.reference + self.gradients + self.optimizer + (self.activations or 0.0)
 
 
 def show(config: Config, console: Console) -> None:
@@ -59,7 +31,8 @@ def show(config: Config, console: Console) -> None:
     rate = optimizer.peak_learning_rate(config.optimizer, plan.global_batch_size)
     denoiser, family, source = skeleton(config)
     total, trained = _parameters(config, denoiser)
-    memory = estimate_memory(config, plan, family, denoiser, total, trained)
+    counts = memory.Counts(family, denoiser, total, trained)
+    checkpointing = memory.checkpointing(config, plan, counts)
     table = Table(show_header=False, box=None, pad_edge=False)
     unit = UNITS[config.build_objective().layout]
     rows = {
@@ -70,7 +43,8 @@ def show(config: Config, console: Console) -> None:
         "learning rate": f"{rate:.4g} after {config.optimizer.lr_warmup_steps} warm-up steps",
         "model": f"{family}, {total:,} parameters ({source})",
         "trained": f"{trained:,} parameters ({trained / total:.2%})",
-        "memory": _describe(memory),
+        "memory": memory.describe(memory.estimate(config, plan, counts, checkpointing.kind)),
+        "checkpointing": checkpointing.why,
     }
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", value)
@@ -81,8 +55,8 @@ def passes(config: Config) -> str:
     """Word how many images pass through the network for one example, the cost of a method."""
     objective = config.build_objective()
     if config.is_online:
-        return online.passes(config)
-    images, mismatched = IMAGES[objective.layout], 2 if "mismatched" in objective.needs else 0
+        return online_costs.passes(config)
+    images, mismatched = memory.IMAGES[objective.layout], 2 if "mismatched" in objective.needs else 0
     frozen = float(images * (("reference" in objective.needs) + mismatched))
     note = f" (lists counted as {images} images)" if objective.layout == "list" else ""
     if config.noising in INVERSIONS:
@@ -131,38 +105,3 @@ def _parameters(config: Config, denoiser: nn.Module) -> tuple[int, int]:
     lora = config.lora
     trained = adapters.add_lora(denoiser, lora.rank, lora.lora_alpha, lora.lora_target_modules)
     return total, sum(p.numel() for p in trained)
-
-
-def estimate_memory(
-    config: Config, plan: BatchPlan, family: str, denoiser: nn.Module, total: int, trained: int
-) -> MemoryPlan:
-    """Estimate what a step keeps on one device (weights that train and their gradients are float32)."""
-    half, full = BYTES[config.train.mixed_precision], config.model.tune == "full"
-    needs_copy = full and "reference" in config.build_objective().needs
-    activations = None
-    if denoiser.config.block_out_channels[0] == NATIVE_WIDTH[family]:
-        native, lora, everything, checkpointed = ACTIVATIONS[family]
-        image = checkpointed if config.train.gradient_checkpointing else everything if full else lora
-        scale = (config.data.resolution / native) ** 2 * (2 if half == 4 else 1)
-        activations = image * scale * plan.train_batch_size * _images(config)
-    return MemoryPlan(
-        weights=(4 * total if full else half * total + 4 * trained) / GIB,
-        reference=half * total / GIB if needs_copy else 0.0,
-        gradients=4 * trained / GIB,
-        optimizer=STATE_BYTES[config.optimizer.name] * trained / GIB,
-        activations=activations,
-    )
-
-
-def _images(config: Config) -> int:
-    """Return how many images of an example pass with gradient."""
-    return online.images_with_gradient(config) if config.is_online else IMAGES[config.build_objective().layout]
-
-
-def _describe(memory: MemoryPlan) -> str:
-    parts = [f"weights {memory.weights:.2f}", f"gradients {memory.gradients:.2f}", f"optimizer {memory.optimizer:.2f}"]
-    if memory.reference:
-        parts.insert(1, f"reference {memory.reference:.2f}")
-    if memory.activations is None:
-        return f"about {memory.total:.2f} GiB ({', '.join(parts)}), activations not estimated for this size of model"
-    return f"about {memory.total:.1f} GiB ({', '.join(parts)}, activations {memory.activations:.2f})"

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
+from torch import Tensor
 
 from diffalign import config as configuration
 from diffalign.backbones import export
@@ -20,8 +21,19 @@ from diffalign.backbones.base import Backbone
 from diffalign.config import Config
 from diffalign.data.fingerprints import digest_files
 from diffalign.errors import ConfigError
-from diffalign.jobs import assemble, examples, model_card, online, validation
+from diffalign.jobs import (
+    assemble,
+    distributed,
+    examples,
+    memory,
+    model_card,
+    networks,
+    online,
+    reference_errors,
+    validation,
+)
 from diffalign.objectives.base import UNITS
+from diffalign.training import sharding
 from diffalign.training.batching import BatchPlan
 from diffalign.training.trainer import Sampler, Trainer
 
@@ -46,10 +58,31 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
     """
     output_dir = Path(config.train.output_dir)
     accelerator = make_accelerator(config)
+    distributed.check(config, accelerator)
     console = console or Console(quiet=not accelerator.is_main_process)
+    trainer, backbone = build_trainer(config, accelerator, console)
+    unit = UNITS[config.build_objective().layout]
+    console.print(f"Batch: {trainer.plan.describe(unit)}. Learning rate {trainer.peak:.3g}.")
+    if sharding.is_sharded(trainer.policy):
+        console.print(f"FSDP2: weights, gradients and optimizer state in {accelerator.num_processes} parts.")
+    if accelerator.is_main_process:
+        write_provenance(output_dir, config, trainer.identity)
+    start_trackers(config, accelerator)
+    line = trainer.fit()
+    weights = trainer.weights()  # on every process: those of FSDP2 hold parts
+    if accelerator.is_main_process:
+        export_model(config, backbone, output_dir, line, weights)
+        console.print(f"Done: {output_dir}")
+    accelerator.end_training()
+    return line
+
+
+def build_trainer(config: Config, accelerator: Accelerator, console: Console) -> tuple[Trainer, Backbone]:
+    """Load model and data of a run and return what trains, with the model."""
+    output_dir = Path(config.train.output_dir)
     set_seed(config.train.seed)  # only what is not keyed by example: LoRA dropout
     plan = BatchPlan.of(config.train, accelerator.num_processes)
-    backbone = assemble.load_backbone(config, accelerator.mixed_precision)
+    backbone = assemble.load_backbone(config)
     source = online.open_prompts(config) if config.is_online else examples.open_source(config, output_dir / ERRORS)
     console.print(f"Data: {source.name}: {source.counts}.")
     identity = run_identity(config, plan, backbone, source)
@@ -70,34 +103,38 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
         hooks={name: hook for name, hook in hooks.items() if hook is not None},
         console=console,
     )
-    console.print(f"Batch: {plan.describe(UNITS[step.objective.layout])}. Learning rate {trainer.peak:.3g}.")
-    if accelerator.is_main_process:
-        write_provenance(output_dir, config, identity)
-    start_trackers(config, accelerator)
-    line = trainer.fit()
-    if accelerator.is_main_process:
-        export_model(config, backbone, output_dir, line)
-        console.print(f"Done: {output_dir}")
-    accelerator.end_training()
-    return line
+    return trainer, backbone
 
 
 def learning(
     config: Config, backbone: Backbone, source: Any, plan: BatchPlan, accelerator: Accelerator, console: Console
-) -> tuple[Any, Sampler, assemble.Reference | None]:
+) -> tuple[Any, Sampler, networks.Reference | None]:
     """Return the loss function of a run, the order of its examples, and the reference if there is one."""
     average = partial(accelerator.reduce, reduction="mean")
+    kind = _checkpointing(config, plan, backbone, console)
     if config.is_online:
-        reference = assemble.prepare_networks(config, backbone, accelerator)
+        reference = networks.prepare_networks(config, backbone, accelerator, kind)
         if config.build_objective().layout == "reward":
             step = online.reward_step(config, backbone, source, accelerator.device)
         else:
             step = online.online_step(config, backbone, source, reference, accelerator.device, average)
         return step, step.order, reference
     data = examples.open_examples(config, backbone, source, accelerator, console)
-    reference = assemble.prepare_networks(config, backbone, accelerator)
-    step = assemble.preference_step(config, backbone, data, reference, average)
+    stored = reference_errors.open_stored(config, backbone, data, accelerator, console)
+    reference = networks.prepare_networks(config, backbone, accelerator, kind, stored)
+    step = assemble.preference_step(config, backbone, data, reference, average, stored)
     return step, examples.order(config, data, source, plan.global_batch_size), reference
+
+
+def _checkpointing(config: Config, plan: BatchPlan, backbone: Backbone, console: Console) -> memory.Kind:
+    """Decide which activations are recomputed, and say why if it was decided here."""
+    total = sum(p.numel() for p in backbone.denoiser.parameters())
+    trained = total if config.model.tune == "full" else 0  # adapters are small beside what they adapt
+    counts = memory.Counts(backbone.family, backbone.denoiser, total, trained)
+    decided = memory.checkpointing(config, plan, counts)
+    if config.train.gradient_checkpointing == "auto" and torch.cuda.is_available():
+        console.print(f"Gradient checkpointing: {decided.why}.")
+    return decided.kind
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -115,7 +152,8 @@ def make_accelerator(config: Config) -> Accelerator:
         raise ConfigError(f'logging.report_to names "{missing[0]}", which is not installed: pip install {missing[0]}.')
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.allow_tf32
-    return Accelerator(mixed_precision=train.mixed_precision, log_with=trackers or None, project_dir=train.output_dir)
+    precision = "no" if config.pure_bf16 else train.mixed_precision  # no autocast around bfloat16 weights
+    return Accelerator(mixed_precision=precision, log_with=trackers or None, project_dir=train.output_dir)
 
 
 def start_trackers(config: Config, accelerator: Accelerator) -> None:
@@ -136,6 +174,7 @@ def run_identity(config: Config, plan: BatchPlan, backbone: Backbone, source: So
     sections = config.model_dump(mode="json")
     train = {key: sections["train"][key] for key in ("seed", "mixed_precision")}
     train["global_batch_size"] = plan.global_batch_size
+    train["precision"] = {key: sections["performance"][key] for key in ("pure_bf16", "reference_dtype", "sampling_dtype")}
     if config.optimizer.lr_scheduler in ("linear", "cosine"):
         train["max_train_steps"] = config.train.max_train_steps
     where = ("cache_dir", "train_data_dir", "dataset_name", "prompts_file", "vae_encode_batch_size", "annotations_file")
@@ -179,16 +218,20 @@ def _installed(package: str) -> bool:
     return True
 
 
-def export_model(config: Config, backbone: Backbone, output_dir: Path, metrics: dict[str, float]) -> None:
-    """Write the trained weights in the formats of diffusers (and kohya, if asked for) and the model card."""
+def export_model(
+    config: Config, backbone: Backbone, output_dir: Path, metrics: dict[str, float], weights: dict[str, Tensor]
+) -> None:
+    """Write the trained `weights` in the formats of diffusers (and kohya, if asked for) and the model card."""
     base = config.model.pretrained_model_name_or_path
     metadata = {"objective": config.objective_name, "training_steps": config.train.max_train_steps}
     if config.model.tune == "full":
-        export.save_full_unet(backbone.denoiser, output_dir)
+        export.save_full_unet(backbone.denoiser, output_dir, state_dict=weights)
     else:
-        export.save_lora(backbone.denoiser, output_dir, base, metadata)
+        export.save_lora(backbone.denoiser, output_dir, base, metadata, state_dict=weights)
         if config.lora.export_kohya:
             file = output_dir / "kohya" / f"{output_dir.name}.safetensors"
             prediction_type = backbone.path.prediction_type
-            export.save_kohya_lora(backbone.denoiser, file, base, metadata, prediction_type=prediction_type)
+            export.save_kohya_lora(
+                backbone.denoiser, file, base, metadata, prediction_type=prediction_type, state_dict=weights
+            )
     (output_dir / "README.md").write_text(model_card.render(config, backbone.family, metrics), encoding="utf8")

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from diffalign.errors import UserError
+from diffalign.training import sharding
 
 STATE = "state.json"
 WEIGHTS = "trainable.safetensors"
 OPTIMIZER = "optimizer.pt"
+REPLACED = "replaced-"
 
 
 class CheckpointError(UserError):
@@ -53,7 +55,7 @@ def find(output_dir: Path, wanted: str) -> Path | None:
 def save(
     output_dir: Path,
     step: int,
-    parameters: dict[str, nn.Parameter],
+    parameters: dict[str, Tensor],
     optimizer_state: dict[str, Any],
     identity: dict[str, Any],
     limit: int | None,
@@ -84,9 +86,34 @@ def save(
         )
         reason = getattr(error, "strerror", None) or f"{error} (is the disk full?)"
         raise CheckpointError(f"Cannot write {final}: {reason}. {left}.") from error
-    for path in _superseded(output_dir, step, limit):
+    for path in [*_superseded(output_dir, step, limit), *output_dir.glob(f"{REPLACED}checkpoint-*")]:
         shutil.rmtree(path, ignore_errors=True)
     return final
+
+
+def set_aside(output_dir: Path) -> list[str]:
+    """Rename the checkpoints of an earlier run, so that a fresh one is never continued from them; return what to say.
+
+    They are deleted when the fresh run has written its own first one.
+
+    Raises:
+        CheckpointError: the folder may not be written.
+    """
+    earlier = folders(output_dir)
+    try:
+        for path in earlier:
+            target = path.with_name(REPLACED + path.name)
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"Cannot rename {path}: {error.strerror}. Name another train.output_dir.") from error
+    if not earlier:
+        return []
+    return [
+        f"{output_dir} held {', '.join(path.name for path in earlier)} of an earlier run. They are now called "
+        f"{REPLACED}checkpoint-* and go when this run writes its first checkpoint. To continue that run instead: stop, "
+        "name them as before, and add --resume latest."
+    ]
 
 
 def _superseded(output_dir: Path, step: int, limit: int | None) -> list[Path]:
@@ -111,7 +138,7 @@ def load(path: Path, parameters: dict[str, nn.Parameter], identity: dict[str, An
         raise CheckpointError(f'{path} holds other weights than this run trains: "{odd}" is only in one of them.')
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(sharding.cut(tensors[name], parameter))
     return step, optimizer_state
 
 

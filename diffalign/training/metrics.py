@@ -4,11 +4,19 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from diffalign.errors import UserError
+
+
+class MetricsError(UserError):
+    """Report metrics that cannot be written."""
 
 
 class RunningMean:
@@ -51,10 +59,18 @@ class MetricsLog:
         self._step, self._time = from_step, time.perf_counter()
         self.last: dict[str, float] = {}
         if accelerator.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in read(path) if line["step"] <= from_step]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf8")
+            with _writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                kept = [line for line in read(path) if line["step"] <= from_step]
+                path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf8")
             self.last = kept[-1] if kept else {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time spent in the context, with checkpoints and pictures, out of the throughput."""
+        before = time.perf_counter()
+        yield
+        self._time += time.perf_counter() - before
 
     def write(self, step: int, values: dict[str, float]) -> dict[str, float]:
         """Add throughput and memory to the metrics of the steps up to `step`, write the line and return it."""
@@ -64,10 +80,22 @@ class MetricsLog:
         memory = peak_memory_gib(self.accelerator.device)
         line = {"step": step, **values, "pairs_per_second": speed, "peak_memory_gib": memory}
         if self.accelerator.is_main_process:
-            with self.path.open("a", encoding="utf8") as file:
+            with _writing(self.path), self.path.open("a", encoding="utf8") as file:
                 file.write(json.dumps(line) + "\n")
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
         return line
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a full disk, or a folder that may not be written, into an error for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise MetricsError(
+            f"Cannot write {path}: {error.strerror or error}. Free some space, or name another train.output_dir. A run "
+            "that has a checkpoint continues with --resume latest."
+        ) from error
 
 
 def read(path: Path) -> list[dict[str, float]]:

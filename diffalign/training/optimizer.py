@@ -1,12 +1,14 @@
 """Optimizers and learning rates. The learning rate is a pure function of the step, so resuming needs no state."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from diffalign.errors import ConfigError
+from diffalign.training import sharding
 from diffalign.training.settings import OptimizerSettings
 
 
@@ -65,3 +67,24 @@ def build(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> to
             ) from None
         return AdamW8bit(parameters, **adam)
     return torch.optim.AdamW(parameters, **adam, fused=True)
+
+
+def named_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """Return the state of every parameter under its name, {} before the first step; sharded where the parameter is.
+
+    parameters: those the optimizer was built over, in that order.
+    """
+    state = optimizer.state_dict()["state"]
+    return {name: state[index] for index, name in enumerate(parameters) if index in state}
+
+
+def load_named_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Any]
+) -> None:
+    """Give an optimizer over `parameters` a state of `named_state` that is whole again, on any number of ranks."""
+    state = {
+        index: {key: sharding.cut(value, parameters[name]) for key, value in saved[name].items()}
+        for index, name in enumerate(parameters)
+        if name in saved
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
-from diffalign.training import checkpoint, optimizer
+from diffalign.training import checkpoint, optimizer, sharding
 from diffalign.training.batching import BatchPlan
 from diffalign.training.hooks import StepHook
 from diffalign.training.metrics import MetricsLog, RunningMean
@@ -64,10 +64,11 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.output_dir = Path(self.train.output_dir)
+        self.accelerator.gradient_accumulation_steps = self.plan.gradient_accumulation_steps
+        sharding.shard(self.policy, self.accelerator)
         self.parameters = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         unprepared = optimizer.build(self.parameters.values(), self.optimizer)
-        self.accelerator.gradient_accumulation_steps = self.plan.gradient_accumulation_steps
-        self.network, self.torch_optimizer = self.accelerator.prepare(self.policy, unprepared)
+        self.network, self.torch_optimizer = sharding.prepare(self.accelerator, self.policy, unprepared)
         averaged = list(self.parameters.values())  # prepared first: the average lives on their device
         self.ema = EMAModel(averaged, decay=self.optimizer.ema_decay) if self.optimizer.use_ema else None
         self.peak = optimizer.peak_learning_rate(self.optimizer, self.plan.global_batch_size)
@@ -89,14 +90,19 @@ class Trainer:
                 if finished % self.logging.logging_steps == 0 or last:
                     line = log.write(finished, self.metrics.pop(self.accelerator))
                     bar.update(task, note=_note(line))
-                if finished % self.train.checkpointing_steps == 0 or last:
-                    self._save(finished)
-                if self.on_step is not None:
-                    self.on_step(self.policy, finished)
+                with log.paused():
+                    if finished % self.train.checkpointing_steps == 0 or last:
+                        self._save(finished)
+                    if self.on_step is not None:
+                        self.on_step(self.policy, finished)
                 bar.update(task, advance=1)
         if self.ema is not None:
             self.ema.copy_to(list(self.parameters.values()))
         return line
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the trained weights by name; every process must call this, whole ones reach the main process only."""
+        return sharding.whole(self.parameters, keep=self.accelerator.is_main_process)
 
     def _optimizer_step(self, step: int, indices: list[int]) -> None:
         """Accumulate the gradient of the mean loss over the global batch, check it, clip it, and move."""
@@ -114,7 +120,7 @@ class Trainer:
                 self.accelerator.backward(loss.mean())
             losses.append(loss.detach())
             self.metrics.add(metrics)
-        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.optimizer.max_grad_norm)
+        norm = sharding.clip(self.accelerator, list(self.parameters.values()), self.optimizer.max_grad_norm)
         self._require_finite(step, indices, torch.cat(losses), norm)
         self.torch_optimizer.step()
         self.torch_optimizer.zero_grad()
@@ -146,19 +152,38 @@ class Trainer:
         )
 
     def _resume(self) -> int:
+        """Restore the checkpoint that was asked for, if there is one; return the number of finished steps."""
         wanted = self.train.resume_from_checkpoint
         path = checkpoint.find(self.output_dir, wanted) if wanted else None
-        if path is None:
-            return 0
+        step = 0 if path is None else self._restore(path)
+        steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            raise checkpoint.CheckpointError(
+                f"The processes found checkpoints of different steps: {steps}. train.output_dir {self.output_dir} must "
+                "be on a file system that all machines share."
+            )
+        if path is None and self.accelerator.is_main_process:
+            for note in checkpoint.set_aside(self.output_dir):
+                self.console.print(note)
+        return step
+
+    def _restore(self, path: Path) -> int:
         step, state = checkpoint.load(path, self.parameters, self.identity)
         if step > self.train.max_train_steps:
             raise checkpoint.CheckpointError(
                 f"{path} has done {step} steps already, more than train.max_train_steps {self.train.max_train_steps}. "
                 "Raise that, or name an earlier checkpoint."
             )
-        self.torch_optimizer.load_state_dict(state["optimizer"])
+        if not state["optimizer"].keys() <= self.parameters.keys():
+            raise checkpoint.CheckpointError(
+                f"{path} keeps its optimizer state by number, as diffalign did before 2026-11-21, and not by the names "
+                "of the weights. Continue it with that version, or start afresh in another train.output_dir."
+            )
+        optimizer.load_named_state(self.torch_optimizer, self.parameters, state["optimizer"])
         if self.ema is not None:
+            averages = zip(state["ema"].pop("shadow_params"), self.parameters.values(), strict=True)
             self.ema.load_state_dict(state["ema"])
+            self.ema.shadow_params = [sharding.cut(average, parameter) for average, parameter in averages]
             self.ema.to(self.accelerator.device)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -168,15 +193,18 @@ class Trainer:
         return step
 
     def _save(self, step: int) -> None:
+        """Collect on every process what may be sharded, and write it on the main one."""
+        state: dict[str, Any] = {"optimizer": optimizer.named_state(self.torch_optimizer, self.parameters)}
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
+        state = sharding.whole(state, keep=self.accelerator.is_main_process)
+        weights = self.weights()
         if self.accelerator.is_main_process:
-            state: dict[str, Any] = {"optimizer": self.torch_optimizer.state_dict()}
-            if self.ema is not None:
-                state["ema"] = self.ema.state_dict()
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
             state["hooks"] = {name: hook.state_dict() for name, hook in self.hooks.items()}
             limit = self.train.checkpoints_total_limit
-            checkpoint.save(self.output_dir, step, self.parameters, state, self.identity, limit)
+            checkpoint.save(self.output_dir, step, weights, state, self.identity, limit)
         self.accelerator.wait_for_everyone()
 
     def _progress(self) -> Progress:

@@ -1,39 +1,86 @@
-"""Two processes on the CPU train the same weights as one, through the command line."""
+"""Two processes on the CPU train the same weights as one, launched as users launch them, DDP and FSDP2."""
 
+import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from diffalign import config as configuration
+from diffalign.backbones import loading
+from diffalign.training import metrics
 
 ROOT = Path(__file__).parents[2]
+EXPORTED = {"lora": "pytorch_lora_weights.safetensors", "full": "unet/diffusion_pytorch_model.safetensors"}
+RATE = {"lora": 1e-3, "full": 1e-4}
 
 
-def test_two_ranks_equal_one(content, tmp_path):
-    runs = {"one": (4, []), "two": (2, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])}
-    weights = {}
-    for name, (pairs, launcher) in runs.items():
-        content["train"] |= {"output_dir": str(tmp_path / name), "train_batch_size": pairs, "max_train_steps": 2}
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(configuration.check(content).model_dump(mode="json", exclude_none=True)))
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            [sys.executable, *launcher, "-m", "diffalign", "train", str(file)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert f"x {2 if launcher else 1} processes = 4 pairs" in " ".join(done.stdout.split())
-        weights[name] = load_file(tmp_path / name / "checkpoint-2" / "trainable.safetensors")
-    for name, tensor in weights["one"].items():
-        torch.testing.assert_close(weights["two"][name], tensor, rtol=2e-2, atol=2e-4)
-    assert max(t.abs().max().item() for name, t in weights["one"].items() if "lora_B" in name) > 1e-3
+def launch(kind, content, file, *overrides):
+    """Run `accelerate launch -m diffalign train` with the shipped configuration `kind` on two CPU processes."""
+    file.write_text(yaml.safe_dump(configuration.check(content).model_dump(mode="json", exclude_none=True)))
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{kind}.yaml"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*launcher, "--num_processes", "2", "-m", "diffalign", "train", str(file), *overrides]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("kind", "tune"),
+    [
+        ("ddp", "lora"),
+        ("fsdp2", "full"),
+        pytest.param("ddp", "full", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "lora", marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_equal_one(content, run, tmp_path, kind, tune):
+    content["model"]["tune"], content["optimizer"] = tune, {"learning_rate": RATE[tune], "use_ema": True}
+    content["train"]["max_train_steps"] = 2
+    one, two = copy.deepcopy(content), copy.deepcopy(content)
+    one["train"]["output_dir"] = str(tmp_path / "one")
+    two["train"] |= {"output_dir": str(tmp_path / "two"), "train_batch_size": 2}
+    run(one)
+    printed = launch(kind, two, tmp_path / "two.yaml")
+    assert "2 pairs x 1 accumulation steps x 2 processes = 4 pairs" in printed
+    assert ("optimizer state in 2 parts" in printed) == (kind == "fsdp2")
+    start = loading.load(content["model"]["pretrained_model_name_or_path"]).denoiser.state_dict()
+    for file in ("checkpoint-2/trainable.safetensors", EXPORTED[tune]):
+        ours, theirs = load_file(tmp_path / "two" / file), load_file(tmp_path / "one" / file)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=2e-2, atol=2e-4 if tune == "lora" else 2e-5, msg=name)
+        moved = {name: t if tune == "lora" else t - start[name] for name, t in theirs.items() if "lora_A" not in name}
+        assert max(t.abs().max().item() for t in moved.values()) > 1e-4  # not trivially equal
+    lines = [metrics.read(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    assert lines[1][0]["margin"] == 0.0
+    for ours, theirs in zip(*lines, strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_resumes_to_the_bit(content, tmp_path):
+    content["model"]["tune"], content["optimizer"] = "full", {"learning_rate": 1e-4, "use_ema": True}
+    content["train"] |= {
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+        "checkpointing_steps": 1,
+        "mixed_precision": "bf16",
+    }
+    content["validation"] = {"validation_steps": 1, "validation_prompts": ["a red circle"], "num_inference_steps": 2}
+    for name, lengths in {"whole": [2], "halves": [1, 2]}.items():
+        for steps in lengths:
+            there = [f"train.output_dir={tmp_path / name}", f"train.max_train_steps={steps}", "--resume", "latest"]
+            printed = launch("fsdp2", content, tmp_path / "run.yaml", *there)
+    assert "Resuming from" in printed
+    for file in ("checkpoint-2/trainable.safetensors", EXPORTED["full"]):
+        whole, halves = (load_file(tmp_path / name / file) for name in ("whole", "halves"))
+        assert all(torch.equal(tensor, halves[name]) for name, tensor in whole.items())

@@ -64,6 +64,19 @@ def test_leftovers_of_a_longer_run_do_not_push_out_the_new_checkpoint(tmp_path):
     assert names(tmp_path) == ["checkpoint-100", "checkpoint-200"]
 
 
+def test_an_earlier_run_is_set_aside_and_goes_with_the_first_new_checkpoint(tmp_path):
+    assert checkpoint.set_aside(tmp_path) == []
+    for step in (10, 20):
+        save(tmp_path, step)
+    (said,) = checkpoint.set_aside(tmp_path)
+    assert "held checkpoint-10, checkpoint-20 of an earlier run" in said
+    assert names(tmp_path) == ["replaced-checkpoint-10", "replaced-checkpoint-20"]
+    assert checkpoint.find(tmp_path, "latest") is None  # a run that dies now is not continued from another
+    assert values(tmp_path / "replaced-checkpoint-20") == (20, 20.0, 20.0)
+    save(tmp_path, 5)
+    assert names(tmp_path) == ["checkpoint-5"]
+
+
 def test_latest_is_the_one_with_most_steps(tmp_path):
     assert checkpoint.find(tmp_path, "latest") is None
     assert checkpoint.find(tmp_path / "absent", "latest") is None

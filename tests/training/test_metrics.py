@@ -1,11 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from diffalign.training import metrics
-from diffalign.training.metrics import MetricsLog, RunningMean
+from diffalign.training.metrics import MetricsError, MetricsLog, RunningMean
 
 
 @pytest.fixture
@@ -68,3 +69,25 @@ def test_a_last_line_that_was_cut_short_is_left_out(tmp_path, accelerator):
 
 def test_no_file_has_no_lines(tmp_path):
     assert metrics.read(tmp_path / "metrics.jsonl") == []
+
+
+def test_time_for_checkpoints_is_no_training_time(tmp_path, accelerator, monkeypatch):
+    clock = iter([10.0, 12.0, 112.0, 114.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    log = MetricsLog(tmp_path / "metrics.jsonl", accelerator, 0, pairs_per_step=8)
+    with log.paused():
+        pass
+    assert log.write(1, {"loss": 0.5})["pairs_per_second"] == 8 / 4.0
+
+
+def test_a_full_disk_is_the_users_to_mend(tmp_path, accelerator):
+    log = MetricsLog(tmp_path / "metrics.jsonl", accelerator, 0, pairs_per_step=1)
+    log.path = Path("/dev/full")  # fails as a full disk does
+    with pytest.raises(MetricsError, match=r"Cannot write /dev/full: No space left on device\. .*--resume latest"):
+        log.write(1, {"loss": 0.5})
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path, accelerator):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(MetricsError, match=r"Cannot write .*run/metrics\.jsonl: "):
+        MetricsLog(tmp_path / "run" / "metrics.jsonl", accelerator, 0, pairs_per_step=1)

@@ -191,6 +191,24 @@ def test_latest_without_a_checkpoint_starts_afresh(tmp_path):
     assert torch.equal(run(tmp_path / "a", resume_from_checkpoint="latest"), run(tmp_path / "b"))
 
 
+def test_a_fresh_run_in_a_used_folder_is_not_mixed_with_the_earlier_one(tmp_path):
+    run(tmp_path, checkpointing_steps=3, checkpoints_total_limit=None)
+    with pytest.raises(Died):
+        run(tmp_path, on_step=die_after(2), learning_rate=0.1, checkpointing_steps=4)
+    fresh = run(tmp_path, learning_rate=0.1, resume_from_checkpoint="latest", checkpointing_steps=4)
+    assert torch.equal(fresh, run(tmp_path / "elsewhere", learning_rate=0.1))
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_optimizer_state_without_names_is_refused(tmp_path):
+    run(tmp_path, max_train_steps=3)
+    file = tmp_path / "checkpoint-3" / "optimizer.pt"
+    state = torch.load(file, weights_only=True)
+    torch.save({"optimizer": {"state": dict(enumerate(state["optimizer"].values())), "param_groups": []}}, file)
+    with pytest.raises(CheckpointError, match=r"checkpoint-3 keeps its optimizer state by number"):
+        run(tmp_path, resume_from_checkpoint="latest")
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     finished = run(tmp_path)
     trainer = toy.trainer(tmp_path, resume_from_checkpoint="latest")
