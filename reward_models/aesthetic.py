@@ -6,7 +6,6 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from reward_models.base import Scorer, ScorerCard, ScorerError
@@ -22,7 +21,8 @@ from reward_models.hf_clip import (
     read_json,
     write_json,
 )
-from reward_models.preprocess import PixelSpec, clip_pil, clip_tensor_aa
+from reward_models.preprocess import PixelSpec, clip_tensor_aa
+from reward_models.recipes import Recipe
 
 OFFICIAL_CLIP = "openai/clip-vit-large-patch14"
 CLIP_FOLDER = "clip"  # beside a lone head file: the CLIP it belongs to, where it is not to be downloaded
@@ -77,9 +77,10 @@ class Aesthetic(Scorer):
         module.head.float()
         return cls(card, module, load_spec(folder, config.image_size), source=path_or_id)
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """Return pixels [3, size, size] as OpenAI's transform."""
-        return clip_pil(image, self.spec)
+    @property
+    def recipe(self) -> Recipe:
+        """Return how OpenAI's transform makes pixels [3, size, size]."""
+        return Recipe("clip_pil", self.spec)
 
     def preprocess_tensor(self, images: Tensor) -> Tensor:
         """Return pixels [N, 3, size, size] through the differentiable filter."""

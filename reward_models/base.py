@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 from reward_models.errors import ScorerError
 from reward_models.preprocess import ImageLike, to_rgb
+from reward_models.recipes import JoinedRecipe, Recipe, probe_prompts, weights_digest
 
 __all__ = ["ImageLike", "Scorer", "ScorerCard", "ScorerError"]
 UNPUBLISHED = "none published"  # stands in a card for the weights of a scorer that everybody makes for himself
 Prompts = str | Sequence[str] | None  # one for all images, one an image, or none where a scorer reads none
+BatchSize = int | Literal["auto"] | None  # "auto": as much as fits; None: as before
+GROWING = ("cuda",)  # where a larger batch is faster, and running out of memory is an exception and no kill
+LARGEST_BATCH = 1024
 
 _log = logging.getLogger("reward_models")
 
@@ -41,7 +45,7 @@ class ScorerCard:
 class Scorer(ABC):
     """Score images for prompts.
 
-    A subclass lists its `cards`, loads and saves its weights and defines the steps: `preprocess` for pictures or
+    A subclass lists its `cards`, loads and saves its weights and defines the steps: `recipe` for pictures or
     `preprocess_tensor` for differentiable images, `image_features` for what needs no prompt, `score_features`.
     """
 
@@ -52,6 +56,7 @@ class Scorer(ABC):
         self.module = module.eval().requires_grad_(False)
         self.source = source  # where the weights came from
         self.batch_size = batch_size
+        self._grows = False  # double the batch until memory runs out
         self.cut_prompts: dict[str, int] = {}  # prompts seen that were too long, with their number of tokens
 
     @classmethod
@@ -59,9 +64,10 @@ class Scorer(ABC):
     def from_pretrained(cls, card: ScorerCard, path_or_id: str, *, dtype: torch.dtype) -> Self:
         """Load weights from a file, a folder or a Hugging Face id; raise ScorerError when they do not fit."""
 
+    @property
     @abstractmethod
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """Return the network's pixels [3, h, w] float32 for an RGB picture, exactly as the official code."""
+    def recipe(self) -> Recipe | JoinedRecipe:
+        """Return how a picture becomes the network's pixels, exactly as in the official code."""
 
     @abstractmethod
     def preprocess_tensor(self, images: Tensor) -> Tensor:
@@ -78,6 +84,10 @@ class Scorer(ABC):
     def image_features(self, pixels: Tensor) -> Tensor:
         """Return what the network makes of pixels [N, ...] alone, differentiably; computed once for many prompts."""
         return pixels
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Return the network's pixels, as a rule [3, h, w], float32, for an RGB picture."""
+        return self.recipe(image)
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         """Return how many tokens each prompt has before it is cut; a scorer that reads no prompt counts none."""
@@ -107,27 +117,60 @@ class Scorer(ABC):
         """Return what a difference of scores is multiplied by to become the logit of a preference."""
         return 1.0
 
+    @property
+    def identity(self) -> str:
+        """Return a hash of what a score depends on beside picture and prompt: weights, dtype, pixels, tokens."""
+        tokenize = getattr(self, "tokenize", None)
+        tokens = tokenize(probe_prompts()) if tokenize else ()
+        ids = [part.tolist() for part in (tokens if isinstance(tokens, tuple) else (tokens,))]
+        return weights_digest(self.module.state_dict(), self.name, str(self.recipe), ids)
+
     def to(self, device: str | torch.device) -> Self:
         """Move the weights and return the scorer."""
         self.module.to(device)
         return self
 
     @torch.no_grad()
-    def score(self, images: ImageLike | Iterable[ImageLike], prompts: Prompts = None) -> Tensor:
+    def score(
+        self, images: ImageLike | Iterable[ImageLike], prompts: Prompts = None, *, batch_size: BatchSize = None
+    ) -> Tensor:
         """Return the scores [N] float32 on the CPU; higher is better, on the scale of `card`.
 
         Args:
             images: one image or N, each in any form that `preprocess.to_rgb` reads.
             prompts: N prompts, or one for all images; may be left out where the scorer reads none.
+            batch_size: images at a time from now on. "auto" doubles it on a GPU until memory runs out, up to 1024, and
+                keeps what fits. A number that does not fit is halved. It changes scores by rounding alone.
 
         Raises:
             ScorerError: for an unreadable image, numbers that do not match, or a score that is not finite.
         """
+        self.set_batch_size(batch_size)
         images = listed(images)
         prompts = self._prompts_for(len(images), prompts)
         # images are opened batch by batch, so a list of paths never lies in memory at once
         scores = self._batched(len(images), lambda part: self.score_pixels(self.pixels(images[part]), prompts[part]))
         return self._checked(scores.float().cpu())
+
+    @torch.no_grad()
+    def score_prepared(self, pixels: Tensor, prompts: Prompts = None) -> Tensor:
+        """Return the scores [N] float32 on the CPU of pixels [N, ...] that `recipe` has made, maybe elsewhere.
+
+        Raises:
+            ScorerError: as `score`.
+        """
+        prompts = self._prompts_for(len(pixels), prompts)
+        scores = self._batched(len(pixels), lambda part: self.score_pixels(pixels[part], prompts[part]).float().cpu())
+        return self._checked(scores)
+
+    def set_batch_size(self, batch_size: BatchSize) -> None:
+        """Take so many images at a time from now on; see `score`. Raises ScorerError for less than 1."""
+        if batch_size is None:
+            return
+        if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ScorerError(f'batch_size must be a whole number from 1 on or "auto", got {batch_size!r}.')
+        self._grows = batch_size == "auto" and self.device.type in GROWING
+        self.batch_size = self.batch_size if batch_size == "auto" else batch_size
 
     @torch.no_grad()
     def score_groups(self, groups: Iterable[tuple[str, Iterable[ImageLike]]]) -> list[Tensor]:
@@ -225,15 +268,18 @@ class Scorer(ABC):
         """Concatenate `evaluate` over slices of `batch_size`, halving it for good where memory runs out."""
         parts, start = [], 0
         while start < count:
+            size = self.batch_size
             try:
-                parts.append(evaluate(slice(start, start + self.batch_size)))
+                parts.append(evaluate(slice(start, start + size)))
             except RuntimeError as error:
-                if self.batch_size == 1 or not _is_out_of_memory(error):
+                if size == 1 or not _is_out_of_memory(error):
                     raise
-                self.batch_size //= 2
+                self.batch_size, self._grows = size // 2, False
                 torch.cuda.empty_cache()
                 continue
-            start += self.batch_size
+            start += size
+            if self._grows and start <= count:
+                self.batch_size = min(2 * size, LARGEST_BATCH)
         return torch.cat(parts) if parts else torch.empty(0)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from reward_models.base import UNPUBLISHED, ImageLike, Prompts, Scorer, ScorerCard, ScorerError, listed
 from reward_models.checkpoints import write_folder
 from reward_models.hf_clip import read_json, write_json
+from reward_models.recipes import JoinedRecipe, weights_digest
 
 RECIPE_FILE = "composite.json"
 NORMALISATIONS = ("affine", "centre", "zscore", "rank")
@@ -97,9 +98,15 @@ class Composite(Scorer):
             scorer.to(device)
         return self
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """Return the pixels of all parts behind one another [P] float32: the picture is decoded once."""
-        return torch.cat([scorer.preprocess(image).flatten() for scorer in self.scorers])
+    @property
+    def recipe(self) -> JoinedRecipe:
+        """Return how the pixels of all parts are made, behind one another [P] float32: decoded once."""
+        return JoinedRecipe(tuple(scorer.recipe for scorer in self.scorers))
+
+    @property
+    def identity(self) -> str:
+        """Return a hash of the recipe and of what the parts depend on."""
+        return weights_digest({}, self.normalise, self.parts, [scorer.identity for scorer in self.scorers])
 
     def preprocess_tensor(self, images: Tensor) -> Tensor:
         """Return the pixels of all parts behind one another [N, P], differentiably."""

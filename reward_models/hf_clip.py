@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from reward_models.base import ScorerCard, ScorerError
@@ -20,7 +19,8 @@ from reward_models.checkpoints import (
     skip_random_init,
     write_folder,
 )
-from reward_models.preprocess import PixelSpec, clip_pil, clip_tensor_aa
+from reward_models.preprocess import PixelSpec, clip_tensor_aa
+from reward_models.recipes import Recipe
 from reward_models.tokenization import bundled_bpe_file, hf_tokenizer, read_merges
 from reward_models.two_tower import TwoTowerScorer
 
@@ -98,9 +98,10 @@ class HFClipScorer(TwoTowerScorer):
         """Return the number of tokens a prompt is cut to, start and end token included."""
         return self.clip.config.text_config.max_position_embeddings
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """Return pixels [3, size, size] as the official processor."""
-        return clip_pil(image, self.spec)
+    @property
+    def recipe(self) -> Recipe:
+        """Return how the official processor makes pixels [3, size, size]."""
+        return Recipe("clip_pil", self.spec)
 
     def preprocess_tensor(self, images: Tensor) -> Tensor:
         """Return pixels [N, 3, size, size] through the differentiable filter."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from reward_models.base import ScorerCard, ScorerError
@@ -22,7 +21,8 @@ from reward_models.checkpoints import (
     skip_random_init,
     write_folder,
 )
-from reward_models.preprocess import PixelSpec, hps_letterbox, to_tensor
+from reward_models.preprocess import PixelSpec, hps_letterbox
+from reward_models.recipes import Recipe
 from reward_models.tokenization import bundled_bpe_file, read_merges
 from reward_models.two_tower import TwoTowerScorer
 
@@ -123,9 +123,10 @@ class HPSv2(TwoTowerScorer):
         """Return how many tokens each prompt has before it is cut, start and end token included."""
         return [len(self.tokenizer.encode(prompt)) + 2 for prompt in prompts]
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """Return pixels [3, size, size] as the official transform."""
-        return hps_letterbox(to_tensor(image), self.spec)
+    @property
+    def recipe(self) -> Recipe:
+        """Return how the official transform makes pixels [3, size, size]."""
+        return Recipe("hps_letterbox", self.spec)
 
     def preprocess_tensor(self, images: Tensor) -> Tensor:
         """Return pixels [N, 3, size, size]; the official transform is differentiable itself."""

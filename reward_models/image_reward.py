@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from reward_models.base import Scorer, ScorerCard, ScorerError
@@ -21,7 +20,8 @@ from reward_models.checkpoints import (
     write_folder,
 )
 from reward_models.hf_clip import build, read_json, uncut_lengths, write_json
-from reward_models.preprocess import PixelSpec, clip_pil, clip_tensor_aa
+from reward_models.preprocess import PixelSpec, clip_tensor_aa
+from reward_models.recipes import Recipe
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw reward over the authors' validation pictures
 CONFIG_FILE = "image_reward.json"  # sizes of a network that is not the official one
@@ -124,9 +124,10 @@ class ImageReward(Scorer):
         """Return what makes a difference of scores the raw difference the network was trained with."""
         return STD
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """Return pixels [3, size, size] as the official transform."""
-        return clip_pil(image, self.spec)
+    @property
+    def recipe(self) -> Recipe:
+        """Return how the official transform makes pixels [3, size, size]."""
+        return Recipe("clip_pil", self.spec)
 
     def preprocess_tensor(self, images: Tensor) -> Tensor:
         """Return pixels [N, 3, size, size] through the differentiable filter."""

@@ -3,28 +3,16 @@
 import glob
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image
 
-from diffalign.data.pairs import DECODE_ERRORS
 from diffalign.errors import DataError, suggestion
 from diffalign.evaluation import Manifest
 from diffalign.evaluation.manifest import FILE_NAME
 from diffalign.jobs.prompts import read_prompts
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-@dataclass(frozen=True)
-class Broken:
-    """Say which file cannot be read and why."""
-
-    file: Path
-    reason: str
 
 
 def find(places: Sequence[str]) -> list[Path]:
@@ -73,23 +61,6 @@ def with_prompts(files: Sequence[Path], prompts_file: Path | None, prompt: str |
             f"{files[-1].name}). One prompt a picture is needed, in the order of their names."
         )
     return table.assign(prompt_id=pd.factorize(pd.Series(prompts))[0], prompt=prompts, seed=0)
-
-
-def broken(files: Sequence[Path]) -> list[Broken]:
-    """Return the files that cannot be decoded; all are read, by several threads."""
-    with ThreadPoolExecutor() as pool:
-        return [Broken(file, reason) for file, reason in zip(files, pool.map(_fault, files), strict=True) if reason]
-
-
-def _fault(file: Path) -> str:
-    try:
-        with Image.open(file) as image:
-            image.load()
-    except FileNotFoundError:
-        return "it does not exist"
-    except DECODE_ERRORS as error:
-        return re.sub(r"^cannot identify image file.*", "it is not a picture", str(error) or type(error).__name__)
-    return ""
 
 
 def _expand(place: str) -> list[Path]:

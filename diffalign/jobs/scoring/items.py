@@ -1,0 +1,111 @@
+"""Pictures to score, by position: where their bytes are, and the prompt. Nothing here is decoded."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pandas as pd
+
+
+class Span(NamedTuple):
+    """Point at a stretch of a file: a member of a tar shard."""
+
+    file: str
+    offset: int  # bytes
+    size: int  # bytes
+
+
+class Item(NamedTuple):
+    """Hold one picture to score. It travels to a worker process, so it is small unless it carries bytes."""
+
+    position: int  # in its source
+    name: str  # what to call it in messages and tables
+    prompt: str
+    data: bytes | str | Span | None = None  # encoded, the path of a file, or a stretch of one
+    fault: str | None = None  # why it cannot be scored, where the source knows it already
+    caption: str | None = None  # the picture's own caption, where it is not what it is scored for
+
+
+class Source(ABC):
+    """Offer pictures by position, so that processes can share them and a run can go on."""
+
+    name: str
+    group: int = 1  # so many neighbours belong together: 2 of a pair
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def items(self, start: int, stop: int) -> Iterator[Item]:
+        """Yield the pictures at positions start <= p < stop, each position once, in order."""
+
+
+class PictureSource(Source):
+    """Offer pictures that have a row in a table each."""
+
+    @abstractmethod
+    def table(self) -> pd.DataFrame:
+        """Return file, prompt and model [N]; prompt_id and seed too where the source has them."""
+
+
+@dataclass(frozen=True)
+class Files(PictureSource):
+    """Offer picture files of a table with file, prompt_id, prompt, seed and model."""
+
+    rows: pd.DataFrame
+
+    @property
+    def name(self) -> str:
+        """Return the first file."""
+        return str(self.rows["file"].iloc[0])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def items(self, start: int, stop: int) -> Iterator[Item]:
+        """Yield the files at these positions."""
+        part = self.rows.iloc[start:stop]
+        for position, (file, prompt) in enumerate(zip(part["file"], part["prompt"], strict=True), start):
+            yield Item(position, file, prompt, file)
+
+    def table(self) -> pd.DataFrame:
+        """Return the table."""
+        return self.rows
+
+
+@dataclass(frozen=True)
+class Joined(PictureSource):
+    """Offer several sources one after the other, with other prompts where `prompts` [N] is given."""
+
+    parts: Sequence[PictureSource]
+    prompts: Sequence[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the names of the parts."""
+        return ", ".join(part.name for part in self.parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def items(self, start: int, stop: int) -> Iterator[Item]:
+        """Yield the pictures of the parts that these positions lie in."""
+        begin = 0
+        for part in self.parts:
+            low, high = max(start - begin, 0), min(stop - begin, len(part))
+            for item in part.items(low, high) if low < high else ():
+                position = item.position + begin
+                prompt = item.prompt if self.prompts is None else self.prompts[position]
+                yield item._replace(position=position, prompt=prompt)
+            begin += len(part)
+
+    def table(self) -> pd.DataFrame:
+        """Return the tables below one another; pictures of equal prompts share a prompt_id, unless they had one."""
+        whole = pd.concat([part.table() for part in self.parts], ignore_index=True)
+        if self.prompts is not None:
+            whole["prompt"] = list(self.prompts)
+        if self.prompts is not None or "prompt_id" not in whole or whole["prompt_id"].isna().any():
+            whole["prompt_id"] = pd.factorize(whole["prompt"])[0]
+        whole["seed"] = whole["seed"].fillna(0).astype(int) if "seed" in whole else 0
+        return whole

@@ -1,0 +1,125 @@
+"""Find out what the places on a command line are: pictures, tar shards, parquet files, JSON lines."""
+
+import glob
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from diffalign.errors import DataError
+from diffalign.evaluation.manifest import FILE_NAME
+from diffalign.jobs import pictures
+from diffalign.jobs.prompts import read_prompts
+from diffalign.jobs.scoring.items import Files, Joined, PictureSource
+from diffalign.jobs.scoring.tabular import JsonRows, ParquetRows
+from diffalign.jobs.scoring.tars import TarShard
+
+BRACES = re.compile(r"\{([^{}]*)\}")
+TABLES = {".parquet": ParquetRows, ".jsonl": JsonRows, ".ndjson": JsonRows}
+CONTAINERS = (".tar", *TABLES)
+METADATA = "metadata.jsonl"  # beside the pictures of an imagefolder
+
+
+def expand_braces(text: str) -> list[str]:
+    """Return what a shell makes of braces: "s-{008..010}.tar" is three names, "{a,b}.tar" two.
+
+    Raises:
+        DataError: a range that counts down.
+    """
+    match = next((m for m in BRACES.finditer(text) if "," in m[1] or ".." in m[1]), None)
+    if match is None:
+        return [text]
+    choices = match[1].split(",")
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+        first, last = int(span[1]), int(span[2])
+        if first > last:
+            raise DataError(f'"{match[0]}" counts down: write {{{span[2]}..{span[1]}}}.')
+        choices = [str(number).zfill(len(span[1])) for number in range(first, last + 1)]
+    return [name for choice in choices for name in expand_braces(text[: match.start()] + choice + text[match.end() :])]
+
+
+def open_places(
+    places: Sequence[str],
+    *,
+    prompts_file: Path | None = None,
+    prompt: str | None = None,
+    with_prompts: bool = True,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+) -> PictureSource:
+    """Return the pictures of files, folders, globs, tar shards, parquet files and JSON lines, in that order.
+
+    Args:
+        places: as on the command line; braces and globs are expanded here where no shell has done it.
+        prompts_file: one prompt a picture, in place of the captions.
+        prompt: one for all.
+        with_prompts: whether any scorer reads them; otherwise none are needed.
+        image_column: of parquet and JSON lines; by default one of the usual names.
+        caption_column: likewise.
+
+    Raises:
+        DataError: a place does not exist or holds nothing, or prompts are missing or too many.
+    """
+    if prompts_file is not None and prompt is not None:
+        raise DataError("Give --prompts FILE (one a picture) or --prompt TEXT (for all), not both.")
+    own = with_prompts and prompts_file is None and prompt is None  # captions come from the data
+    columns = {"image": image_column, "caption": caption_column, "with_prompts": own}
+    named = [name for place in places for written in _written(place) for name in _contents(written)]
+    parts: list[PictureSource] = []
+    for suffix, group in groupby(named, key=lambda name: _container(name)):
+        names = list(group)
+        if suffix is None:
+            parts.append(_files(names, prompts_file if len(names) == len(named) else None, prompt, own))
+        elif suffix == ".tar":
+            parts += [TarShard(Path(name), with_prompts=own) for name in names]
+        else:
+            parts += [TABLES[suffix](Path(name), **columns) for name in names]
+    if len(parts) == 1 and isinstance(parts[0], Files):
+        return parts[0]
+    return Joined(parts, _prompts(prompts_file, prompt, sum(map(len, parts))))
+
+
+def _prompts(file: Path | None, prompt: str | None, count: int) -> list[str] | None:
+    if file is None:
+        return None if prompt is None else [prompt] * count
+    prompts = read_prompts(file)
+    if len(prompts) != count:
+        raise DataError(f"{file} has {len(prompts)} prompts for {count} pictures. One prompt a picture is needed.")
+    return prompts
+
+
+def _files(names: list[str], prompts_file: Path | None, prompt: str | None, own: bool) -> Files:
+    files = pictures.find(names)
+    if not own and prompts_file is None and prompt is None:
+        known = all((folder / FILE_NAME).is_file() for folder in {file.parent for file in files})
+        prompt = None if known else ""  # nobody reads it
+    return Files(pictures.with_prompts(files, prompts_file, prompt))
+
+
+def _written(place: str) -> list[str]:
+    """Return the names that braces stand for; a file that is really called so is meant itself."""
+    return [place] if Path(place).expanduser().exists() else expand_braces(place)
+
+
+def _container(name: str) -> str | None:
+    path = Path(name)
+    return path.suffix.lower() if path.suffix.lower() in CONTAINERS and not path.is_dir() else None
+
+
+def _contents(name: str) -> list[str]:
+    """Return the containers in a folder or of a pattern, or the name itself: pictures are found by `pictures.find`."""
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / FILE_NAME).is_file():
+        if (path / METADATA).is_file():
+            return [str(path / METADATA)]
+        entries = sorted(path.iterdir())
+        if not any(entry.suffix.lower() in pictures.SUFFIXES for entry in entries):
+            return [str(entry) for entry in entries if _container(str(entry))] or [name]
+    if glob.has_magic(name) and not path.exists() and path.suffix.lower() in CONTAINERS:
+        found = sorted(glob.glob(str(path), recursive=True))
+        if not found:
+            raise DataError(f'No file matches "{name}".')
+        return found
+    if _container(name) and not path.is_file():
+        raise DataError(f'There is no file "{name}".')
+    return [str(path)] if _container(name) else [name]

@@ -1,0 +1,154 @@
+"""Tables of pictures with captions: parquet files, and JSON lines with paths."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from diffalign.data import RowError
+from diffalign.data.pairs import Place
+from diffalign.data.parquet import READ_ERRORS, open_parquet
+from diffalign.data.schema import image_ref
+from diffalign.errors import DataError, suggestion
+from diffalign.jobs.scoring.items import Item, PictureSource
+from diffalign.jobs.scoring.tars import CAPTIONS, NO_CAPTION
+
+IMAGES = ("image", "jpg", "png", "webp", "img", "picture", "file_name", "file", "path", "image_path")
+ROWS_AT_ONCE = 32  # of encoded pictures in memory, besides those on their way to the workers
+
+
+def column(asked: str | None, usual: tuple[str, ...], found: list[str], file: Path, option: str) -> str:
+    """Return the column asked for, or the first usual one; raise DataError where there is none."""
+    if asked is not None and asked not in found:
+        raise DataError(f'{file} has no column "{asked}".{suggestion(asked, found)} It has: {", ".join(found)}.')
+    name = asked or next((name for name in usual if name in found), None)
+    if name is None:
+        hint = " These look like pairs: give them to --pairs." if {"jpg_0", "image_0", "chosen"} & set(found) else ""
+        raise DataError(
+            f"{file} has none of the columns {', '.join(usual)}: name it with {option}.{hint} "
+            f"It has: {', '.join(found)}."
+        )
+    return name
+
+
+def located(value: Any, place: Place, folder: Path) -> dict[str, Any]:
+    """Return `data` of an Item for what a cell holds, or its `fault`."""
+    try:
+        ref = image_ref(value, place, folder)
+    except RowError as error:
+        return {"fault": error.detail}
+    return {"data": ref.data if ref.data is not None else str(ref.path)}
+
+
+class _Rows(PictureSource):
+    """Share what both kinds of tables have: a file, and a prompt a row."""
+
+    unit = "row"
+
+    def __init__(self, file: Path):
+        self.file, self.name = file, str(file)
+        self.prompts: list[str | None] = []
+        self.numbers: Sequence[int] = ()  # of the rows in the file
+        self.with_prompts = True
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def table(self) -> pd.DataFrame:
+        """Return file ("table:row"), prompt and model (the table) of every row."""
+        files = [f"{self.name}:{number}" for number in self.numbers]
+        return pd.DataFrame({"file": files, "prompt": [p or "" for p in self.prompts], "model": self.name})
+
+    def item(self, row: int, value: Any) -> Item:
+        """Return the picture in a cell."""
+        found = located(value, Place(self.name, self.numbers[row], self.unit), self.file.parent)
+        if self.with_prompts and not self.prompts[row]:
+            found = {"fault": NO_CAPTION}
+        return Item(row, f"{self.name}:{self.numbers[row]}", self.prompts[row] or "", **found)
+
+
+class ParquetRows(_Rows):
+    """Offer the rows of a parquet file; images are bytes, datasets' {"bytes", "path"}, or paths.
+
+    Raises:
+        DataError: the file cannot be read, or a column is missing.
+    """
+
+    def __init__(self, file: Path, *, image: str | None = None, caption: str | None = None, with_prompts: bool = True):
+        super().__init__(file)
+        self.with_prompts = with_prompts
+        with open_parquet(file) as parquet:
+            found = parquet.schema_arrow.names
+            self.image = column(image, IMAGES, found, file, "--image-column")
+            counts = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
+        self.groups = pd.Series([0, *counts]).cumsum().tolist()  # first row of each, and the end
+        self.prompts, self.numbers = [None] * self.groups[-1], range(self.groups[-1])
+        if with_prompts:
+            name = column(caption, CAPTIONS, found, file, "--caption-column")
+            self.prompts = pq.read_table(file, columns=[name]).column(name).to_pylist()
+
+    def items(self, start: int, stop: int) -> Iterator[Item]:
+        """Yield rows; a row group that cannot be read is a fault of each of its rows."""
+        for group, first in enumerate(self.groups[:-1]):
+            if first < stop and self.groups[group + 1] > start:
+                for item in self._of_group(group, first):
+                    if start <= item.position < stop:
+                        yield item
+
+    def _of_group(self, group: int, first: int) -> Iterator[Item]:
+        row = first
+        try:
+            with open_parquet(self.file) as parquet:
+                for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[self.image]):
+                    for value in batch.column(0):
+                        yield self.item(row, value.as_py())
+                        row += 1
+        except READ_ERRORS as error:
+            for broken in range(row, self.groups[group + 1]):
+                fault = f"row group {group} cannot be read ({error})"
+                yield Item(broken, f"{self.name}:{broken}", self.prompts[broken] or "", None, fault)
+
+
+class JsonRows(_Rows):
+    """Offer JSON lines {"image": path, "caption": text}; paths start at the file's folder. Blank lines are skipped.
+
+    Raises:
+        DataError: there is no line.
+    """
+
+    unit = "line"
+
+    def __init__(self, file: Path, *, image: str | None = None, caption: str | None = None, with_prompts: bool = True):
+        super().__init__(file)
+        self.with_prompts = with_prompts
+        self.values: list[Any] = []
+        self.numbers = []
+        names, captions = (image,) if image else IMAGES, (caption,) if caption else CAPTIONS
+        with open(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    record = _parsed(line)
+                    self.numbers.append(number)
+                    self.values.append(next((record[name] for name in names if name in record), None))
+                    prompt = next((record[name] for name in captions if name in record), None)
+                    self.prompts.append(prompt if isinstance(prompt, str) and prompt.strip() else None)
+        if not self.values:
+            raise DataError(f"{file} is empty.")
+        if all(value is None for value in self.values):
+            raise DataError(f"No line of {file} is a JSON object with one of {', '.join(names)}.")
+
+    def items(self, start: int, stop: int) -> Iterator[Item]:
+        """Yield the pictures of these lines."""
+        for row in range(start, stop):
+            yield self.item(row, self.values[row])
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}  # no image: a fault of this line
+    return record if isinstance(record, dict) else {}
