@@ -1,4 +1,4 @@
-"""The command that compares models: evaluate."""
+"""The commands that compare models: evaluate, arena."""
 
 import shlex
 import sys
@@ -19,13 +19,18 @@ PROMPTS_HELP = (
     "GenEval's .jsonl, DPG's folder or .csv, Pick-a-Pic's parquet. KIND=PATH says which: parti=, hpdv2=, geneval=, "
     "dpg=, pickapic=."
 )
+JUDGE_HELP = (
+    "Of --protocol geneval and dpg: oracle (the embedded world), or MODULE:NAME of a detector or answerer of your own."
+)
 
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODELS_HELP)],
     prompts: Annotated[str, typer.Option(help=PROMPTS_HELP)],
-    scorers: Annotated[list[str], typer.Option("--with", help=options.SCORERS_HELP)],
     out: Annotated[Path, typer.Option(help="Folder for pictures, scores, summaries and reports.")],
+    scorers: Annotated[list[str] | None, typer.Option("--with", help=options.SCORERS_HELP)] = None,
+    protocol: Annotated[str | None, typer.Option(help="A benchmark's rules: geneval, dpg or hps.")] = None,
+    judge: Annotated[str, typer.Option(help=JUDGE_HELP)] = "oracle",
     seeds: Annotated[str, typer.Option(help="Pictures of every prompt: 0, 0,3,7 or 0-3 (both ends included).")] = "0",
     noise: Annotated[str, typer.Option(help="own: every prompt draws from other noise; shared: as generate.")] = "own",
     limit: options.Limit = None,
@@ -51,6 +56,8 @@ def evaluate(
     Example: `diffalign evaluate runs/dpo runs/mapo --show-base --prompts embedded --with oracle --out out/tiny`
 
     Example: `diffalign evaluate sdxl-base=... runs/dpo --prompts PartiPrompts.tsv --with pickscore,hpsv2.1 --out out/p`
+
+    Example: `diffalign evaluate runs/dpo --show-base --prompts embedded --protocol geneval --seeds 0-3 --out out/g`
     """
     from diffalign.evaluation.results import Bootstrap
     from diffalign.jobs import evaluate as job
@@ -61,7 +68,7 @@ def evaluate(
         specs=models,
         prompts=open_prompt_set(prompts, limit),
         seeds=parse_seeds(seeds),
-        scorers=scorers,
+        scorers=scorers or [],
         out=out,
         settings=options.sampling(steps, guidance_scale, negative_prompt, height, width, batch_size),
         baseline=baseline,
@@ -70,12 +77,35 @@ def evaluate(
         noise=noise,
         bootstrap=Bootstrap(resamples=resamples),
         gallery_size=gallery,
+        protocol=protocol,
+        judge=judge,
         torch_dtype=dtype,
         device=device,
     )
     job.evaluate(request, command=shlex.join(["diffalign", *sys.argv[1:]]), console=Console())
 
 
+def arena(
+    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="scores.parquet of `diffalign evaluate`.")],
+    scorer: Annotated[str | None, typer.Option(help="Who votes, if several scored.")] = None,
+    k: Annotated[int, typer.Option(help="Models a vote.")] = 4,
+    votes: Annotated[int, typer.Option(help="At most.")] = 200,
+    settled: Annotated[float, typer.Option(help="Stop when every sigma is below this.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the prompts drawn.")] = 0,
+) -> None:
+    """Rank many models from few votes over k of them at a time (K-Sort Arena), a scorer voting.
+
+    Ratings are Gaussian; every vote is between the model seen least and those of like skill it has rarely met. With
+    people instead of a scorer: `diffalign label --rank 4`.
+
+    Example: `diffalign arena out/tiny/scores.parquet --scorer oracle --k 3`
+    """
+    from diffalign.jobs.arena import arena as run
+
+    run(scores, scorer=scorer, k=k, votes=votes, settled=settled, seed=seed, console=Console())
+
+
 def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command()(evaluate)
+    """Add the commands."""
+    for command in (evaluate, arena):
+        app.command()(command)

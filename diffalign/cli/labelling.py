@@ -14,35 +14,41 @@ def label(
         list[str] | None,
         typer.Argument(metavar="[FOLDER]...", help="Drawn by `diffalign generate`; or name=FOLDER."),
     ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank so many pictures at a time, each by another model.")] = None,
     votes: Annotated[Path, typer.Option(help="The SQLite file of votes; made if missing.")] = Path("votes.sqlite"),
     host: Annotated[str, typer.Option(help="Where to listen. 0.0.0.0 lets others on the network in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes any free one.")] = 8000,
     export: Annotated[
         Path | None, typer.Option(help="Instead: write the votes as training pairs into this .parquet file.")
     ] = None,
-    layout: Annotated[str, typer.Option("--as", help="Of --export: majority, share or votes.")] = "majority",
+    layout: Annotated[
+        str, typer.Option("--as", help="Of --export: majority, share, votes or lists (of --rank).")
+    ] = "majority",
     results: Annotated[bool, typer.Option("--results", help="Instead: print win rates and agreement.")] = False,
 ) -> None:
-    """Let people choose between two pictures in a browser, not knowing which model drew them.
+    """Let people choose between two pictures, or rank several, in a browser, not knowing which model drew them.
 
-    Sides are random; a tie is an answer; arrow keys vote, u goes back. Every rater judges under a name of their own and
-    may stop and go on at any time. The server listens on this machine only, and a vote survives a crash.
+    Sides are random; a tie is an answer; arrow keys vote, 1, 2, ... rank, and u goes back. Every rater judges
+    under a name of their own and may stop and go on at any time. The server listens on this machine only, and a vote
+    survives a crash.
 
     Example: `diffalign label out/base out/dpo --votes votes.sqlite`
+
+    Example: `diffalign label out/base out/dpo out/mapo out/inpo --rank 4 --votes votes.sqlite`
 
     Example: `diffalign label --votes votes.sqlite --results --export data/human/train.parquet`
     """
     from diffalign.jobs import label as job
 
     console = Console()
-    if (export or results) and folders:
-        raise UserError("--export and --results read votes that are there: leave out the folders.")
+    if (export or results) and (folders or rank):
+        raise UserError("--export and --results read votes that are there: leave out the folders and --rank.")
     if results:
         job.results(votes, console)
     if export:
         job.export(votes, export, layout, console)
     if not export and not results:
-        job.label(folders or [], votes, host=host, port=port, console=console)
+        job.label(folders or [], votes, rank=rank, host=host, port=port, console=console)
 
 
 def register(app: typer.Typer) -> None:

@@ -1,12 +1,10 @@
-"""Commands that draw and judge pictures: generate, grid, score."""
+"""Commands that draw pictures: generate, grid."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-
-from diffalign.errors import UserError
 
 MODEL_HELP = "A hub id, folder, .safetensors file, LoRA, or training run such as runs/demo. dpo=runs/demo names it dpo."
 SCORERS_HELP = "Scorers: pickscore,hpsv2.1,oracle. Own weights: pickscore=assets/tiny-pickscore."
@@ -71,7 +69,7 @@ def generate(
 
 def grid(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL_HELP)],
-    out: Annotated[Path, typer.Option(help="The figure: .png, .jpg or .webp.")] = Path("grid.png"),
+    out: Annotated[Path, typer.Option(help="The figure: .png, .jpg, .webp or .pdf.")] = Path("grid.png"),
     prompts: PromptFile = None,
     prompt: PromptTexts = None,
     seeds: Seeds = "0",
@@ -79,7 +77,16 @@ def grid(
     scorers: Annotated[list[str] | None, typer.Option("--with", help=SCORERS_HELP)] = None,
     base: Base = None,
     show_base: Annotated[bool, typer.Option("--show-base", help="Add the base of the first LoRA or UNet.")] = False,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Columns are the checkpoints of the runs.")
+    ] = False,
+    sweep: Annotated[
+        str | None, typer.Option(help="Columns are guidance_scale=1,3,5, steps=... or lora_scale=0,1.")
+    ] = None,
     title: Annotated[str, typer.Option(help="Set above the figure.")] = "",
+    cell: Annotated[int | None, typer.Option(help="Side of a picture in pixels, 64 or more.")] = None,
+    theme: Annotated[str, typer.Option(help="light or dark.")] = "light",
+    font: Annotated[Path | None, typer.Option(help="A TrueType file, for scripts that DejaVu Sans lacks.")] = None,
     steps: Steps = 30,
     guidance_scale: Guidance = 5.0,
     negative_prompt: NegativePrompt = "",
@@ -94,53 +101,29 @@ def grid(
 ) -> None:
     """Draw one figure: prompts and seeds down, models across, from the same noise, with scores below each picture.
 
-    LoRAs and UNets of one base model load it once. --negative-lora holds for all columns.
+    LoRAs and UNets of one base model load it once. --negative-lora holds for all columns. A figure of many rows is
+    written in pages: of one PDF, or grid-1.png, grid-2.png, ...
 
     Example: `diffalign grid runs/dpo runs/mapo --show-base --prompt "a red circle" --seeds 0-3 --with pickscore`
+
+    Example: `diffalign grid runs/dpo --checkpoints --prompts p.txt --out grid.pdf`
+
+    Example: `diffalign grid runs/dpo --sweep guidance_scale=1,3,5,7.5 --prompt "a red circle"`
     """
+    from diffalign.evaluation import Look
     from diffalign.jobs import generate as request
     from diffalign.jobs.grid import grid as run
+    from diffalign.jobs.grid import subtitle
     from diffalign.jobs.negative import Negative
 
     texts, numbers = request.read_request(prompts, prompt, seeds, limit)
     settings = sampling(steps, guidance_scale, negative_prompt, height, width, batch_size)
-    options = {"base": base, "show_base": show_base, "scorers": scorers or (), "title": title}
-    options["negative"] = Negative.of(negative_lora, negative_scale, policy_scale)
+    negative = Negative.of(negative_lora, negative_scale, policy_scale)
+    said = subtitle(settings, sweep, negative)
+    look = Look(title=title, subtitle=said, cell=cell, theme=theme, font=str(font) if font else None)
+    options = {"base": base, "show_base": show_base, "scorers": scorers or (), "negative": negative}
+    options |= {"checkpoints": checkpoints, "sweep": sweep, "look": look}
     run(models, texts, numbers, out, settings, **options, torch_dtype=dtype, device=device, console=Console())
-
-
-def score(
-    images: Annotated[list[str] | None, typer.Argument(metavar="[IMAGES]...", help="Files, folders, globs.")] = None,
-    scorers: Annotated[list[str] | None, typer.Option("--with", help=SCORERS_HELP)] = None,
-    out: Annotated[Path, typer.Option(help="The scores: .parquet, .csv or .jsonl.")] = Path("scores.parquet"),
-    prompts: Annotated[Path | None, typer.Option(help="One prompt a picture, in the order of their names.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="One prompt for all pictures.")] = None,
-    pairs: Annotated[
-        str | None, typer.Option(help="Score preference pairs instead: parquet, .jsonl, w/ and l/, or a hub data set.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of the pairs.")] = "train",
-    limit: Annotated[int | None, typer.Option(help="Use only the first so many pairs.")] = None,
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="List and leave out broken pictures.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 32,
-    device: Device = "auto",
-) -> None:
-    """Score pictures for their prompts, or preference pairs.
-
-    A folder drawn by `diffalign generate` knows its prompts; other pictures need --prompts or --prompt. For pairs the
-    table says how often each scorer agrees with people, and with what probability it prefers the chosen image.
-
-    Example: `diffalign score out/base out/dpo --with pickscore,hpsv2.1 --out scores.csv`
-
-    Example: `diffalign score --pairs assets/tiny-pairs --with oracle,pickscore=assets/tiny-pickscore`
-    """
-    from diffalign.jobs import score as job
-
-    _check_scoring(images, pairs, prompts is not None or prompt is not None, split, limit, batch_size)
-    common = {"skip_broken": skip_broken, "batch_size": batch_size, "device": device, "console": Console()}
-    if pairs:
-        job.score_pairs(pairs, out, scorers or [], split=split, limit=limit, **common)
-    else:
-        job.score_images(images, out, scorers or [], prompts_file=prompts, prompt=prompt, **common)
 
 
 def sampling(steps: int, guidance_scale: float, negative_prompt: str, height, width, batch_size: int):
@@ -157,19 +140,7 @@ def sampling(steps: int, guidance_scale: float, negative_prompt: str, height, wi
     )
 
 
-def _check_scoring(images, pairs, has_prompts: bool, split: str, limit: int | None, batch_size: int) -> None:
-    if bool(images) == bool(pairs):
-        got = "both" if images else "neither"
-        raise UserError(f"Give IMAGES (files, folders, globs) or --pairs SOURCE; got {got}.")
-    if pairs and has_prompts:
-        raise UserError("Pairs carry their prompts: leave out --prompts and --prompt.")
-    if images and (split != "train" or limit is not None):
-        raise UserError("--split and --limit belong to --pairs: leave them out, or name fewer IMAGES.")
-    if batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {batch_size}.")
-
-
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (generate, grid, score):
+    for command in (generate, grid):
         app.command()(command)

@@ -16,6 +16,7 @@ from diffalign.evaluation.generation import SamplingSettings, generate, generate
 from diffalign.evaluation.grid import comparison_grid, grid_of, save_grid
 from diffalign.evaluation.manifest import Manifest
 from diffalign.evaluation.negative_branch import with_negative_branch
+from diffalign.evaluation.pages import Look, save_pages
 from diffalign.evaluation.report import write_report
 from diffalign.evaluation.results import AttributeResult, Bootstrap, ScorerResult
 from diffalign.evaluation.scoring import attribute_table, score_table
@@ -26,6 +27,7 @@ __all__ = [
     "Bootstrap",
     "Comparison",
     "Evaluation",
+    "Look",
     "Manifest",
     "SamplingSettings",
     "ScorerResult",
@@ -37,6 +39,7 @@ __all__ = [
     "pick_prompts",
     "prompt_plan",
     "save_grid",
+    "save_pages",
     "score_table",
     "with_negative_branch",
     "write_report",

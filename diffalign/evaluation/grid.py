@@ -15,12 +15,14 @@ from diffalign.evaluation.typesetting import THEMES, Layout, Painter
 
 Scores = Sequence[Sequence[Mapping[str, float]]]
 
-_SAVE_OPTIONS = {
-    ".png": ("PNG", {"optimize": True}, None),
+SAVE_OPTIONS: dict[str, tuple[str, dict[str, Any], int | None]] = {
+    ".png": ("PNG", {}, None),
     ".jpg": ("JPEG", {"quality": 92, "subsampling": 0}, 65_500),
     ".jpeg": ("JPEG", {"quality": 92, "subsampling": 0}, 65_500),
-    ".webp": ("WEBP", {"quality": 90, "method": 6}, 16_383),
+    ".webp": ("WEBP", {"quality": 90, "method": 4}, 16_383),
+    ".pdf": ("PDF", {"quality": 92, "resolution": 150.0}, None),
 }
+SUFFIXES = tuple(SAVE_OPTIONS)
 
 
 def comparison_grid(
@@ -56,15 +58,11 @@ def comparison_grid(
     Raises:
         DataError: for lists whose lengths do not fit together or pictures that cannot be read.
     """
-    _check_lengths(rows, columns, images, captions, scores)
-    if theme not in THEMES:
-        raise UserError(f'Unknown theme "{theme}". Available: {", ".join(THEMES)}.')
+    check_lengths(rows, columns, images, captions, scores)
     pictures = [[open_image(image) for image in line] for line in images]
-    cell = cell or _default_cell(pictures)
-    if cell < 64:
-        raise UserError(f"A cell of the grid must be at least 64 pixels, got {cell}. 256 is usual.")
+    cell = cell or default_cell(max(picture.width for line in pictures for picture in line))
     names = list(scores[0][0]) if scores else []
-    layout = Layout(cell, len(columns), len(names), title, subtitle, THEMES[theme], str(font) if font else None)
+    layout = layout_of(cell, len(columns), len(names), title, subtitle, theme, font)
     tops, top = [], layout.first_row
     heights = [max(picture.height * cell // picture.width for picture in line) for line in pictures]
     for height in heights:
@@ -126,16 +124,38 @@ def grid_of(
 
 
 def save_grid(grid: Image.Image, file: str | Path) -> Path:
-    """Write the figure as PNG, JPEG or WebP by the suffix of `file`; raise UserError if that cannot hold it."""
+    """Write the figure as PNG, JPEG, WebP or PDF by the suffix of `file`; raise UserError if that cannot hold it."""
     file = Path(file)
-    if file.suffix.lower() not in _SAVE_OPTIONS:
-        raise UserError(f'Cannot write a grid as "{file.suffix}". Use {", ".join(_SAVE_OPTIONS)}.')
-    kind, options, limit = _SAVE_OPTIONS[file.suffix.lower()]
+    check_suffix(file)
+    kind, _, limit = SAVE_OPTIONS[file.suffix.lower()]
     if limit and max(grid.size) > limit:
         raise UserError(f"{kind} holds at most {limit} pixels a side, the grid has {max(grid.size)}. Use .png.")
     with atomic_write(file) as temporary:
-        grid.save(temporary, format=kind, **options)
+        encode(grid, temporary, file.suffix.lower())
     return file
+
+
+def check_suffix(file: Path) -> None:
+    """Raise UserError unless a grid can be written as `file`."""
+    if file.suffix.lower() not in SAVE_OPTIONS:
+        raise UserError(f'Cannot write a grid as "{file.suffix}". Use {", ".join(SAVE_OPTIONS)}.')
+
+
+def encode(grid: Image.Image, file: Path, suffix: str, append: bool = False) -> None:
+    """Write a figure in the format of a suffix; `append` adds a page to a PDF that is there."""
+    kind, options, _ = SAVE_OPTIONS[suffix]
+    grid.save(file, format=kind, **options, **({"append": True} if append else {}))
+
+
+def layout_of(
+    cell: int, columns: int, scorers: int, title: str, subtitle: str, theme: str, font: str | Path | None
+) -> Layout:
+    """Return the measures of a grid; raise UserError for a theme or cell that cannot be."""
+    if theme not in THEMES:
+        raise UserError(f'Unknown theme "{theme}". Available: {", ".join(THEMES)}.')
+    if cell < 64:
+        raise UserError(f"A cell of the grid must be at least 64 pixels, got {cell}. 256 is usual.")
+    return Layout(cell, columns, scorers, title, subtitle, THEMES[theme], str(font) if font else None)
 
 
 def _winners(scores: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, int | None]:
@@ -148,18 +168,19 @@ def _winners(scores: Sequence[Mapping[str, float]], names: Sequence[str]) -> dic
     return winners
 
 
-def _default_cell(pictures: Sequence[Sequence[Image.Image]]) -> int:
-    side = max(picture.width for line in pictures for picture in line)
+def default_cell(side: int) -> int:
+    """Return how wide a cell is for pictures `side` pixels wide."""
     return min(512, side * max(1, round(384 / side)))
 
 
-def _check_lengths(
+def check_lengths(
     rows: Sequence[str],
     columns: Sequence[str],
     images: Sequence[Sequence[ImageLike]],
     captions: Sequence[str],
     scores: Scores | None,
 ) -> None:
+    """Raise DataError for lists whose lengths do not fit together."""
     if not rows or not columns:
         raise DataError(f"A grid needs at least one row and column, got {len(rows)} rows and {len(columns)} columns.")
     for name, table in (("images", images), ("scores", scores)):

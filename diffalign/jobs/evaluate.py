@@ -17,18 +17,18 @@ from diffalign.evaluation import (
     SamplingSettings,
     attribute_table,
     generate_to,
-    hps_benchmark,
     published,
     score_table,
     write_report,
 )
-from diffalign.evaluation.manifest import FILE_NAME, atomic_write
+from diffalign.evaluation.manifest import FILE_NAME
 from diffalign.evaluation.prompt_sets import PromptSet
 from diffalign.evaluation.results import Bootstrap
 from diffalign.evaluation.scoring import format_score
-from diffalign.jobs import grid, models, tables
+from diffalign.jobs import grid, models, protocols, tables
 from diffalign.jobs import scorers as scoring
 from diffalign.jobs.train import versions
+from diffalign.yaml_text import parse_yaml
 
 STRIDE = 1_000_000  # between the seeds of neighbouring prompts
 NOISES = ("own", "shared")
@@ -41,7 +41,7 @@ class Request:
     specs: Sequence[str]  # models, or folders of pictures drawn by `diffalign generate`
     prompts: PromptSet
     seeds: Sequence[int]
-    scorers: Sequence[str]
+    scorers: Sequence[str]  # may be empty where a protocol judges
     out: Path
     settings: SamplingSettings
     baseline: str | None = None  # a name of the models; None: the first
@@ -50,12 +50,17 @@ class Request:
     noise: str = "own"  # every prompt its own, or the same for all
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     gallery_size: int = 96
+    protocol: str | None = None  # geneval, dpg or hps: a benchmark with rules of its own
+    judge: str = protocols.ORACLE  # of geneval and dpg: the detector or answerer
     torch_dtype: str = "auto"
     device: str = "auto"
 
     def __post_init__(self) -> None:
         """Raise UserError for what can be known to be wrong before anything is drawn."""
-        scoring.parse(self.scorers)
+        if self.protocol:
+            protocols.check(self.protocol, self.prompts, self.scorers, self.seeds)
+        if self.scorers or self.protocol not in protocols.JUDGED:
+            scoring.parse(self.scorers)
         if self.noise not in NOISES:
             raise UserError(f'--noise must be one of {", ".join(NOISES)}, got "{self.noise}".')
         if self.noise == "own" and max(self.seeds) >= STRIDE:
@@ -92,16 +97,18 @@ def evaluate(request: Request, *, command: str = "", console: Console) -> Evalua
         raise UserError(f'--baseline "{baseline}" is none of {", ".join(names)}.{suggestion(baseline, names)}')
     if len(names) < 2:
         raise UserError(f"There is only {names[0]}: name at least one more model, or add its base with --show-base.")
+    examiner = protocols.examiner(request.protocol, request.prompts, request.judge)
     manifests = _draw(columns, request, console)
     for name in names[1:]:
         manifests[names[0]].require_comparable(manifests[name])
-    result = _score(manifests, baseline, request)
+    result = _score(manifests, baseline, request, examiner)
     extra = {"prompt_set": request.prompts.name, "models_drawn": {n: m.identity for n, m in manifests.items()}}
     extra |= {"seeds": list(request.seeds), "noise": request.noise, "versions": versions(), "command": command}
-    extra |= _hps_benchmark(result, request)
+    extra |= protocols.hps(result, request.prompts, request.seeds, request.out, console)
+    extra |= protocols.write(examiner, request.seeds, request.out, console)
     extra |= _published(result, request, console)
     result.write(request.out, extra)
-    _report(result, manifests, request, command)
+    _report(result, manifests, columns, request, command)
     console.print(summary(result))
     console.print(f"Look at {request.out}/report.html and {request.out}/summary.md.", markup=False, highlight=False)
     return result
@@ -203,13 +210,18 @@ def _drawn_before(folder: Path, pictures: pd.DataFrame) -> Manifest:
     return replace(manifest, table=table[["prompt_id", "prompt", "seed", "file"]])
 
 
-def _score(manifests: Mapping[str, Manifest], baseline: str, request: Request) -> Evaluation:
-    judges = scoring.load(request.scorers, request.device)
+def _score(
+    manifests: Mapping[str, Manifest], baseline: str, request: Request, examiner: protocols.Examiner | None
+) -> Evaluation:
+    judges = scoring.load(request.scorers, request.device) if request.scorers else []
     scores, attributes = [], []
     for name, manifest in manifests.items():
         what = manifest.paths, manifest.prompts, judges
-        scores.append(score_table(*what, model=name, progress=True, **manifest.columns))
-        attributes.append(attribute_table(*what, model=name, **manifest.columns))
+        if judges:
+            scores.append(score_table(*what, model=name, progress=True, **manifest.columns))
+            attributes.append(attribute_table(*what, model=name, **manifest.columns))
+        if examiner is not None:
+            scores.append(examiner.examine(name, manifest))
     known = [table for table in attributes if table is not None]
     kinds = request.prompts.categories
     return Evaluation(
@@ -220,25 +232,6 @@ def _score(manifests: Mapping[str, Manifest], baseline: str, request: Request) -
         bootstrap=request.bootstrap,
         settings=manifests[baseline].settings,
     )
-
-
-def _hps_benchmark(result: Evaluation, request: Request) -> dict[str, Any]:
-    """Return HPSv2's benchmark of every model and version of HPSv2, if all its prompts were drawn once."""
-    styles = request.prompts.table
-    whole = request.prompts.name == "hpdv2" and len(styles) == len(hps_benchmark.STYLES) * hps_benchmark.PROMPTS
-    judges = [name for name in result.scorers if name.startswith("hpsv2")]
-    if not (whole and judges and len(request.seeds) == 1):
-        return {}
-    scores = result.scores.merge(styles[["prompt_id", "style"]], on="prompt_id")
-    rows = [
-        part.assign(model=model, scorer=scorer)
-        for (model, scorer), own in scores[scores["scorer"].isin(judges)].groupby(["model", "scorer"], sort=False)
-        for part in [hps_benchmark.benchmark(own, prompts=hps_benchmark.PROMPTS, styles=hps_benchmark.STYLES)]
-    ]
-    table = pd.concat(rows, ignore_index=True)[["model", "scorer", "style", "score", "spread", "n"]]
-    with atomic_write(request.out / "hps_benchmark.csv") as file:
-        table.to_csv(file, index=False)
-    return {"hps_benchmark": table.to_dict("records")}
 
 
 def _published(result: Evaluation, request: Request, console: Console) -> dict[str, Any]:
@@ -257,17 +250,35 @@ def _published(result: Evaluation, request: Request, console: Console) -> dict[s
     return {"published": found.astype(object).where(found.notna(), None).to_dict("records")}
 
 
-def _report(result: Evaluation, manifests: Mapping[str, Manifest], request: Request, command: str) -> None:
+def _report(
+    result: Evaluation,
+    manifests: Mapping[str, Manifest],
+    columns: Sequence[_Column],
+    request: Request,
+    command: str,
+) -> None:
     """Write report.html about the first model compared, and a page for each further one."""
     first = result.models[0]
     pages = {name: "report.html" if name == first else f"report-{slug(name)}.html" for name in result.models}
+    weights = {column.name: column.model and column.model.weights for column in columns}
     for name, page in pages.items():
         write_report(
             request.out / page,
             result.comparisons[name],
             {model: manifests[model].images for model in (result.baseline, name)},
+            **_training(weights[name]),
             command=command,
             gallery_size=request.gallery_size,
             evaluation=result,
             pages=pages,
         )
+
+
+def _training(weights: str | None) -> dict[str, Any]:
+    """Return metrics and configuration of the run that left these weights, as far as they are there."""
+    run = models.run_of(Path(weights)) if weights else None
+    if run is None:
+        return {}
+    metrics = run / "metrics.jsonl"
+    config = parse_yaml((run / models.RUN_FILE).read_text(encoding="utf8"), str(run / models.RUN_FILE))
+    return {"metrics": metrics if metrics.is_file() else None, "config": config}

@@ -1,21 +1,24 @@
 """`diffalign grid`: the same prompts and the same noise through several models, side by side."""
 
+import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from PIL import Image
 from rich.console import Console
 
+from diffalign.backbones.adapters import active_adapters, adapter_mix, has_adapters
 from diffalign.errors import UserError
-from diffalign.evaluation import SamplingSettings, comparison_grid, generate, save_grid, score_table
+from diffalign.evaluation import Look, SamplingSettings, generate_to, save_pages, score_table
+from diffalign.evaluation.grid import check_suffix
 from diffalign.jobs import models, tables
 from diffalign.jobs import scorers as scoring
+from diffalign.jobs.grid_columns import Column, Sweep, checkpoints_of, swept
 from diffalign.jobs.negative import Negative, loader
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MAX_ROWS = 200
+Rows = Sequence[tuple[str, int]]  # prompt and seed
 
 
 def grid(
@@ -28,69 +31,92 @@ def grid(
     base: str | None = None,
     negative: Negative | None = None,
     show_base: bool = False,
+    checkpoints: bool = False,
+    sweep: str | None = None,
     scorers: Sequence[str] = (),
-    title: str = "",
+    look: Look | None = None,
     torch_dtype: str = "auto",
     device: str = "auto",
     console: Console,
 ) -> pd.DataFrame | None:
     """Draw prompts and seeds down and models across, with scores below each picture; return the scores.
 
+    Pictures lie on the disk until their page is painted, so the length of a grid is not bound by memory.
+
     Raises:
         UserError: a figure that cannot be written as asked, found before anything is drawn.
     """
-    _check_figure(out, len(prompts) * len(seeds))
-    wanted = columns(specs, base, show_base, base_is_used=negative is not None)
+    check_suffix(out)
+    found = columns(checkpoints_of(specs) if checkpoints else specs, base, show_base, base_is_used=negative is not None)
+    wanted = swept(found, settings, Sweep.parse(sweep) if sweep else None)
     if negative is not None:
-        negative.check(settings.guidance_scale, wanted)
+        negative.check(min(column.settings.guidance_scale for column in wanted), found)
     drawing = loader(negative, base, torch_dtype, device)
     judges = scoring.load(scorers, device) if scorers else []
     rows = [(prompt, seed) for prompt in prompts for seed in seeds]
-    pictures = draw(wanted, rows, settings, drawing, console)
-    scores = _score(pictures, rows, judges) if judges else None
-    names = [model.name for model in wanted]
-    figure = comparison_grid(
-        [f"seed {seed}" for _, seed in rows],
-        names,
-        [[pictures[name][row] for name in names] for row in range(len(rows))],
-        [prompt for prompt, _ in rows],
-        None if scores is None else _by_cell(scores, names, len(rows)),
-        title=title,
-        subtitle=f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}"
-        f"{f', negative branch {negative.spec}' if negative else ''}, same noise along a row",
-    )
-    save_grid(figure, out)
+    names = [column.name for column in wanted]
+    with tempfile.TemporaryDirectory(prefix="diffalign-grid-") as folder:
+        pictures = draw(wanted, rows, Path(folder), drawing, console)
+        scores = _score(pictures, rows, judges) if judges else None
+        files = save_pages(
+            out,
+            [f"seed {seed}" for _, seed in rows],
+            names,
+            [[pictures[name][row] for name in names] for row in range(len(rows))],
+            [prompt for prompt, _ in rows],
+            None if scores is None else _by_cell(scores, names, len(rows)),
+            look=look,
+        )
     if scores is not None:
         console.print(tables.means(scores))
-    console.print(f"{len(rows)} rows of {len(names)} pictures: {out}", markup=False, highlight=False)
+    said = f"{out}" if len(files) == 1 else f"{len(files)} pages, {files[0]} to {files[-1]}"
+    console.print(f"{len(rows)} rows of {len(names)} pictures: {said}", markup=False, highlight=False)
     return scores
 
 
+def subtitle(settings: SamplingSettings, sweep: str | None, negative: Negative | None) -> str:
+    """Return what all pictures of a grid have in common, but for what is swept."""
+    swept_setting = sweep.partition("=")[0] if sweep else ""
+    parts = [
+        f"{settings.num_inference_steps} steps" if swept_setting != "steps" else "",
+        f"guidance {settings.guidance_scale:g}" if swept_setting != "guidance_scale" else "",
+        f"negative branch {negative.spec}" if negative else "",
+        "same noise along a row",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
 def draw(
-    wanted: Sequence[models.Model],
-    rows: Sequence[tuple[str, int]],
-    settings: SamplingSettings,
-    loader: models.ModelLoader,
-    console: Console,
-) -> dict[str, list[Image.Image]]:
-    """Return the pictures of every model by its name, loading a base that several share once."""
-    pictures: dict[str, list[Image.Image]] = {}
-    for base in dict.fromkeys(model.base for model in wanted):
-        for model in (model for model in wanted if model.base == base):
+    wanted: Sequence[Column], rows: Rows, folder: Path, loader: models.ModelLoader, console: Console
+) -> dict[str, list[Path]]:
+    """Return the picture files of every column by its name, loading a base or a model that several share once."""
+    files: dict[str, list[Path]] = {}
+    for base in dict.fromkeys(column.model.base for column in wanted):
+        for model in dict.fromkeys(column.model for column in wanted if column.model.base == base):
             console.print(f"Drawing with {model.name}", markup=False, highlight=False)
-            pipeline = loader.load(model).pipeline
-            pictures[model.name] = generate(pipeline, *map(list, zip(*rows, strict=True)), settings)
-    return pictures
+            loaded = loader.load(model)
+            for column in (column for column in wanted if column.model == model):
+                with _scaled(loaded, column.lora_scale):
+                    manifest = generate_to(
+                        folder / str(len(files)),
+                        loaded.pipeline,
+                        *map(list, zip(*rows, strict=True)),
+                        column.settings,
+                        identity=column.name,
+                        prompt_ids=range(len(rows)),
+                    )
+                files[column.name] = manifest.paths
+    return files
 
 
-def _check_figure(out: Path, rows: int) -> None:
-    if out.suffix.lower() not in SUFFIXES:
-        raise UserError(f'Cannot write a grid as "{out}": expected a name ending in {", ".join(SUFFIXES)}.')
-    if rows > MAX_ROWS:
-        raise UserError(
-            f"A grid of {rows} rows (prompts x seeds) is no figure any more; {MAX_ROWS} is the most. Use --limit, "
-            "fewer seeds, or `diffalign generate` for many pictures."
-        )
+def _scaled(loaded: models.LoadedModel, scale: float):
+    """Return a context in which the LoRA acts times `scale`."""
+    if scale == 1:
+        return nullcontext()
+    unet = loaded.pipeline.unet
+    if not has_adapters(unet):
+        raise UserError(f"--sweep lora_scale has no effect on {loaded.name}: it is no LoRA. Leave it out.")
+    return adapter_mix(unet, dict.fromkeys(active_adapters(unet), scale))()
 
 
 def columns(specs: Sequence[str], base: str | None, show_base: bool, base_is_used: bool) -> list[models.Model]:
@@ -106,9 +132,7 @@ def columns(specs: Sequence[str], base: str | None, show_base: bool, base_is_use
     return [models.base_of(first), *wanted]
 
 
-def _score(
-    pictures: dict[str, list[Image.Image]], rows: Sequence[tuple[str, int]], judges: Sequence[Any]
-) -> pd.DataFrame:
+def _score(pictures: dict[str, list[Path]], rows: Rows, judges: Sequence[Any]) -> pd.DataFrame:
     prompts, seeds = map(list, zip(*rows, strict=True))
     parts = [score_table(images, prompts, judges, model=name, seed=seeds) for name, images in pictures.items()]
     return pd.concat(parts, ignore_index=True)

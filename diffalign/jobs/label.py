@@ -1,7 +1,8 @@
 """`diffalign label`: people choose between pictures; what they said becomes numbers, and training pairs."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,35 +13,49 @@ from diffalign.errors import DataError, UserError
 from diffalign.evaluation import Manifest
 from diffalign.evaluation.arena import Arena
 from diffalign.evaluation.statistics import binomial_test, holm, paired_bootstrap, wilson_interval
-from diffalign.jobs import models, tables
-from diffalign.labelling import Votes, agreement_of
+from diffalign.jobs import arena, models, tables
+from diffalign.labelling import Rankings, Votes, agreement_of
 from diffalign.labelling.app import LOOPBACK, serve
+from diffalign.labelling.rankings import MOST, as_votes, list_tasks
 from diffalign.labelling.store import pair_tasks
 
-Layout = Literal["majority", "share", "votes"]
-LAYOUTS = ("majority", "share", "votes")
+Layout = Literal["majority", "share", "votes", "lists"]
+LAYOUTS = ("majority", "share", "votes", "lists")
 
 
-def label(folders: Sequence[str], file: Path, *, host: str, port: int, console: Console) -> None:
-    """Add the pairs of the folders to a file of votes, and serve the page until interrupted.
+def label(folders: Sequence[str], file: Path, *, rank: int | None, host: str, port: int, console: Console) -> None:
+    """Add the pictures of the folders to a file of votes, and serve the page until interrupted.
 
     Args:
         folders: drawn by `diffalign generate` or `evaluate`, alone or as name=folder; none to go on with what is there.
         file: of votes; made if missing.
+        rank: k pictures to rank, each by another model; None for two to choose from.
         host: where to listen.
         port: 0 takes a free one.
         console: is told the address.
     """
-    added = _tasks(folders)
-    with Votes(file) as votes:
+    named = _named(folders)
+    if rank is not None and not 3 <= rank <= min(MOST, len(named) or MOST):
+        raise UserError(
+            f"--rank takes 3 to {MOST} pictures, no more than there are folders ({len(named)}); got {rank}."
+        )
+    added = list_tasks(named, rank) if rank else pair_tasks(named)
+    _require_files(task.files if rank else (task.file_a, task.file_b) for task in added)
+    with Rankings(file, propose) if rank else Votes(file) as votes:
         new = votes.add(added)
         _, total = votes.progress("")
+        what = "lists to rank" if rank else "pairs to judge"
         if not total:
-            raise UserError(f"{file} holds no pair to judge. Name two or more folders of pictures of the same prompts.")
-        console.print(f"{total} pairs to judge, {new} of them new; votes go to {file}", markup=False, highlight=False)
+            raise UserError(f"{file} holds no {what}. Name two or more folders of pictures of the same prompts.")
+        console.print(f"{total} {what}, {new} of them new; votes go to {file}", markup=False, highlight=False)
         if host not in LOOPBACK:
             console.print(f"Anyone who can reach {host} can vote and see the pictures.", markup=False, highlight=False)
         serve(votes, host, port, _announcer(console))
+
+
+def propose(names: Sequence[str], rankings: pd.DataFrame, k: int) -> list[str]:
+    """Return the models that the next ranking tells most about, after the rankings so far."""
+    return _rated(names, ((row.models, row.ranks) for row in rankings.itertuples())).next_match(k)
 
 
 def export(file: Path, out: Path, layout: Layout, console: Console) -> int:
@@ -50,14 +65,19 @@ def export(file: Path, out: Path, layout: Layout, console: Console) -> int:
         file: of votes.
         out: a .parquet file, read by `diffalign train`, `filter` and `score --pairs`.
         layout: "majority": a pair judged, won by whichever more raters chose, a draw being a tie; "share": a pair
-            judged, with the share of the raters as a soft label; "votes": a row a vote.
+            judged, with the share of the raters as a soft label; "votes": a row a vote; "lists": a ranked list a row
+            with a column of scores for every rater. Rankings count as votes on every two of their pictures.
         console: is told what was written.
     """
     if out.suffix != ".parquet":
         raise DataError(f'Training pairs are written as parquet, got "{out}". Give a name that ends in .parquet.')
     if layout not in LAYOUTS:
         raise UserError(f'--as must be one of {", ".join(LAYOUTS)}, got "{layout}".')
-    rows = list(_judged(_read(file), layout).to_dict("records"))
+    if layout == "lists":
+        return _export_lists(file, out, console)
+    judged = _judged(_read(file)[0], layout)
+    judged["ranking_id"] = pd.factorize(judged["task"])[0] + 1
+    rows = list(judged.to_dict("records"))
     per_prompt = pd.Series([row["prompt"] for row in rows]).value_counts()
     written = ((_pair(row, int(per_prompt[row["prompt"]]))) for row in rows)
     count = tables.write_rows(written, out, f"There is no vote in {file} yet.")
@@ -68,13 +88,13 @@ def export(file: Path, out: Path, layout: Layout, console: Console) -> int:
 
 def results(file: Path, console: Console) -> dict[str, Any]:
     """Return and show who was preferred how often, how sure that is, and how far the raters agree."""
-    votes = _read(file)
+    votes, rankings = _read(file)
     if votes.empty:
         raise DataError(f"There is no vote in {file} yet.")
     rows = [_of_models(a, b, part) for (a, b), part in votes.groupby(["model_a", "model_b"], sort=False)]
     for row, p in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
         row["p_value_holm"] = p
-    ranking = _ranking(votes)
+    ranking = _ranking(votes, rankings)
     table = tables.plain("model", "against", "win rate", "95 % interval", "won/tied/lost", "prompts", "p")
     for r in rows:
         interval = "n/a" if pd.isna(r["ci_low"]) else f"{100 * r['ci_low']:.1f} to {100 * r['ci_high']:.1f}%"
@@ -82,6 +102,8 @@ def results(file: Path, console: Console) -> dict[str, Any]:
         p = "< 0.001" if r["p_value_holm"] < 0.001 else f"{r['p_value_holm']:.3f}"
         table.add_row(r["model_a"], r["model_b"], f"{100 * r['win_rate']:.1f}%", interval, counts, str(r["prompts"]), p)
     console.print(table)
+    if len(ranking) > 2:
+        console.print(arena.show(ranking))
     found = agreement_of(votes)
     shared = f"{found['shared_tasks']} pairs judged by several of {found['raters']} raters"
     equal = f"{100 * found['share_equal']:.1f}% of votes on them equal, " if found["shared_tasks"] else ""
@@ -90,7 +112,8 @@ def results(file: Path, console: Console) -> dict[str, Any]:
     return {"pairs": rows, "ranking": ranking.to_dict("records"), "agreement": found}
 
 
-def _tasks(folders: Sequence[str]) -> list[Any]:
+def _named(folders: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
+    """Return name and pictures (with absolute files) of every folder; all show the same prompts."""
     named: list[tuple[str, pd.DataFrame]] = []
     for spec in folders:
         name, place = models.split_name(spec)
@@ -106,21 +129,47 @@ def _tasks(folders: Sequence[str]) -> list[Any]:
         both = named[0][1].merge(table, on=["prompt_id", "seed"])
         if both.empty or (both["prompt_x"] != both["prompt_y"]).any():
             raise DataError(f"{names[0]} and {name} show other prompts or seeds. Draw the same with both.")
-    tasks = pair_tasks(named)
-    if gone := next((f for task in tasks for f in (task.file_a, task.file_b) if not Path(f).is_file()), None):
+    return named
+
+
+def _require_files(tasks: Iterable[Sequence[str]]) -> None:
+    if gone := next((file for files in tasks for file in files if not Path(file).is_file()), None):
         raise DataError(f"The picture {gone} is not there. Run the command that draws it again.")
-    return tasks
 
 
 def _announcer(console: Console) -> Callable[[str], None]:
     return lambda address: console.print(f"Open {address} (Ctrl-C ends it)", markup=False, highlight=False)
 
 
-def _read(file: Path) -> pd.DataFrame:
+def _read(file: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the votes on two pictures, those that rankings imply among them, and the rankings."""
     if not file.is_file():
         raise DataError(f"There is no file of votes {file}. Collect some: diffalign label FOLDER FOLDER --votes {file}")
-    with Votes(file) as votes:
-        return votes.table()
+    with Votes(file) as votes, Rankings(file) as lists:
+        pairs, rankings = votes.table(), lists.table()
+    return (pd.concat([pairs, as_votes(rankings)], ignore_index=True) if len(rankings) else pairs), rankings
+
+
+def _export_lists(file: Path, out: Path, console: Console) -> int:
+    """Write every ranked list with a score of each picture by each rater: k - rank + 1."""
+    _, rankings = _read(file)
+    rows = (
+        {
+            "caption": part["prompt"].iloc[0],
+            "images": [_bytes(picture) for picture in part["files"].iloc[0]],
+            "scores": [list(map(float, scores)) for scores in zip(*part["ranks"].map(_scores), strict=True)],
+            "models": part["models"].iloc[0],
+            "n_votes": len(part),
+        }
+        for _, part in rankings.groupby("task", sort=True)
+    )
+    count = tables.write_rows(rows, out, f"There is no ranking in {file} yet: collect some with --rank K.")
+    console.print(f"{count} ranked lists in {out}.", markup=False, highlight=False)
+    return count
+
+
+def _scores(ranks: Sequence[int]) -> list[int]:
+    return [len(ranks) - rank + 1 for rank in ranks]
 
 
 def _judged(votes: pd.DataFrame, layout: Layout) -> pd.DataFrame:
@@ -156,7 +205,7 @@ def _pair(row: dict[str, Any], per_prompt: int) -> dict[str, Any]:
         "model_1": row["model_b"],
         "are_different": uids[0] != uids[1],
         "has_label": True,
-        "ranking_id": int(row["task"]),
+        "ranking_id": row["ranking_id"],
         "user_id": rater,
         "num_example_per_prompt": per_prompt,
         "n_votes": int(row["n_votes"]),
@@ -195,9 +244,18 @@ def _of_models(a: str, b: str, votes: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _ranking(votes: pd.DataFrame) -> pd.DataFrame:
-    """Return the arena's table after all votes, in the order they came in."""
-    arena = Arena(list(dict.fromkeys([*votes["model_a"], *votes["model_b"]])))
-    for row in votes.itertuples():
-        arena.vote([row.model_a, row.model_b], [1, 1] if row.credit == 0.5 else [1, 2] if row.credit == 1 else [2, 1])
-    return arena.table()
+def _ranking(votes: pd.DataFrame, rankings: pd.DataFrame) -> pd.DataFrame:
+    """Return the arena's table after all votes: those on pairs and then whole rankings, in the order they came in."""
+    names = list(dict.fromkeys([*votes["model_a"], *votes["model_b"]]))
+    pairs = votes[~votes["task"].map(str).str.startswith("list ")]
+    ranks = {1.0: [1, 2], 0.5: [1, 1], 0.0: [2, 1]}
+    on_two = (((row.model_a, row.model_b), ranks[row.credit]) for row in pairs.itertuples())
+    on_k = ((row.models, row.ranks) for row in rankings.itertuples())
+    return _rated(names, chain(on_two, on_k)).table()
+
+
+def _rated(names: Sequence[str], votes: Iterable[tuple[Sequence[str], Sequence[int]]]) -> Arena:
+    ring = Arena(names)
+    for models_of_vote, ranks in votes:
+        ring.vote(models_of_vote, ranks)
+    return ring

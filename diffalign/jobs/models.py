@@ -184,7 +184,7 @@ def _resolve(name: str | None, spec: str, base: str | None) -> Model:
     if _is_whole_model(path, spec, base):
         return Model(name, Base(str(path) if path.exists() else spec))
     weights = str(path) if path.exists() else spec
-    run = _run_of(path)
+    run = run_of(path)
     if path.is_dir():
         _require_weights(path, is_run=run == path)
     try:
@@ -221,7 +221,7 @@ def _is_whole_model(path: Path, spec: str, base: str | None) -> bool:
     return True
 
 
-def _run_of(path: Path) -> Path | None:
+def run_of(path: Path) -> Path | None:
     """Return the training run that `path` is or lies in."""
     return next((folder for folder in (path, *path.parents[:2]) if (folder / RUN_FILE).is_file()), None)
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from diffalign.errors import DataError, UserError
 from diffalign.labelling.agreement import agreement_of
+from diffalign.labelling.database import Database
+from diffalign.labelling.rankings import MOST, Rankings, as_votes
 from diffalign.labelling.store import Votes
 
 PAGE = Path(__file__).with_name("page.html")
@@ -14,17 +16,17 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 
 
-def create_app(votes: Votes, allowed_hosts: Sequence[str] = ("127.0.0.1", "localhost", "[::1]")) -> Any:
+def create_app(votes: Votes | Rankings, allowed_hosts: Sequence[str] = ("127.0.0.1", "localhost", "[::1]")) -> Any:
     """Return the FastAPI application over a file of votes.
 
     Args:
-        votes: tasks and where votes go.
+        votes: tasks and where votes go: pairs to choose from, or lists to rank.
         allowed_hosts: names a browser may call this machine by. Others are refused, so that no page on the web can
             reach a server on loopback under a name of its own.
     """
     try:
-        from fastapi import Body, FastAPI, HTTPException, Query, Request
-        from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+        from fastapi import Body, FastAPI, Query, Request
+        from fastapi.responses import HTMLResponse, JSONResponse
         from starlette.middleware.trustedhost import TrustedHostMiddleware
     except ImportError as error:
         raise UserError('`diffalign label` needs FastAPI and uvicorn: pip install "diffalign[label]".') from error
@@ -45,40 +47,24 @@ def create_app(votes: Votes, allowed_hosts: Sequence[str] = ("127.0.0.1", "local
     def following(rater: Rater) -> dict[str, Any]:
         return _state(votes, rater)
 
-    @app.get("/api/image/{number}/{side}")
-    def image(number: int, side: Literal["left", "right"], rater: Rater) -> FileResponse:
-        file = votes.file_of(number, rater, side)
-        if not file.is_file():
-            raise HTTPException(404, f"The picture of task {number} is gone: it was moved or deleted.")
-        kind = _TYPES.get(file.suffix.lower(), "application/octet-stream")
-        return FileResponse(file, media_type=kind, headers={"Cache-Control": "no-store"})
-
-    @app.post("/api/vote")
-    def vote(
-        request: Request,
-        task: Annotated[int, Body()],
-        rater: Annotated[str, Body(min_length=1, max_length=64)],
-        choice: Annotated[Literal["left", "right", "tie"], Body()],
-        seconds: Annotated[float | None, Body(ge=0)] = None,
-    ) -> dict[str, Any]:
-        _require_json(request, HTTPException)
-        votes.vote(task, rater, choice, seconds)
-        return _state(votes, rater)
-
     @app.post("/api/undo")
     def undo(request: Request, rater: Annotated[str, Body(min_length=1, max_length=64, embed=True)]) -> dict[str, Any]:
-        _require_json(request, HTTPException)
+        _require_json(request)
         return _state(votes, rater, votes.undo(rater))
 
     @app.get("/api/agreement")
     def agreement() -> dict[str, Any]:
-        found = agreement_of(votes.table())
+        table = votes.table()
+        found = agreement_of(as_votes(table) if isinstance(votes, Rankings) else table)
         return {key: None if value != value else value for key, value in found.items() if key != "kappa"}
 
+    (_add_lists if isinstance(votes, Rankings) else _add_pairs)(app, votes)
     return app
 
 
-def serve(votes: Votes, host: str = "127.0.0.1", port: int = 8000, announce: Callable[[str], None] = print) -> None:
+def serve(
+    votes: Votes | Rankings, host: str = "127.0.0.1", port: int = 8000, announce: Callable[[str], None] = print
+) -> None:
     """Serve the page until interrupted.
 
     Args:
@@ -107,15 +93,77 @@ def serve(votes: Votes, host: str = "127.0.0.1", port: int = 8000, announce: Cal
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
 
 
-def _state(votes: Votes, rater: str, again: int | None = None) -> dict[str, Any]:
+def _add_pairs(app: Any, votes: Votes) -> None:
+    """Add the addresses of two pictures to choose from."""
+    from fastapi import Body, Request
+    from fastapi.responses import FileResponse
+
+    @app.get("/api/image/{number}/{side}")
+    def image(number: int, side: Literal["left", "right"], rater: str) -> FileResponse:
+        return _picture(votes.file_of(number, rater, side), number)
+
+    @app.post("/api/vote")
+    def vote(
+        request: Request,
+        task: Annotated[int, Body()],
+        rater: Annotated[str, Body(min_length=1, max_length=64)],
+        choice: Annotated[Literal["left", "right", "tie"], Body()],
+        seconds: Annotated[float | None, Body(ge=0)] = None,
+    ) -> dict[str, Any]:
+        _require_json(request)
+        votes.vote(task, rater, choice, seconds)
+        return _state(votes, rater)
+
+
+def _add_lists(app: Any, rankings: Rankings) -> None:
+    """Add the addresses of k pictures to rank."""
+    from fastapi import Body, Request
+    from fastapi.responses import FileResponse
+
+    @app.get("/api/image/{number}/{place}")
+    def image(number: int, place: int, rater: str) -> FileResponse:
+        return _picture(rankings.file_of(number, rater, place), number)
+
+    @app.post("/api/rank")
+    def rank(
+        request: Request,
+        task: Annotated[int, Body()],
+        rater: Annotated[str, Body(min_length=1, max_length=64)],
+        ranks: Annotated[list[int], Body(max_length=MOST)],
+        seconds: Annotated[float | None, Body(ge=0)] = None,
+    ) -> dict[str, Any]:
+        _require_json(request)
+        rankings.rank(task, rater, ranks, seconds)
+        return _state(rankings, rater)
+
+
+def _picture(file: Path, number: int) -> Any:
+    from fastapi.responses import FileResponse
+
+    if not file.is_file():
+        raise DataError(f"The picture of task {number} is gone: it was moved or deleted.")
+    kind = _TYPES.get(file.suffix.lower(), "application/octet-stream")
+    return FileResponse(file, media_type=kind, headers={"Cache-Control": "no-store"})
+
+
+def _state(votes: Database, rater: str, again: int | None = None) -> dict[str, Any]:
     """Return what the page shows next: a task, or none when all are judged."""
     number = votes.next_task(rater) if again is None else again
     done, total = votes.progress(rater)
-    prompt = None if number is None else votes.task(number).prompt
-    return {"task": number, "prompt": prompt, "done": done, "total": total}
+    state = {
+        "task": number,
+        "prompt": None if number is None else votes.prompt_of(number),
+        "done": done,
+        "total": total,
+    }
+    if isinstance(votes, Rankings) and number is not None:
+        state["pictures"] = len(votes.task(number).files)
+    return state
 
 
-def _require_json(request: Any, exception: type[Exception]) -> None:
+def _require_json(request: Any) -> None:
     """Refuse what a form on another page could send without this server's leave."""
+    from fastapi import HTTPException
+
     if not request.headers.get("content-type", "").startswith("application/json"):
-        raise exception(415, "Send JSON.")
+        raise HTTPException(415, "Send JSON.")

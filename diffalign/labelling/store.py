@@ -1,22 +1,18 @@
 """Tasks and votes in one SQLite file. A vote that was answered for is on the disk: a kill or a power cut keeps it."""
 
-import hashlib
-import sqlite3
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal
 
 import pandas as pd
 
 from diffalign.errors import DataError
+from diffalign.labelling.database import Database, keyed
 
 Choice = Literal["left", "right", "tie"]
-VERSION = "1"
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS tasks (
     id INTEGER PRIMARY KEY, prompt_id INTEGER NOT NULL, prompt TEXT NOT NULL, seed INTEGER NOT NULL,
     model_a TEXT NOT NULL, file_a TEXT NOT NULL, model_b TEXT NOT NULL, file_b TEXT NOT NULL,
@@ -43,41 +39,17 @@ class Task:
     file_b: str
 
 
-class Votes:
-    """Keep the tasks and what raters said of them.
+class Votes(Database):
+    """Keep pairs of pictures and which of the two raters chose."""
 
-    Write-ahead log with synchronous=FULL: every vote is its own transaction, flushed before `vote` returns.
-    """
-
-    def __init__(self, file: str | Path):
-        """Open the file, making it if it is missing; raise DataError if it is something else."""
-        self.file = Path(file)
-        self._lock = threading.Lock()
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.file, check_same_thread=False, isolation_level=None, timeout=30)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute("PRAGMA foreign_keys=ON")
-            self._db.executescript(_SCHEMA)
-            self._db.execute("INSERT OR IGNORE INTO about VALUES ('version', ?)", (VERSION,))
-        except (sqlite3.DatabaseError, OSError) as error:
-            raise DataError(f"{self.file} is no file of votes ({error}). Name another.") from error
-
-    def close(self) -> None:
-        """Close the file."""
-        self._db.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    schema: ClassVar[str] = _SCHEMA
+    tasks: ClassVar[str] = "tasks"
+    answers: ClassVar[str] = "votes"
 
     def add(self, tasks: Iterable[Task]) -> int:
         """Add the tasks that are not there yet; return how many were new."""
         with self._lock:
-            before = self._count("tasks")
+            before = self.count()
             self._db.execute("BEGIN")
             self._db.executemany(
                 "INSERT OR IGNORE INTO tasks (prompt_id, prompt, seed, model_a, file_a, model_b, file_b) "
@@ -85,7 +57,7 @@ class Votes:
                 (asdict(task) for task in tasks),
             )
             self._db.execute("COMMIT")
-            return self._count("tasks") - before
+            return self.count() - before
 
     def task(self, number: int) -> Task:
         """Return a task; raise DataError if there is none of that number."""
@@ -97,19 +69,13 @@ class Votes:
             raise DataError(f"There is no task {number} in {self.file}.")
         return Task(*row)
 
-    def next_task(self, rater: str) -> int | None:
-        """Return what the rater judges next: fewest votes first, equal ones in an order of the rater's own."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT t.id, (SELECT COUNT(*) FROM votes v WHERE v.task = t.id) FROM tasks t "
-                "WHERE NOT EXISTS (SELECT 1 FROM votes v WHERE v.task = t.id AND v.rater = ?)",
-                (rater,),
-            ).fetchall()
-        return min(rows, key=lambda row: (row[1], _hash(rater, row[0], "order")))[0] if rows else None
+    def prompt_of(self, number: int) -> str:
+        """Return what the pictures of a task should show."""
+        return self.task(number).prompt
 
     def left_of(self, number: int, rater: str) -> Literal["a", "b"]:
         """Return which picture the rater sees on the left: a coin that falls the same way each time it is asked."""
-        return "a" if _hash(rater, number, "side") % 2 else "b"
+        return "a" if keyed(rater, number, "side") % 2 else "b"
 
     def file_of(self, number: int, rater: str, side: Literal["left", "right"]) -> Path:
         """Return the picture on one side."""
@@ -129,22 +95,6 @@ class Votes:
                 (number, rater, credit, left, seconds, time.time()),
             )
 
-    def undo(self, rater: str) -> int | None:
-        """Take back the rater's last vote; return its task, or None if there is none."""
-        with self._lock:
-            row = self._db.execute(
-                "SELECT task FROM votes WHERE rater = ? ORDER BY created DESC, rowid DESC LIMIT 1", (rater,)
-            ).fetchone()
-            if row is not None:
-                self._db.execute("DELETE FROM votes WHERE rater = ? AND task = ?", (rater, row[0]))
-        return None if row is None else int(row[0])
-
-    def progress(self, rater: str) -> tuple[int, int]:
-        """Return how many tasks the rater has judged, and how many there are."""
-        with self._lock:
-            done = self._db.execute("SELECT COUNT(*) FROM votes WHERE rater = ?", (rater,)).fetchone()[0]
-            return int(done), self._count("tasks")
-
     def table(self) -> pd.DataFrame:
         """Return one row a vote: task, rater, credit (1: model_a), left, seconds, created, and what its task holds."""
         with self._lock:
@@ -154,9 +104,6 @@ class Votes:
                 "FROM votes v JOIN tasks t ON t.id = v.task ORDER BY v.created, v.rowid",
                 self._db,
             )
-
-    def _count(self, table: Literal["tasks", "votes"]) -> int:
-        return int(self._db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])
 
 
 def pair_tasks(models: Sequence[tuple[str, pd.DataFrame]]) -> list[Task]:
@@ -174,8 +121,3 @@ def pair_tasks(models: Sequence[tuple[str, pd.DataFrame]]) -> list[Task]:
                 for r in both.itertuples()
             ]
     return tasks
-
-
-def _hash(rater: str, number: int, what: str) -> int:
-    digest = hashlib.sha256(f"{what}\0{rater}\0{number}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")

@@ -117,6 +117,23 @@ def test_all_models_draw_from_the_same_noise_which_differs_between_prompts(evalu
     assert len(set(first.values())) == 3
 
 
+def test_the_report_has_the_curves_and_settings_of_a_run(diffalign, request_words, evaluated, lora_run, tmp_path):
+    run = tmp_path / "dpo"
+    shutil.copytree(lora_run.folder, run)
+    lines = [json.dumps({"step": step, "loss": 1 / step, "implicit_accuracy": 0.6}) for step in range(1, 9)]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    shutil.copytree(evaluated / "images", tmp_path / "out" / "images")
+    words = request_words(tmp_path / "out")
+    assert diffalign(words[0], run, *words[2:])[0] == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h2>Training</h2>" in page
+    assert "Implicit accuracy by optimiser step" in page
+    assert "pretrained_model_name_or_path" in page
+    other = (tmp_path / "out" / "report-mapo.html").read_text()
+    assert "<h2>Training</h2>" not in other  # nothing was logged
+    assert "pretrained_model_name_or_path" in other
+
+
 def pixels(file):
     return np.asarray(Image.open(file)).astype(int)
 

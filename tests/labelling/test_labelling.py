@@ -22,6 +22,7 @@ from diffalign.evaluation import Manifest
 from diffalign.jobs import label as job
 from diffalign.labelling import Votes, agreement_of, cohen_kappa, krippendorff_alpha
 from diffalign.labelling.app import PAGE, create_app
+from diffalign.labelling.store import pair_tasks
 
 PROMPTS = ("a red circle", "two green stars", "<b>bold</b> & co", "a blue cross")
 LEVELS = {"base": 60, "dpo": 200}
@@ -43,7 +44,7 @@ def folders(tmp_path):
 @pytest.fixture
 def votes(folders, tmp_path):
     with Votes(tmp_path / "votes.sqlite") as opened:
-        opened.add(job._tasks([str(folder) for folder in folders.values()]))
+        opened.add(pair_tasks(job._named([str(folder) for folder in folders.values()])))
         yield opened
 
 
@@ -127,13 +128,13 @@ def test_what_the_server_refuses(client):
 
 def test_folders_that_do_not_go_together(folders, tmp_path):
     with pytest.raises(UserError, match="two or more folders"):
-        job._tasks([str(folders["base"])])
+        job._named([str(folders["base"])])
     with pytest.raises(UserError, match='Two folders are named "x"'):
-        job._tasks([f"x={folder}" for folder in folders.values()])
+        job._named([f"x={folder}" for folder in folders.values()])
     other = pd.DataFrame({"prompt_id": range(4), "prompt": "others", "seed": 0})
     Manifest.plan(tmp_path / "other", other, settings={}, identity="other")
     with pytest.raises(DataError, match="other prompts or seeds"):
-        job._tasks([str(folders["base"]), str(tmp_path / "other")])
+        job._named([str(folders["base"]), str(tmp_path / "other")])
     (tmp_path / "text.sqlite").write_text("no database at all, but long enough to be one" * 9)
     with pytest.raises(DataError, match="no file of votes"):
         Votes(tmp_path / "text.sqlite")

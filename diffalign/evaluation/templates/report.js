@@ -32,6 +32,7 @@
     place: [Number(node.dataset.prompt), Number(node.dataset.seed)],
     scores: JSON.parse(node.dataset.scores),
     categories: JSON.parse(node.dataset.categories ?? "[]"),
+    figures: all("figure", node),
   }));
   let show = "all";
 
@@ -52,12 +53,12 @@
       const elsewhere = category?.value && !card.categories.includes(category.value);
       card.node.hidden = (show !== "all" && card.kind !== show) || Boolean(elsewhere) || !card.text.includes(wanted);
       shown += !card.node.hidden;
-      const figures = all("figure", card.node);
-      figures[0].classList.toggle("won", card.kind === "loss");
-      figures[1].classList.toggle("won", card.kind === "win");
+      card.figures[0].classList.toggle("won", card.kind === "loss");
+      card.figures[1].classList.toggle("won", card.kind === "win");
     }
     cards.sort(orders[order.value]);
-    list.append(...cards.map((card) => card.node));
+    const order_now = cards.map((card) => card.node);
+    if (order_now.some((node, index) => node !== list.children[index])) list.append(...order_now);
     one("output", toolbar).textContent = `${shown} shown`;
     one(".empty").hidden = shown > 0;
   }
@@ -73,10 +74,10 @@
   search.addEventListener("input", update);
 
   const dialog = one("dialog");
+  const stage = one(".stage", dialog), divide = one(".divide", dialog), view = one(".view", dialog);
   let open = null;
   function enlarge(node) {
     open = node;
-    const stage = one(".stage", dialog);
     stage.replaceChildren(...all("figure", node).map((figure) => {
       const large = document.createElement("figure");
       large.className = figure.className;
@@ -86,6 +87,23 @@
     one(".prompt", dialog).replaceChildren(...one(".prompt", node).cloneNode(true).childNodes);
     if (!dialog.open) dialog.showModal();
   }
+  function place(percent) {
+    divide.value = Math.min(100, Math.max(0, percent));
+    stage.style.setProperty("--divide", `${divide.value}%`);
+  }
+  function lay(over) {
+    stage.classList.toggle("over", over);
+    divide.hidden = !over;
+    view.setAttribute("aria-pressed", String(over));
+    view.textContent = over ? "Side by side" : "Slider";
+    if (over) divide.focus();
+  }
+  const follow = (event) => {
+    if (!stage.classList.contains("over") || !(event.buttons & 1)) return;
+    event.preventDefault();
+    const box = stage.getBoundingClientRect();
+    place((100 * (event.clientX - box.left)) / box.width);
+  };
   function go(by) {
     const visible = cards.filter((card) => !card.node.hidden).map((card) => card.node);
     const next = visible[(visible.indexOf(open) + by + visible.length) % visible.length];
@@ -96,7 +114,13 @@
     if (event.target.closest(".open")) enlarge(event.target.closest("article"));
   });
   for (const button of all("[data-go]", dialog)) button.addEventListener("click", () => go(Number(button.dataset.go)));
+  view.addEventListener("click", () => lay(!stage.classList.contains("over")));
+  divide.addEventListener("input", () => place(divide.value));
+  for (const kind of ["pointerdown", "pointermove"]) stage.addEventListener(kind, follow);
+  place(50);
   dialog.addEventListener("keydown", (event) => {
+    if (event.key === "s") lay(!stage.classList.contains("over"));
+    if (event.target === divide) return;  // there the arrows move the slider
     if (event.key === "ArrowLeft") go(-1);
     if (event.key === "ArrowRight") go(1);
   });
