@@ -1,4 +1,4 @@
-"""`python -m benchmarks [cpu-step | methods | label-noise]`: measure, and record under benchmarks/results/."""
+"""`python -m benchmarks [cpu | gpu | methods | label-noise | over-optimisation | score]`: measure, record results."""
 
 import argparse
 import datetime
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cpu_step, label_noise, methods
+from benchmarks import cpu, gpu, label_noise, methods, over_optimisation, score_speed
 from diffalign.jobs.train import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -17,33 +17,56 @@ def main() -> None:
     """Run the benchmark named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("cpu-step", help="the optimizer step on this CPU, against what the public scripts do (default)")
+    steps = commands.add_parser("cpu", help="the optimizer step on this CPU, against what the public scripts do")
+    steps.add_argument("names", nargs="*", help=f"only these variants: {', '.join(cpu.VARIANTS)}")
+    graphics = commands.add_parser("gpu", help="passes and steps of SDXL and SD1.5 with random weights on this GPU")
+    graphics.add_argument("--minutes", type=float, default=25.0, help="stop after the measurement that exceeds this")
+    graphics.add_argument("--tiny", action="store_true", help="on the embedded UNet, to see that everything runs")
+    graphics.add_argument("--output", type=Path, help="a JSON file; by default under benchmarks/results/")
     compared = commands.add_parser("methods", help="every objective on the embedded world; hours on two cores")
     compared.add_argument("names", nargs="*", help="only these objectives")
     compared.add_argument("--table-only", action="store_true", help="train nothing, tabulate what there is")
     compared.add_argument("--output", type=Path, default=Path("runs/methods").resolve())
     noise = commands.add_parser("label-noise", help="DPO against robust DPO under flipped labels")
     noise.add_argument("--output", type=Path, default=Path("runs/label-noise").resolve())
+    rewarded = commands.add_parser("over-optimisation", help="reward against oracle at every checkpoint of online runs")
+    rewarded.add_argument(
+        "runs", nargs="+", type=Path, help="folders of spo, d3po, ddpo, refl, draft or alignprop runs"
+    )
+    rewarded.add_argument("--output", type=Path, default=Path("runs/over-optimisation").resolve())
+    commands.add_parser("score", help="`diffalign score` against the one-image loop of the published packages")
     asked = parser.parse_args()
     if asked.command == "methods":
         methods.main(asked.names, asked.output, asked.table_only)
+    elif asked.command == "gpu":
+        file = asked.output or RESULTS / f"{datetime.date.today().isoformat()}-gpu{'-tiny' if asked.tiny else ''}.json"
+        gpu.run(file, asked.minutes, asked.tiny)
     elif asked.command == "label-noise":
         label_noise.main(asked.output)
+    elif asked.command == "score":
+        write("score", score_speed.run())
+    elif asked.command == "over-optimisation":
+        over_optimisation.main(asked.runs, asked.output)
     else:
-        measure_cpu_step()
+        measure_cpu(getattr(asked, "names", []))
 
 
-def measure_cpu_step() -> None:
-    """Measure the optimizer step on the CPU; write a JSON file named after the day and print it."""
+def measure_cpu(names: list[str]) -> None:
+    """Measure the optimizer step on the CPU."""
+    write("cpu", cpu.run(names))
+
+
+def write(name: str, measured: object) -> None:
+    """Write a JSON file named after the day and the benchmark, and print what was measured."""
     record = {
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "cpu_step": cpu_step.run(),
+        name: measured,
     }
-    file = RESULTS / f"{record['date']}-cpu-step.json"
+    file = RESULTS / f"{record['date']}-{name}.json"
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
-    print(json.dumps(record["cpu_step"], indent=1))
+    print(json.dumps(measured, indent=1))
     print(f"written to {file}")
 
 

@@ -30,7 +30,8 @@ FAULTS = {
         "objectives/dpo.py", "-F.logsigmoid(logit)", "-logit.sigmoid().log()", "tests/properties/test_objectives.py",
     ),
     "errors are reduced in float16": (
-        "denoising/step.py", "a = a.float()", "a = a.half()", f"{DENOISING}/test_step.py",
+        "denoising/kernels/errors.py", "target.to(_wide(pred, target))", "target.to(pred.dtype)",
+        f"{DENOISING}/test_step.py",
     ),
     "the probability of the first pair is used for all": (
         "objectives/smpo.py", "errors.preference - 1", "errors.preference[0] - 1", GOLDENS,
@@ -137,6 +138,14 @@ FAULTS = {
     ),
     "PPO takes the better of clipped and unclipped": (
         "objectives/ddpo.py", "torch.maximum(", "torch.minimum(", "tests/rollout/test_selection_and_advantages.py",
+    ),
+    "a repeated draw is the same at every visit": (
+        "data/visits.py", "return example_ids ^ masks.to(example_ids.device)", "return example_ids",
+        "tests/data/test_visits.py",
+    ),
+    "stored errors of winner and loser are exchanged": (
+        "training/reference_cache.py", "known.T.reshape(-1)", "known[:, ::-1].T.reshape(-1)",
+        "tests/training/test_reference_cache.py::TestFile",
     ),
 }  # fmt: skip
 
