@@ -1,5 +1,7 @@
 """One method of the comparison: train it, count what it cost, draw and score the held-out prompts.
 
+An example is a pair, an image or a list; of a method that samples while it trains a transition, or a drawn picture.
+
 Run as its own process (`python -m benchmarks.method_runs NAME OUTPUT`): the peak of memory is that of one method.
 """
 
@@ -12,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from rich.console import Console
 
 from diffalign import config as configuration
+from diffalign import objectives
 from diffalign.backbones import loading
 from diffalign.backbones.export import load_adapter_into
 from diffalign.config import Config
@@ -28,59 +31,57 @@ from diffalign.training import metrics
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "assets" / "prompts" / "tiny-held-out.txt"
 N_PROMPTS, IMAGES_PER_PROMPT, SEED = 256, 2, 3_000_000
-STEPS = 200  # half of the recipes' own: of 16 pairs, or as many images
+STEPS = 200  # of methods that learn from data, half of the recipes' own: of 16 pairs, or as many images
+ONLINE_LAYOUTS = ("transition", "reward")  # of objectives that sample while they train
 SAMPLING = SamplingSettings(num_inference_steps=20, guidance_scale=5.0, batch_size=64)
 
 
 class Evaluations:
-    """Count images that pass through the denoiser, with and without gradient."""
+    """Count images that pass through the denoiser, with and without gradient, and latents that are decoded."""
 
     def __init__(self) -> None:
-        self.with_gradient, self.without = 0, 0
+        self.with_gradient, self.without, self.decoded = 0, 0, 0
 
     @contextmanager
     def counting(self) -> Any:
-        """Count every UNet of this process for the time of the context."""
-        original = UNet2DConditionModel.forward
+        """Count every UNet and every VAE of this process for the time of the context."""
+        predict, decode = UNet2DConditionModel.forward, AutoencoderKL.decode
 
-        def forward(unet: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def counted_predict(unet: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled():
                 self.with_gradient += len(sample)
             else:
                 self.without += len(sample)
-            return original(unet, sample, *args, **kwargs)
+            return predict(unet, sample, *args, **kwargs)
 
-        UNet2DConditionModel.forward = forward
+        def counted_decode(vae: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.decoded += len(latents)
+            return decode(vae, latents, *args, **kwargs)
+
+        UNet2DConditionModel.forward, AutoencoderKL.decode = counted_predict, counted_decode
         try:
             yield
         finally:
-            UNet2DConditionModel.forward = original
+            UNet2DConditionModel.forward, AutoencoderKL.decode = predict, decode
 
 
 def run(name: str, output: Path, overrides: list[str]) -> dict[str, Any]:
     """Train configs/tiny/NAME.yaml, draw and score, and return one row of the table."""
-    config = configuration.load(
-        ROOT / "configs" / "tiny" / f"{name}.yaml",
-        [
-            f"train.output_dir={output}",
-            f"data.cache_dir={output.parent / 'cache'}",
-            "logging.report_to=[]",
-            f"train.max_train_steps={STEPS}",
-            *overrides,
-        ],
-    )
+    config = recipe(name, output, overrides)
     evaluations, started = Evaluations(), time.perf_counter()
     with evaluations.counting():
         train(config, Console(quiet=True))
     seconds = time.perf_counter() - started
     lines = metrics.read(output / "metrics.jsonl")
     examples = config.train.max_train_steps * config.train.train_batch_size * config.train.gradient_accumulation_steps
+    rate = examples / seconds if config.is_online else statistics.median(line["pairs_per_second"] for line in lines)
     row = {
         "method": name,
         "examples": examples,
         "images_with_gradient": evaluations.with_gradient / examples,
         "images_without_gradient": evaluations.without / examples,
-        "examples_per_second": statistics.median(line["pairs_per_second"] for line in lines),
+        "decoded": evaluations.decoded / examples,
+        "examples_per_second": rate,
         "train_seconds": seconds,
         "peak_memory_gib": lines[-1]["peak_memory_gib"],
         "objective": dict(config.objective),
@@ -88,6 +89,21 @@ def run(name: str, output: Path, overrides: list[str]) -> dict[str, Any]:
         "final": {key: value for key, value in lines[-1].items() if key != "step"},
     }
     return row | judge(config, name, output)
+
+
+def recipe(name: str, output: Path, overrides: list[str]) -> Config:
+    """Return configs/tiny/NAME.yaml for this comparison: with `STEPS` steps, of online methods with its own number."""
+    online = objectives.objective_class(name).layout in ONLINE_LAYOUTS
+    return configuration.load(
+        ROOT / "configs" / "tiny" / f"{name}.yaml",
+        [
+            f"train.output_dir={output}",
+            f"data.cache_dir={output.parent / 'cache'}",
+            "logging.report_to=[]",
+            *([] if online else [f"train.max_train_steps={STEPS}"]),
+            *overrides,
+        ],
+    )
 
 
 def judge(config: Config, name: str, output: Path) -> dict[str, Any]:
@@ -105,6 +121,8 @@ def judge(config: Config, name: str, output: Path) -> dict[str, Any]:
                 "win_rate": result.win_rate,
                 "low": result.ci_low,
                 "high": result.ci_high,
+                "gain_low": result.difference_low,
+                "gain_high": result.difference_high,
             }
             for scorer, result in comparison.results.items()
         }

@@ -1,4 +1,7 @@
-"""`make methods`: every objective from the same base on the same number of images, in one table and one plot.
+"""`make methods`: every objective from the same base, judged on the same pictures, in one table and one plot.
+
+Those that learn from data see the same number of images. Those that sample while they train (`python -m benchmarks
+methods spo d3po ddpo draft`) run as long as their recipe says and are marked as online.
 
 Each method trains with its configs/tiny/<name>.yaml in a process of its own and draws the held-out prompts of the demo,
 two pictures each. Interrupted, it goes on with the methods that have no row yet (runs/methods/<name>/row.json).
@@ -15,18 +18,34 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.method_runs import IMAGES_PER_PROMPT, N_PROMPTS, ROOT, STEPS
+from benchmarks.method_runs import IMAGES_PER_PROMPT, N_PROMPTS, ONLINE_LAYOUTS, ROOT, STEPS
 from diffalign import objectives
 from diffalign.jobs.train import versions
 
 RESULTS = ROOT / "benchmarks" / "results"
-LAYOUTS = ("pair", "single", "list")
-COLUMNS = ("method", "oracle", "win rate (95 %)", "PickScore", "HPSv2", "UNet images", "examples/s", "memory")
+COLUMNS = (
+    "method",
+    "oracle",
+    "gain (95 %)",
+    "win rate (95 %)",
+    "PickScore",
+    "HPSv2",
+    "examples",
+    "UNet images",
+    "decoded",
+    "examples/s",
+    "memory",
+)
 
 
-def offline_methods() -> list[str]:
-    """Return the objectives that learn from data: those that sample while they train have other costs."""
-    return [name for name in objectives.names() if objectives.objective_class(name).layout in LAYOUTS]
+def methods_by_default(output: Path) -> list[str]:
+    """Return the objectives that learn from data, and of those that sample while they train the ones with a row."""
+    return [name for name in objectives.names() if not is_online(name) or (output / name / "row.json").exists()]
+
+
+def is_online(name: str) -> bool:
+    """Tell whether an objective learns from what the policy samples while it trains."""
+    return objectives.objective_class(name).layout in ONLINE_LAYOUTS
 
 
 def main(only: list[str], output: Path, table_only: bool = False) -> None:
@@ -38,7 +57,7 @@ def main(only: list[str], output: Path, table_only: bool = False) -> None:
     if unknown:
         raise SystemExit(f"Unknown method {unknown[0]}. Available: {', '.join(objectives.names())}.")
     rows, missing = [], []
-    for name in only or offline_methods():
+    for name in only or methods_by_default(output):
         file = output / name / "row.json"
         if not file.exists() and table_only:
             missing.append(name)
@@ -66,36 +85,58 @@ def line_of(row: dict[str, Any]) -> str:
 
 def write_table(rows: list[dict[str, Any]], missing: list[str]) -> None:
     """Write the markdown table."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), *map(cells_of, rows)]
+    if missing:
+        lines += ["", f"Not measured: {', '.join(f'`{name}`' for name in missing)}."]
+    (RESULTS / "methods.md").write_text(head(rows) + "\n".join(lines) + "\n", encoding="utf8")
+
+
+def head(rows: list[dict[str, Any]]) -> str:
+    """Word how the rows came about."""
     base = rows[0]["scores"]["oracle"]["base"]
     found, pairs, images = versions(), 16 * STEPS, 32 * STEPS
-    head = f"""# Every method on the embedded world
+    return f"""# Every method on the embedded world
 
 {datetime.date.today().isoformat()}; {torch.get_num_threads()} CPU threads, torch {found["torch"]}, diffusers
-{found["diffusers"]}. Made by `make methods`. Every method starts from `assets/tiny-sdxl` and sees {images:,} images
-in {STEPS} steps ({pairs:,} pairs; SFT their winners), with configs/tiny/METHOD.yaml, which are made for twice as many.
+{found["diffusers"]}. Made by `make methods`. Every method starts from `assets/tiny-sdxl`. Those that learn from data
+see {images:,} images in {STEPS} steps ({pairs:,} pairs; SFT their winners), with configs/tiny/METHOD.yaml, which are
+made for twice as many. Those marked "online" draw their own pictures for as long as their recipe says, judged by its
+reward model: an example is a transition (`spo`, `d3po`, `ddpo`) or a picture (`draft`, `refl`, `alignprop`), and a
+reward model they were trained on says little about them.
 Judged on {N_PROMPTS} held-out prompts with {IMAGES_PER_PROMPT} pictures each, from the same noise as the base (oracle
-mean {base:.3f}); win rates against the base with a paired bootstrap over prompts. One training run each: the intervals
-say nothing about another seed. "UNet images" are images through the network per example, with + without gradient.
+mean {base:.3f}); gains of the mean and win rates
+against the base with a paired bootstrap over prompts. One training run each: the intervals
+say nothing about another seed. "UNet images" are images through the network per example, with + without gradient;
+"decoded" are latents through the VAE's decoder per example.
 Other work shared the machine, so examples/s are rough.
 
 """
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in rows:
-        scores = row["scores"]
-        oracle = scores["oracle"]
-        cells = [
-            f"`{row['method']}`",
-            f"{oracle['aligned']:.3f}",
-            f"{oracle['win_rate']:.3f} ({oracle['low']:.3f} to {oracle['high']:.3f})",
-            *(f"{scores[name]['win_rate']:.3f}" for name in ("pickscore", "hpsv2")),
-            f"{row['images_with_gradient']:.1f} + {row['images_without_gradient']:.1f}",
-            f"{row['examples_per_second']:.0f}",
-            f"{row['peak_memory_gib']:.2f} GiB",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    if missing:
-        lines += ["", f"Not measured: {', '.join(f'`{name}`' for name in missing)}."]
-    (RESULTS / "methods.md").write_text(head + "\n".join(lines) + "\n", encoding="utf8")
+
+
+def cells_of(row: dict[str, Any]) -> str:
+    """Return the line of one method."""
+    scores, oracle, rate = row["scores"], row["scores"]["oracle"], row["examples_per_second"]
+    cells = [
+        f"`{row['method']}`" + (" (online)" if is_online(row["method"]) else ""),
+        f"{oracle['aligned']:.3f}",
+        gain_of(oracle),
+        f"{oracle['win_rate']:.3f} ({oracle['low']:.3f} to {oracle['high']:.3f})",
+        *(f"{scores[name]['win_rate']:.3f}" for name in ("pickscore", "hpsv2")),
+        f"{row['examples']:,}",
+        f"{row['images_with_gradient']:.1f} + {row['images_without_gradient']:.1f}",
+        f"{row.get('decoded', 0.0):.1f}",  # rows written before online methods were measured have none
+        f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}",
+        f"{row['peak_memory_gib']:.2f} GiB",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def gain_of(scores: dict[str, float]) -> str:
+    """Word aligned - base, with its interval where the row has one: the first rows were written without."""
+    gain = f"{scores['aligned'] - scores['base']:+.3f}"
+    if "gain_low" not in scores:
+        return gain
+    return f"{gain} ({scores['gain_low']:+.3f} to {scores['gain_high']:+.3f})"
 
 
 def write_csv(rows: list[dict[str, Any]]) -> None:
@@ -103,9 +144,9 @@ def write_csv(rows: list[dict[str, Any]]) -> None:
     with (RESULTS / "methods.csv").open("w", newline="", encoding="utf8") as file:
         writer = None
         for row in rows:
-            plain = {key: value for key, value in row.items() if not isinstance(value, dict)}
+            plain = {"decoded": 0.0} | {key: value for key, value in row.items() if not isinstance(value, dict)}
             for scorer, result in row["scores"].items():
-                line = {**plain, "scorer": scorer, **result}
+                line = {**plain, "scorer": scorer, "gain_low": "", "gain_high": "", **result}
                 if writer is None:
                     writer = csv.DictWriter(file, line)
                     writer.writeheader()
@@ -122,7 +163,8 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         axes.plot([oracle["low"], oracle["high"]], [place, place], color="#4a6fa5" if sure else "#b0b0b0", lw=2)
         axes.plot(oracle["win_rate"], place, "o", color="#1f3a5f" if sure else "#808080", ms=5)
     axes.axvline(0.5, color="#c0392b", lw=1, ls="--")
-    axes.set_yticks(range(len(shown)), [row["method"] for row in shown])
+    names = [row["method"] + (" (online)" if is_online(row["method"]) else "") for row in shown]
+    axes.set_yticks(range(len(shown)), names)
     axes.set_xlabel("oracle win rate against the base, 95 % interval over prompts")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)

@@ -20,7 +20,8 @@ class RolloutSettings(Settings):
     whole trajectories (D3PO); trajectories: single ones with an advantage (DDPO). The reward's gradient flows through
     one_step, whose prediction is judged (ReFL), the last_steps (DRaFT), or random_steps (AlignProp)."""
     scorer: str | None = None
-    """Reward model, NAME or NAME=PATH, of decoded pictures; for trajectory_pairs also several, separated by commas."""
+    """Reward model, NAME or NAME=PATH, of decoded pictures; for trajectory_pairs also several, separated by commas.
+    lrm=FOLDER is LPO's, which reads the noisy latents of step_pairs."""
     num_inference_steps: int = Field(20, ge=1)
     guidance_scale: float = Field(5.0, ge=0)
     """In sampling and in training, with gradient through both branches. 1: no guidance."""
@@ -37,6 +38,8 @@ class RolloutSettings(Settings):
     """Of step_pairs: smallest P(better) - P(worse) that is learnt from (0.4 for SDXL). 0 keeps all but ties."""
     threshold_high: float | None = Field(None, ge=0, lt=1)
     """The threshold rises with the std of the step from threshold to this (LPO); null: it is constant."""
+    timesteps_of: Literal["candidate", "current"] = "candidate"
+    """Which timestep a judge of noisy latents is told: the candidate's own, or that of the step it comes from (LPO)."""
     resample: Literal["random", "best"] = "random"
     """Which candidate sampling goes on from."""
 
@@ -72,7 +75,9 @@ class RolloutSettings(Settings):
     sample_batch_size: int = Field(32, ge=1)
     """Images in one pass of the network without gradient."""
     decode_batch_size: int = Field(8, ge=1)
-    """Latents decoded and scored at a time."""
+    """Latents decoded and scored at a time, at most."""
+    decode_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the VAE that decodes for reward models; null: bfloat16 under mixed precision bf16, else its own."""
 
     @model_validator(mode="after")
     def _sensible(self) -> "RolloutSettings":

@@ -12,19 +12,20 @@ from torch import Tensor, nn
 from diffalign.backbones.base import Backbone
 from diffalign.config import Config
 from diffalign.data import PairSampler
-from diffalign.denoising import FrozenDenoiser, Rollout
+from diffalign.denoising import Rollout
 from diffalign.errors import ConfigError
 from diffalign.jobs import scorers
-from diffalign.jobs.assemble import HALF, Reference
+from diffalign.jobs.networks import Reference, sampling_network
 from diffalign.jobs.prompts import read_prompts
-from diffalign.objectives.base import BACKPROPAGATIONS
 from diffalign.rollout import (
+    LatentReward,
     PerPromptTracker,
     PictureScorer,
     PromptEncoder,
     RewardGradients,
     Sampler,
     StepPairs,
+    StepScorer,
     Trajectories,
     TrajectoryPairs,
     advantages,
@@ -34,6 +35,7 @@ from diffalign.training.online_step import OnlineStep, TransitionOrder
 from diffalign.training.reward_step import RewardStep
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LATENT_REWARD = "lrm"  # how rollout.scorer calls a judge of noisy latents
 Collect = StepPairs | TrajectoryPairs | Trajectories
 
 
@@ -72,7 +74,7 @@ def online_step(
 ) -> OnlineStep:
     """Build the loss function of a run that samples for itself; `reduce` averages over processes.
 
-    With mixed_precision bf16 the VAE decodes in bfloat16, since what it makes is only looked at by a reward model.
+    The VAE may decode in bfloat16, since what it makes is only looked at by a reward model.
     """
     rollout, worth = config.rollout, SharedAdvantages(config)
     _prepare_vae(config, backbone)
@@ -111,6 +113,10 @@ def reward_step(config: Config, backbone: Backbone, prompts: PromptSource, devic
     rollout = config.rollout
     _prepare_vae(config, backbone)
     sampler = _sampler(config, backbone)
+    if latent_reward_place(config) is not None:
+        raise ConfigError(
+            f'"{config.objective_name}" judges pictures; rollout.scorer {LATENT_REWARD} reads noisy latents.'
+        )
     scorer = PictureScorer(backbone, load_scorers(config, device), rollout.decode_batch_size, sampler.evaluations)
     for judge in scorer.scorers:
         judge.module.requires_grad_(False)
@@ -135,8 +141,9 @@ def reward_step(config: Config, backbone: Backbone, prompts: PromptSource, devic
 
 
 def _prepare_vae(config: Config, backbone: Backbone) -> None:
-    if config.train.mixed_precision == "bf16":
-        backbone.vae.to(HALF["bf16"])
+    dtype = config.rollout.decode_dtype or ("bfloat16" if config.train.mixed_precision == "bf16" else None)
+    if dtype is not None:
+        backbone.vae.to(DTYPES[dtype])
 
 
 def _moving_average(config: Config, backbone: Backbone) -> MovingReference | None:
@@ -151,12 +158,8 @@ def _sampler(config: Config, backbone: Backbone, behavior: MovingReference | Non
     """Build what samples: the policy as it is, or its average."""
     rollout = config.rollout
     side = config.data.resolution // backbone.vae_scale_factor
-    network = FrozenDenoiser(
-        backbone.denoiser,
-        backbone.predict,
-        frozen_weights=behavior.lent if behavior else None,
-        micro_batch_size=rollout.sample_batch_size,
-    )
+    lent = behavior.lent if behavior else None
+    network = sampling_network(config, backbone, rollout.sample_batch_size, lent)
     return Sampler(
         path=backbone.path,
         network=network,
@@ -178,8 +181,7 @@ def _collector(
 ) -> Collect:
     """Build what samples and judges."""
     rollout, sampler = config.rollout, _sampler(config, backbone, behavior)
-    judges = load_scorers(config, device)
-    scorer = PictureScorer(backbone, judges, rollout.decode_batch_size, sampler.evaluations)
+    scorer = _judge(config, backbone, device, sampler)
     if config.collect == "step_pairs":
         return StepPairs(
             sampler=sampler,
@@ -190,12 +192,43 @@ def _collector(
             threshold=rollout.threshold,
             threshold_high=rollout.threshold_high,
             resample=rollout.resample,
+            timesteps_of=rollout.timesteps_of,
             keep_predictions=rollout.likelihood == "score_matching",
         )
     common = {"sampler": sampler, "scorer": scorer}
     if config.collect == "trajectory_pairs":
         return TrajectoryPairs(**common, samples_per_prompt=rollout.samples_per_prompt or 2)
     return Trajectories(**common, samples_per_prompt=rollout.samples_per_prompt or 1, advantages=worth)
+
+
+def _judge(config: Config, backbone: Backbone, device: torch.device, sampler: Sampler) -> StepScorer:
+    """Load what judges: reward models of decoded pictures, or LPO's of noisy latents."""
+    place = latent_reward_place(config)
+    if place is None:
+        judges = load_scorers(config, device)
+        return PictureScorer(backbone, judges, config.rollout.decode_batch_size, sampler.evaluations)
+    if config.collect != "step_pairs":
+        raise ConfigError(
+            f"rollout.scorer {LATENT_REWARD} reads noisy latents: it is for step_pairs, not {config.collect}."
+        )
+    return LatentReward.load(Path(place), backbone, device, config.data.resolution, config.rollout.sample_batch_size)
+
+
+def latent_reward_place(config: Config) -> str | None:
+    """Return the folder that rollout.scorer lrm=FOLDER names; None for reward models of pictures.
+
+    Raises:
+        ConfigError: lrm without a folder, which is not downloaded.
+    """
+    name, _, place = (config.rollout.scorer or "").partition("=")
+    if name.strip() != LATENT_REWARD:
+        return None
+    if not place or "," in place:
+        raise ConfigError(
+            f'rollout.scorer "{config.rollout.scorer}" must name one folder of LPO\'s reward model with unet/ and '
+            f"state_dict.pt: {LATENT_REWARD}=FOLDER, e.g. a download of lrm_15 of casiatao/LRM."
+        )
+    return place
 
 
 def load_scorers(config: Config, device: torch.device) -> list[Any]:
@@ -241,41 +274,3 @@ class SharedAdvantages:
             worth = advantages.normalised(values)
         by_key = dict(zip(every, worth.tolist(), strict=True))
         return torch.tensor([by_key[key] for key in keys])
-
-
-def images_with_gradient(config: Config) -> int:
-    """Return how many images pass through the network with gradient for one transition or pair of them."""
-    if config.collect in BACKPROPAGATIONS:
-        steps = config.rollout.num_inference_steps
-        through = {"one_step": 1, "last_steps": config.rollout.backprop_steps or steps}
-        return through.get(config.collect, round(0.16 * steps)) * _branches(config)
-    shared = config.collect == "trajectories" or (config.collect == "step_pairs" and not config.rollout.num_inner_steps)
-    return (1 if shared else 2) * _branches(config)
-
-
-def predictions_per_prompt(config: Config) -> int:
-    """Return how many guided predictions the rollout of a prompt takes."""
-    rollout = config.rollout
-    steps = rollout.num_inference_steps
-    if config.collect in BACKPROPAGATIONS:
-        return steps - images_with_gradient(config) // _branches(config)
-    if config.collect != "step_pairs":
-        return steps * (rollout.samples_per_prompt or (2 if config.collect == "trajectory_pairs" else 1))
-    # The first branch point predicts once; all later predictions are those of candidates.
-    return rollout.divert_start_step + 1 + (steps - 1 - rollout.divert_start_step) * rollout.num_candidates
-
-
-def passes(config: Config) -> str:
-    """Word how many images pass through the network for one transition, the cost of a method."""
-    images, sampled = images_with_gradient(config), predictions_per_prompt(config)
-    if config.collect in BACKPROPAGATIONS:
-        return f"about {images} images with gradient and {sampled * _branches(config)} without per drawn image"
-    frozen = images if "reference" in config.build_objective().needs else 0
-    return (
-        f"{images} images with gradient and {frozen} without per transition; {sampled * _branches(config)} without per "
-        "prompt and rollout"
-    )
-
-
-def _branches(config: Config) -> int:
-    return 1 if config.rollout.guidance_scale == 1.0 else 2

@@ -30,7 +30,7 @@ class PictureScorer:
     Args:
         backbone: decodes.
         scorers: reward models, each with `score_tensor` or at least `score`.
-        batch_size: pictures decoded and scored at a time.
+        batch_size: pictures decoded and scored at a time, at most; the parts are of equal size.
         evaluations: counts what was decoded.
     """
 
@@ -44,12 +44,13 @@ class PictureScorer:
     @torch.no_grad()
     def __call__(self, latents: Tensor, prompts: Sequence[str], timesteps: Tensor) -> Tensor:
         """Return scores [R,N] float32 of N clean latents."""
+        chunks = -(-len(latents) // self.batch_size)
         parts = []
-        for start in range(0, len(latents), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            images = self.backbone.decode_latents(latents[part])
+        for rows in torch.arange(len(latents), device=latents.device).tensor_split(chunks):  # no small last one
+            images = self.backbone.decode_latents(latents[rows])
             self.evaluations.decoded += len(images)
-            parts.append(torch.stack([_score(s, images, list(prompts[part]), timesteps[part]) for s in self.scorers]))
+            texts = [prompts[row] for row in rows.tolist()]
+            parts.append(torch.stack([_score(s, images, texts, timesteps[rows]) for s in self.scorers]))
         return torch.cat(parts, dim=1).to(latents.device)
 
     def differentiable(self, latents: Tensor, prompts: Sequence[str], timesteps: Tensor) -> Tensor:
