@@ -1,12 +1,13 @@
 # make demo   set up, then align the embedded pipeline and show the result (runs/demo)
 # make test   set up, then run the default tests          make lint    ruff
 # make bench  the optimizer step on this machine         make methods  every objective compared, about two hours
-# make label-noise  the study of flipped labels           make clean   remove everything that can be made again
+# make label-noise  the study of flipped labels           make filtering-study  DPO on chosen pairs against all
+# make clean  remove everything that can be made again
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test slow lint bench methods label-noise clean
+.PHONY: setup demo test slow lint bench methods label-noise filtering-study clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +38,9 @@ methods: setup
 
 label-noise: setup
 	$(BIN)/python -m benchmarks label-noise
+
+filtering-study: setup
+	$(BIN)/python -m benchmarks filtering
 
 clean:
 	rm -rf $(VENV) runs cache build *.egg-info

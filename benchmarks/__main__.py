@@ -1,4 +1,4 @@
-"""`python -m benchmarks [cpu | gpu | methods | label-noise | over-optimisation | score]`: measure, record results."""
+"""`python -m benchmarks [cpu | gpu | methods | label-noise | filtering | over-optimisation | score]`: measure."""
 
 import argparse
 import datetime
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cpu, gpu, label_noise, methods, over_optimisation, score_speed
+from benchmarks import cpu, filtering_study, gpu, label_noise, methods, over_optimisation, score_speed
 from diffalign.jobs.train import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,6 +29,9 @@ def main() -> None:
     compared.add_argument("--output", type=Path, default=Path("runs/methods").resolve())
     noise = commands.add_parser("label-noise", help="DPO against robust DPO under flipped labels")
     noise.add_argument("--output", type=Path, default=Path("runs/label-noise").resolve())
+    chosen = commands.add_parser("filtering", help="DPO on chosen pairs against DPO on all, with flipped labels")
+    chosen.add_argument("--output", type=Path, default=Path("runs/filtering").resolve())
+    chosen.add_argument("--text-quality", type=Path, help="ratings of the prompts, for `diffalign filter`")
     rewarded = commands.add_parser("over-optimisation", help="reward against oracle at every checkpoint of online runs")
     rewarded.add_argument(
         "runs", nargs="+", type=Path, help="folders of spo, d3po, ddpo, refl, draft or alignprop runs"
@@ -43,6 +46,8 @@ def main() -> None:
         gpu.run(file, asked.minutes, asked.tiny)
     elif asked.command == "label-noise":
         label_noise.main(asked.output)
+    elif asked.command == "filtering":
+        filtering_study.main(asked.output, asked.text_quality)
     elif asked.command == "score":
         write("score", score_speed.run())
     elif asked.command == "over-optimisation":

@@ -4,14 +4,12 @@ The pairs' own labels already go against the oracle in 7 % of the cases; the fli
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.method_runs import ROOT
+from benchmarks.method_runs import ROOT, row_of
 
 RESULTS = ROOT / "benchmarks" / "results"
 FLIPPED = (0.0, 0.1, 0.2, 0.3)
@@ -35,12 +33,7 @@ def main(output: Path) -> None:
             if rate == 0 and label != "DPO":
                 continue  # without noise all three are DPO
             folder = output / f"{label.replace(' ', '-').lower()}-{rate:.0%}".replace("%", "")
-            if not (folder / "row.json").exists():
-                print(f"{label} at {rate:.0%} ...", flush=True)
-                changes = [*overrides, f"data.flip_labels={rate}"]
-                command = [sys.executable, "-m", "benchmarks.method_runs", name, str(folder), *changes]
-                subprocess.run(command, check=True, cwd=ROOT)
-            oracle = json.loads((folder / "row.json").read_text(encoding="utf8"))["scores"]["oracle"]
+            oracle = row_of(name, folder, [*overrides, f"data.flip_labels={rate}"])["scores"]["oracle"]
             rows.append({"objective": label, "flipped": rate, **oracle})
             print(rows[-1], flush=True)
     (RESULTS / "label-noise.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf8")

@@ -7,6 +7,7 @@ Run as its own process (`python -m benchmarks.method_runs NAME OUTPUT`): the pea
 
 import json
 import statistics
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -89,6 +90,16 @@ def run(name: str, output: Path, overrides: list[str]) -> dict[str, Any]:
         "final": {key: value for key, value in lines[-1].items() if key != "step"},
     }
     return row | judge(config, name, output)
+
+
+def row_of(name: str, output: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Return the row of a run in `output`; train and judge in a process of its own unless it is there already."""
+    file = output / "row.json"
+    if not file.exists():
+        print(f"{output.name} ...", flush=True)
+        command = [sys.executable, "-m", "benchmarks.method_runs", name, str(output), *(overrides or [])]
+        subprocess.run(command, check=True, cwd=ROOT)
+    return json.loads(file.read_text(encoding="utf8"))
 
 
 def recipe(name: str, output: Path, overrides: list[str]) -> Config:

@@ -9,16 +9,13 @@ two pictures each. Interrupted, it goes on with the methods that have no row yet
 
 import csv
 import datetime
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.method_runs import IMAGES_PER_PROMPT, N_PROMPTS, ONLINE_LAYOUTS, ROOT, STEPS
+from benchmarks.method_runs import IMAGES_PER_PROMPT, N_PROMPTS, ONLINE_LAYOUTS, ROOT, STEPS, row_of
 from diffalign import objectives
 from diffalign.jobs.train import versions
 
@@ -58,15 +55,10 @@ def main(only: list[str], output: Path, table_only: bool = False) -> None:
         raise SystemExit(f"Unknown method {unknown[0]}. Available: {', '.join(objectives.names())}.")
     rows, missing = [], []
     for name in only or methods_by_default(output):
-        file = output / name / "row.json"
-        if not file.exists() and table_only:
+        if table_only and not (output / name / "row.json").exists():
             missing.append(name)
             continue
-        if not file.exists():
-            print(f"{name} ...", flush=True)
-            command = [sys.executable, "-m", "benchmarks.method_runs", name, str(output / name)]
-            subprocess.run(command, check=True, cwd=ROOT)
-        rows.append(json.loads(file.read_text(encoding="utf8")))
+        rows.append(row_of(name, output / name))
         print(line_of(rows[-1]), flush=True)
     rows.sort(key=lambda row: -row["scores"]["oracle"]["win_rate"])
     write_table(rows, missing)
@@ -154,17 +146,20 @@ def write_csv(rows: list[dict[str, Any]]) -> None:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Draw win rates with intervals, best first."""
-    shown = rows[::-1]
-    figure, axes = plt.subplots(figsize=(7, 0.3 * len(rows) + 1.2), layout="constrained")
-    for place, row in enumerate(shown):
-        oracle = row["scores"]["oracle"]
+    """Draw the methods' win rates, best first."""
+    names = [row["method"] + (" (online)" if is_online(row["method"]) else "") for row in rows]
+    plot_win_rates(names, [row["scores"]["oracle"] for row in rows], file)
+
+
+def plot_win_rates(names: list[str], oracles: list[dict[str, float]], file: Path) -> None:
+    """Draw the oracle's win rates with intervals, the first on top."""
+    figure, axes = plt.subplots(figsize=(7, 0.3 * len(names) + 1.2), layout="constrained")
+    for place, oracle in enumerate(oracles[::-1]):
         sure = oracle["low"] > 0.5
         axes.plot([oracle["low"], oracle["high"]], [place, place], color="#4a6fa5" if sure else "#b0b0b0", lw=2)
         axes.plot(oracle["win_rate"], place, "o", color="#1f3a5f" if sure else "#808080", ms=5)
     axes.axvline(0.5, color="#c0392b", lw=1, ls="--")
-    names = [row["method"] + (" (online)" if is_online(row["method"]) else "") for row in shown]
-    axes.set_yticks(range(len(shown)), names)
+    axes.set_yticks(range(len(names)), names[::-1])
     axes.set_xlabel("oracle win rate against the base, 95 % interval over prompts")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)

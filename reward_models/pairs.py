@@ -1,6 +1,5 @@
 """Preference pairs for reward training: checked, split by prompt, decoded when a batch needs them."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ class RewardPair(NamedTuple):
     image_1: ImageLike
     prompt: str
     label_0: float  # P(image_0 preferred): 1, 0, or 0.5 for a tie
+    user: str | None = None  # who chose; read by PAL alone
 
 
 def checked(items: Iterable[RewardPair | tuple[ImageLike, ImageLike, str, float]]) -> list[RewardPair]:
@@ -53,24 +53,22 @@ def split_by_prompt(
 
 
 class PairPixels(Dataset):
-    """Decode and preprocess pairs: (pixels_0, pixels_1, prompt, label_0, number of pairs with this prompt)."""
+    """Decode and preprocess pairs: (pixels_0, pixels_1, prompt, label_0)."""
 
     def __init__(self, pairs: Sequence[RewardPair], preprocess: Callable[[Image.Image], Tensor]):
         self.pairs = pairs
         self.preprocess = preprocess
-        self.pairs_of_prompt = Counter(pair.prompt for pair in pairs)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str, Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str, Tensor]:
         pair = self.pairs[index]
         try:
             pixels = [self.preprocess(to_rgb(image)) for image in (pair.image_0, pair.image_1)]
         except ScorerError as error:
             raise ScorerError(f'Pair {index} ("{pair.prompt[:60]}"): {error}') from None
-        label_0, same_prompt = float(pair.label_0), float(self.pairs_of_prompt[pair.prompt])
-        return *pixels, pair.prompt, torch.tensor(label_0), torch.tensor(same_prompt)
+        return *pixels, pair.prompt, torch.tensor(float(pair.label_0))
 
 
 def index_batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:

@@ -12,13 +12,13 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from reward_models.base import ImageLike, Prompts, ScorerCard, ScorerError, listed
 from reward_models.checkpoints import read_state_dict, write_folder
 from reward_models.hf_clip import HFClipScorer, build, load_spec, load_tokenizer, locate, read_config
-from reward_models.preprocess import spm_tensor_noaa, to_tensor
+from reward_models.preprocess import spm_tensor_noaa
+from reward_models.recipes import Recipe
 
 EVALUATED_AT = (0, 251, 501, 701, 951)  # the timesteps the authors report accuracies for
 FREQUENCIES = 256  # width of the sinusoidal embedding of a timestep
@@ -79,9 +79,10 @@ class StepAware(HFClipScorer):
         spec = load_spec(folder, config.vision_config.image_size)
         return cls(card, module, spec, load_tokenizer(folder, config, path_or_id), source=path_or_id)
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """Return pixels [3, size, size] as the official function."""
-        return spm_tensor_noaa(to_tensor(image), self.spec)
+    @property
+    def recipe(self) -> Recipe:
+        """Return how the official function makes pixels [3, size, size]."""
+        return Recipe("spm_tensor_noaa", self.spec)
 
     def preprocess_tensor(self, images: Tensor) -> Tensor:
         """Return pixels [N, 3, size, size]; the official function is differentiable itself."""

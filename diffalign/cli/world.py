@@ -19,7 +19,7 @@ def build(
     assets: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("assets"),
     parts: Annotated[
         str, typer.Option(help="Parts to build, in this order; each needs the ones before it.")
-    ] = "pipeline,prompts,pairs,captions,rewards,lists",
+    ] = "pipeline,prompts,pairs,captions,rewards,lists,step-aware",
     unet_steps: Annotated[int | None, typer.Option(help="Training steps of the base model.")] = None,
 ) -> None:
     """Train every tiny asset again from seeds, on a CPU."""

@@ -23,6 +23,11 @@ def score_preference(scores: np.ndarray, score_range: tuple[float, float]) -> np
     return np.exp(-np.logaddexp(0, -(scores[:, 0] - scores[:, 1]) / (high - low)))
 
 
+def flips(example_ids: np.ndarray, rate: float, seed: int) -> np.ndarray:
+    """Return which labels [n] are flipped with probability `rate`: a pure function of seed and example id [n]."""
+    return keyed.uniform(f"flip_labels/{seed}", example_ids) < rate
+
+
 class AnnotatedPairs:
     """Serve pairs with the scores and weights that were found out about them. All of it is optional and combines.
 
@@ -71,7 +76,7 @@ class AnnotatedPairs:
         self._preference = None
         if preference_from == "scores":
             self._preference = score_preference(scores, _range(scores, score_range))
-        self._flipped = keyed.uniform(f"flip_labels/{seed}", self._ids) < flip_labels
+        self._flipped = flips(self._ids, flip_labels, seed)
         if scores is not None:
             scores = np.where(self._flipped[:, None], scores[:, ::-1], scores)
         self._scores = scores

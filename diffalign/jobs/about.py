@@ -123,6 +123,10 @@ def describe_scorer(name: str) -> str:
         return (
             f"{name}: {about}\n\nscale         [0, 1], higher is better\nattributes    {', '.join(oracle.ATTRIBUTES)}"
         )
+    if name == scorers.IMPLICIT:
+        from diffalign.jobs.implicit import CARD  # with all of diffusers
+
+        return CARD
     scorers.parse(name)
     card = reward_models.card(name)
     low, high = card.usual_range
@@ -213,6 +217,8 @@ def _scorers() -> Iterator[tuple[str, str]]:
     for name in scorers.names():
         if name == scorers.ORACLE:
             yield name, "Measures pictures of the embedded world exactly; needs no weights."
+        elif name == scorers.IMPLICIT:
+            yield name, "DPO's implicit reward of a trained model against its base: implicit=runs/demo."
         else:
             card = reward_models.card(name)
             yield name, f"{card.weights}, {card.scale}, {card.licence}"

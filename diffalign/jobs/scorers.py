@@ -11,11 +11,13 @@ from diffalign.jobs.devices import pick_device
 from diffalign.shapes.oracle import Oracle
 
 ORACLE = Oracle.name
+IMPLICIT = "implicit"
+OWN = (ORACLE, IMPLICIT)  # scorers that are no reward models
 
 
 def names() -> list[str]:
-    """Return the scorers one can name: the reward models and the oracle of the embedded world."""
-    return sorted([*reward_models.names(), ORACLE])
+    """Return the scorers one can name: the reward models, the implicit reward and the oracle of the embedded world."""
+    return sorted([*reward_models.names(), *OWN])
 
 
 def parse(wanted: str | Sequence[str]) -> dict[str, str | None]:
@@ -38,6 +40,8 @@ def parse(wanted: str | Sequence[str]) -> dict[str, str | None]:
             raise UserError(f'"{part}" names no path. Write {name}=FOLDER, or {name} alone for the published weights.')
         if sign and name == ORACLE:
             raise UserError(f"The oracle has no weights: write {ORACLE} alone.")
+        if name == IMPLICIT and not path:
+            raise UserError(f"The implicit reward is that of a trained model: write {IMPLICIT}=runs/demo.")
         if name in found:
             raise UserError(f'Scorer "{name}" is given twice. Use one set of weights at a time.')
         found[name] = path or None
@@ -58,6 +62,11 @@ def load(wanted: str | Sequence[str], device: str = "auto", dtype: torch.dtype =
     for name, path in places.items():
         if name == ORACLE:
             loaded.append(Oracle())
+            continue
+        if name == IMPLICIT:
+            from diffalign.jobs.implicit import ImplicitReward  # a diffusion model: slow to import
+
+            loaded.append(ImplicitReward(path, str(where), str(dtype).removeprefix("torch.")))
             continue
         try:
             loaded.append(reward_models.load(name, path, where, dtype))

@@ -5,6 +5,7 @@ assets/prompts          training captions and held-out prompts
 assets/tiny-pairs       preference pairs of the base model's own samples, in Pick-a-Pic v2's columns
 assets/tiny-pickscore, assets/tiny-hpsv2    reward models in the official formats, trained on pairs of the world
 assets/tiny-lists       four samples a prompt, each with the scores of three judges
+assets/tiny-step-aware  the tiny PickScore, taught to judge one-step predictions of the base model (SPO)
 """
 
 import random
@@ -22,6 +23,7 @@ from rich.progress import Progress
 
 import reward_models
 from diffalign.errors import ConfigError
+from diffalign.jobs import reward
 from diffalign.jobs.world_data import World, write_captions, write_lists, write_pairs
 from diffalign.shapes import render
 from diffalign.shapes.captions import PALETTE, SHAPES, Scene, distinct_captions, scenes
@@ -31,7 +33,7 @@ from diffalign.shapes.tokenizer import world_merges
 from reward_models import tiny, tokenization, training
 
 VALIDATION_PAIRS = 1000  # rendered, of held-out combinations; the best step of a reward model is chosen on them
-PARTS = ("pipeline", "prompts", "pairs", "captions", "rewards", "lists")
+PARTS = ("pipeline", "prompts", "pairs", "captions", "rewards", "lists", "step-aware")
 
 
 def build(assets: Path, parts: list[str], world: World, pretraining: Pretraining, console: Console) -> None:
@@ -50,6 +52,7 @@ def build(assets: Path, parts: list[str], world: World, pretraining: Pretraining
         "captions": lambda: write_captions(assets),
         "rewards": lambda: build_rewards(assets, world, console),
         "lists": lambda: write_lists(assets, world, console),
+        "step-aware": lambda: build_step_aware(assets, world, console),
     }
     for part in PARTS:
         if part in parts:
@@ -117,6 +120,19 @@ def build_rewards(assets: Path, world: World, console: Console) -> None:
                     log=lambda _, task=task: bar.advance(task),
                 )
             console.print(f"{name}: agrees with the oracle on {result.best_accuracy:.1%} of held-out rendered pairs")
+
+
+def build_step_aware(assets: Path, world: World, console: Console) -> None:
+    """Train SPO's step-aware model by `diffalign reward train` (docs/embedded-world.md has the command)."""
+    changes = {"batch_size": 64, "max_steps": world.step_aware_steps, "warmup_steps": 15, "learning_rate": 2e-4}
+    changes |= {"eval_every": world.step_aware_steps, "validation_fraction": 0.0, "bf16": True, "seed": world.seed}
+    one_step = reward.OneStep(model=str(assets / "tiny-sdxl"), draws=1)
+    with tempfile.TemporaryDirectory() as scratch:
+        reward.train(
+            "step_aware", str(assets / "tiny-pairs"), Path(scratch), init=str(assets / "tiny-pickscore"), recipe=None,
+            changes=changes, validation=None, device="cpu", console=console, one_step=one_step,
+        )  # fmt: skip
+        reward_models.load("step_aware", scratch, dtype=torch.float16).save(assets / "tiny-step-aware")
 
 
 def reward_pairs(assets: Path, world: World) -> list[tuple[Any, ...]]:

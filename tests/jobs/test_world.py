@@ -81,7 +81,8 @@ def test_the_shipped_reward_models_agree_with_the_oracle(name):
 def test_the_whole_world_can_be_built_at_a_small_size(tmp_path, monkeypatch):
     monkeypatch.setattr(world_data, "SAMPLING", replace(world_data.SAMPLING, num_inference_steps=2))
     monkeypatch.setattr(world, "VALIDATION_PAIRS", 8)
-    small = world.World(training_captions=4, held_out_prompts=3, candidates=2, reward_pairs=24, reward_steps=2)
+    sizes = {"training_captions": 4, "held_out_prompts": 3, "candidates": 2, "reward_pairs": 24}
+    small = world.World(**sizes, reward_steps=2, step_aware_steps=1)
     recipe = Pretraining(images=32, vae_steps=2, vae_batch_size=4, unet_steps=2, unet_batch_size=4)
     world.build(tmp_path, list(world.PARTS), small, recipe, Console(quiet=True))
     assert loading.load(tmp_path / "tiny-sdxl").family == "sdxl"
@@ -89,5 +90,6 @@ def test_the_whole_world_can_be_built_at_a_small_size(tmp_path, monkeypatch):
     assert table.num_rows == 4
     assert set(table.column_names) == set(pq.read_schema(ASSETS / "tiny-pairs" / "train.parquet").names)
     picture, prompt = Image.new("RGB", (64, 64), "red"), "a red circle on a blue background"
-    for name in ("pickscore", "hpsv2"):
-        assert reward_models.load(name, tmp_path / f"tiny-{name}").score([picture], [prompt]).isfinite().all()
+    for name in ("pickscore", "hpsv2", "step_aware"):
+        scorer = reward_models.load(name, tmp_path / f"tiny-{name.replace('_', '-')}")
+        assert scorer.score([picture], [prompt]).isfinite().all()
