@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from peft import LoraConfig
 from rich.console import Console
@@ -20,6 +21,7 @@ from diffalign.config import Config
 from diffalign.data import PairTransform
 from diffalign.jobs import assemble, examples
 from diffalign.jobs.train import build_trainer, make_accelerator
+from diffalign.training.trainer import Trainer
 
 Step = Callable[[int], None]
 CONFIG = "configs/tiny/dpo.yaml"
@@ -36,8 +38,7 @@ def settings(folder: Path, *overrides: str) -> Config:
 
 def diffalign_step(config: Config) -> Step:
     """Return a function that takes one optimizer step as `diffalign train` does."""
-    trainer, _ = build_trainer(config, make_accelerator(config), Console(quiet=True))
-    trainer.network.train()
+    trainer = _trainer(config)
     count = config.train.train_batch_size
     return lambda step: trainer._optimizer_step(step, trainer.sampler.indices(step * count, count))
 
@@ -90,8 +91,7 @@ def script_step(config: Config) -> Step:
 
 def network_step(config: Config) -> Step:
     """Return a function that runs only the UNet as a step does: a pass without gradient, forward and backward."""
-    trainer, _ = build_trainer(config, make_accelerator(config), Console(quiet=True))
-    trainer.network.train()
+    trainer = _trainer(config)
     step, count = trainer.loss, config.train.train_batch_size
     posed = step.pose(step.load(trainer.sampler.indices(0, count), 0), 0)
     problem, predict = posed.problem, step.backbone.predict
@@ -102,3 +102,11 @@ def network_step(config: Config) -> Step:
         predict(trainer.network, problem.xt, problem.timesteps, posed.cond).float().square().mean().backward()
 
     return take
+
+
+def _trainer(config: Config) -> Trainer:
+    """Build what trains; accelerate's state is that of the process, and runs of several precisions share this one."""
+    AcceleratorState._reset_state()
+    trainer, _ = build_trainer(config, make_accelerator(config), Console(quiet=True))
+    trainer.network.train()
+    return trainer
