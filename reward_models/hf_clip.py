@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from reward_models import towers
 from reward_models.base import ScorerCard, ScorerError
 from reward_models.checkpoints import (
     first_existing,
@@ -118,11 +119,27 @@ class HFClipScorer(TwoTowerScorer):
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Return image embeddings [N, D], not normalised."""
-        return self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
+        tower = self.clip.vision_model
+        if not towers.is_usable(tower, pixels):
+            return self.clip.visual_projection(tower(pixel_values=pixels).pooler_output)
+        stem = tower.embeddings
+        x = towers.embed_patches(pixels, stem.patch_embedding, stem.class_embedding, stem.position_embedding.weight)
+        first = torch.zeros(len(x), dtype=torch.long)
+        x = towers.run(towers.transformers_blocks(tower.encoder.layers), tower.pre_layrnorm(x), first, causal=False)
+        return self.clip.visual_projection(tower.post_layernorm(x))
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Return text embeddings [N, D], not normalised; attention is causal, so padding needs no mask."""
-        return self.clip.text_projection(self.clip.text_model(input_ids=tokens).pooler_output)
+        tower = self.clip.text_model
+        if not towers.is_usable(tower, tokens):
+            return self.clip.text_projection(tower(input_ids=tokens).pooler_output)
+        # as CLIPTextModel: configurations older than transformers 4.31 say 2 and mean the largest id
+        legacy = tower.eos_token_id == 2
+        read = tokens.argmax(dim=-1) if legacy else (tokens == tower.eos_token_id).int().argmax(dim=-1)
+        stem = tower.embeddings
+        x = towers.embed_words(tokens, read, stem.token_embedding.weight, stem.position_embedding.weight)
+        x = towers.run(towers.transformers_blocks(tower.encoder.layers), x, read, causal=True)
+        return self.clip.text_projection(tower.final_layer_norm(x))
 
     def image_groups(self) -> list[list[nn.Parameter]]:
         """Return the image tower's parameters: embeddings, each layer (the last with its norm), projection."""

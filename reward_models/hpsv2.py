@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from reward_models import towers
 from reward_models.base import ScorerCard, ScorerError
 from reward_models.checkpoints import (
     first_existing,
@@ -37,6 +38,8 @@ OFFICIAL_MODEL: dict[str, Any] = {
     "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
 }
+# what `towers` knows of a tower; everything else that open_clip can build runs as open_clip runs it
+SIZES = {*OFFICIAL_MODEL["vision_cfg"], *OFFICIAL_MODEL["text_cfg"], "mlp_ratio"}
 
 _HPSV2 = ScorerCard(
     name="hpsv2",
@@ -82,6 +85,7 @@ class HPSv2(TwoTowerScorer):
 
         super().__init__(card, module, spec, source=source)
         self.config = config  # open_clip's model_cfg
+        self._is_plain = {*config["vision_cfg"], *config["text_cfg"]} <= SIZES
         self.bpe_file = Path(bpe_file)
         self.tokenizer = SimpleTokenizer(bpe_path=str(bpe_file), context_length=module.context_length)
 
@@ -138,11 +142,22 @@ class HPSv2(TwoTowerScorer):
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Return image embeddings [N, D], not normalised."""
-        return self.module.encode_image(pixels)
+        tower = self.module.visual
+        if not (self._is_plain and towers.is_usable(tower, pixels)):
+            return self.module.encode_image(pixels)
+        x = towers.embed_patches(pixels, tower.conv1, tower.class_embedding, tower.positional_embedding)
+        first, blocks = torch.zeros(len(x), dtype=torch.long), towers.open_clip_blocks(tower.transformer.resblocks)
+        return tower.ln_post(towers.run(blocks, tower.ln_pre(x), first, causal=False)) @ tower.proj
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Return text embeddings [N, D], not normalised."""
-        return self.module.encode_text(tokens)
+        model = self.module
+        if not (self._is_plain and towers.is_usable(model.transformer, tokens)):
+            return model.encode_text(tokens)
+        read = tokens.argmax(dim=-1)  # the end token has the largest id
+        x = towers.embed_words(tokens, read, model.token_embedding.weight, model.positional_embedding)
+        x = towers.run(towers.open_clip_blocks(model.transformer.resblocks), x, read, causal=True)
+        return model.ln_final(x) @ model.text_projection
 
     def image_groups(self) -> list[list[nn.Parameter]]:
         """Return the image tower's parameters: embeddings, each block (the last with its norm), projection."""

@@ -10,7 +10,7 @@ from diffalign.training.settings import Settings
 
 
 class RolloutSettings(Settings):
-    """How an objective that draws its images (spo, d3po, ddpo, refl, draft, alignprop) samples and judges.
+    """How an objective that draws its images (spo, d3po, ddpo, dpok, refl, draft, alignprop) samples and judges.
 
     The defaults are SPO's for SD1.5.
     """

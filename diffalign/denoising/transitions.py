@@ -86,7 +86,15 @@ def transition_likelihoods(
         label=batch.label,
         advantages=batch.advantages,
         behavior_log_prob=batch.behavior_log_prob,
+        drift=None if pairs or reference is None else _drift(path, batch, policy, reference),
     )
+
+
+def _drift(path: DDPMPath, batch: TransitionBatch, policy: Tensor, reference: Tensor) -> Tensor:
+    """Return the mean over C, H, W of (eps of the policy - eps of the reference)^2 [N] (DPOK)."""
+    xt, timesteps, _ = batch.starts()
+    eps, other = (to_epsilon(path, xt, pred, timesteps) for pred in (policy, reference.detach()))
+    return (eps - other).square().flatten(1).mean(1)
 
 
 def score_matching(eps: Tensor, behavior: Tensor, shift: Tensor) -> list[Tensor]:

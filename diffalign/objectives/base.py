@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from diffalign.errors import ConfigError, suggestion
 
 NO_REFERENCE = "a log-ratio needs the reference errors: declare them in Objective.needs"
+LARGEST_EXPONENT = 80.0  # of a ratio: its gradient stays finite in float32
 
 
 class _Checked:
@@ -118,6 +119,7 @@ class Transitions(_Checked):
     label: Tensor | None = None  # [B], 1: w is preferred, -1: l is, 0: a tie; None: w always is
     advantages: Tensor | None = None  # [B], of single transitions; needs "advantages"
     behavior_log_prob: Tensor | None = None  # [B], of single transitions under the network that took them
+    drift: Tensor | None = None  # [B], mean of (eps - reference's eps)^2, with gradient; of single transitions
     statistic: Tensor | None = None  # [], of the whole batch: see Objective.statistic
 
     @property
@@ -127,6 +129,12 @@ class Transitions(_Checked):
         assert self.reference_log_prob_w is not None, NO_REFERENCE
         assert self.reference_log_prob_l is not None, NO_REFERENCE
         return self.log_prob_w - self.reference_log_prob_w, self.log_prob_l - self.reference_log_prob_l
+
+    @property
+    def behavior_ratio(self) -> Tensor:
+        """Return p(x_p | x_t) / p_old(x_p | x_t) [B] of single transitions, at most exp(80)."""
+        assert self.behavior_log_prob is not None, "declare behavior in Objective.needs"
+        return (self.log_prob_w - self.behavior_log_prob).clamp(max=LARGEST_EXPONENT).exp()
 
     @property
     def margin(self) -> Tensor:

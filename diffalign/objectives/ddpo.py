@@ -8,8 +8,6 @@ from torch import Tensor
 
 from diffalign.objectives.base import Objective, Transitions, check_number
 
-LARGEST_EXPONENT = 80.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class DDPO(Objective[Transitions]):
@@ -51,8 +49,7 @@ class DDPO(Objective[Transitions]):
     def loss(self, transitions: Transitions) -> Tensor:
         """Return the loss of every transition [B]."""
         assert transitions.advantages is not None, "declare advantages in Objective.needs"
-        assert transitions.behavior_log_prob is not None, "declare behavior in Objective.needs"
         advantages = transitions.advantages.clamp(-self.adv_clip_max, self.adv_clip_max)
-        ratio = (transitions.log_prob_w - transitions.behavior_log_prob).clamp(max=LARGEST_EXPONENT).exp()
+        ratio = transitions.behavior_ratio
         clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
         return torch.maximum(-advantages * ratio, -advantages * clipped)

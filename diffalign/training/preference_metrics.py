@@ -60,7 +60,8 @@ def _list(errors: ListErrors, objective: Objective[Any]) -> dict[str, Tensor]:
 def _transitions(errors: Transitions, objective: Objective[Any]) -> dict[str, Tensor]:
     if errors.log_prob_l is None:
         moved = errors.log_prob_w.detach() - errors.behavior_log_prob
-        return {"log_prob": errors.log_prob_w.detach(), "ratio": moved.exp(), "advantage": errors.advantages}
+        metrics = {"log_prob": errors.log_prob_w.detach(), "ratio": moved.exp(), "advantage": errors.advantages}
+        return metrics if errors.drift is None else metrics | {"drift": errors.drift.detach()}
     log_ratio_w, log_ratio_l = (ratio.detach() for ratio in errors.log_ratios)
     sign = 1.0 if errors.label is None else errors.label
     margin = sign * (log_ratio_w - log_ratio_l)

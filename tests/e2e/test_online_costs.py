@@ -19,6 +19,7 @@ RUNS = {
     "lpo": {"rollout": {"scorer": "lrm", "divert_start_step": 0, "timesteps_of": "current"}},
     "d3po": {},
     "ddpo": {"rollout": {"samples_per_prompt": 2}},
+    "dpok": {"rollout": {"samples_per_prompt": 2}},
     "refl": {"rollout": {"one_step_range": [2, 2], "guidance_scale": 1.0}},
     "draft": {"rollout": {"backprop_steps": 2}},
 }

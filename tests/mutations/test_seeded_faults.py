@@ -139,6 +139,10 @@ FAULTS = {
     "PPO takes the better of clipped and unclipped": (
         "objectives/ddpo.py", "torch.maximum(", "torch.minimum(", "tests/rollout/test_selection_and_advantages.py",
     ),
+    "DPOK flees what was rewarded": (
+        "objectives/dpok.py", "- self.reward_weight", "+ self.reward_weight",
+        "tests/rollout/test_selection_and_advantages.py",
+    ),
     "a repeated draw is the same at every visit": (
         "data/visits.py", "return example_ids ^ masks.to(example_ids.device)", "return example_ids",
         "tests/data/test_visits.py",

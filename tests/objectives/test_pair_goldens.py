@@ -46,6 +46,12 @@ def test_bco_with_a_given_shift(case, shift):
     assert_loss_and_gradients(record, load("bco", **BY_LOGIT_GAIN), statistic=tensor(float(shift)))
 
 
+@pytest.mark.parametrize("case", ["c1", "c2"])
+def test_bco_without_a_shift_is_trls_pair_form(case):
+    assert load("bco", shift="zero").statistic(golden_errors(RECORDS[f"bco_pair_{case}"])[0]) is None
+    assert_loss_and_gradients(RECORDS[f"bco_pair_{case}"], load("bco", shift="zero", **BY_LOGIT_GAIN))
+
+
 def test_bco_shifts_by_the_mean_reward_of_the_batch():
     bco, (errors, _) = load("bco", **BY_LOGIT_GAIN), golden_errors(RECORDS["bco_pair_c1"])
     rewards = [

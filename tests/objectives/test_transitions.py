@@ -46,6 +46,15 @@ def test_the_advantage_of_ddpo_decides_the_direction_and_the_clip_ends_it():
     assert policy.grad.tolist() == pytest.approx([-1.0, 1.0, 0.0, 0.0])
 
 
+def test_outside_the_clip_only_the_drift_moves_dpok_whatever_the_advantage():
+    objective, drift = objectives.load("dpok", clip_range=0.1), torch.ones(3).requires_grad_()
+    policy = torch.tensor([0.0, 0.2, -0.2]).requires_grad_()  # the last is where PPO would still raise the ratio
+    given = {"behavior_log_prob": torch.zeros(3), "advantages": torch.tensor([1.0, 1.0, 1.0])}
+    objective.loss(Transitions(log_prob_w=policy, drift=drift, **given)).sum().backward()
+    assert policy.grad.tolist() == pytest.approx([-100.0, 0.0, 0.0])
+    assert drift.grad.tolist() == pytest.approx([0.01] * 3)
+
+
 @pytest.mark.parametrize("name", ["spo", "d3po"])
 def test_the_order_of_pairs_does_not_matter(name):
     objective, rows = objectives.load(name), torch.randperm(9)

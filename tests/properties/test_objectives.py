@@ -78,8 +78,10 @@ def transitions(objective: Objective, policy: Tensor, reference: Tensor) -> Tran
     """Build pairs of transitions from policy and reference [2,B], or 2B single ones; -error stands for log p."""
     if "advantages" in objective.needs:
         side = torch.tensor([[1.0], [-1.0]], dtype=policy.dtype).expand_as(policy)
+        drift = (policy - reference).square().flatten() if "drift" in objective.needs else None
+        behavior = -reference.flatten()
         return Transitions(
-            log_prob_w=-policy.flatten(), behavior_log_prob=-reference.flatten(), advantages=side.flatten()
+            log_prob_w=-policy.flatten(), behavior_log_prob=behavior, advantages=side.flatten(), drift=drift
         )
     return Transitions(
         log_prob_w=-policy[0],

@@ -113,3 +113,14 @@ def test_ppo_clip():
     golden.assert_close(record, "per_example_loss", loss)
     loss.mean().backward()
     golden.assert_close(record, "grad_logp", log_prob.grad)
+
+
+def test_dpok():
+    record = RECORDS["dpok_loss"]
+    given, kl = {key: tensor(value) for key, value in record["inputs"].items()}, record["hyperparameters"]
+    settings = {"reward_weight": kl["reward_weight"], "clip_range": kl["clip"], "kl_weight": kl["kl_weight"]}
+    drift = (given["eps_theta"] - given["eps_ref"]).square().flatten(1).mean(1)
+    transitions = Transitions(
+        log_prob_w=given["ratio"].log(), behavior_log_prob=torch.zeros(2), advantages=given["advantages"], drift=drift
+    )
+    golden.assert_close(record, "per_example_loss", load("dpok", **settings).loss(transitions))
