@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from reward_models.errors import ScorerError
@@ -90,13 +90,15 @@ def to_rgb(image: ImageLike) -> Image.Image:
 
 
 def _pil_to_rgb(image: Image.Image, origin: str) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies an upright picture too
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         # convert("RGB") clips 16 bits to 255, which turns such a picture white
         image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ScorerError(f"{origin} has PIL mode {image.mode}, whose range is unknown. Convert it to 8-bit RGB first.")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_uint8(array: np.ndarray, *, channels_last: bool) -> np.ndarray:
@@ -119,7 +121,9 @@ def _to_uint8(array: np.ndarray, *, channels_last: bool) -> np.ndarray:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Return the picture as float32 [3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32).div(255)
+    array = np.asarray(image).astype(np.float32)  # numpy keeps freed memory: torch would fault in new pages each time
+    array /= 255
+    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def clip_pil(image: Image.Image, spec: PixelSpec) -> Tensor:

@@ -32,14 +32,12 @@ class Block(NamedTuple):
 
 def is_usable(tower: nn.Module, images_or_tokens: Tensor) -> bool:
     """Tell whether `run` may stand in: float32 on a CPU, no gradients, no autocast, no hooks or wrapped layers."""
-    modules = list(tower.modules())
-    return (
-        images_or_tokens.device.type == "cpu"
-        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or tower.training)
-        and all(parameter.dtype == torch.float32 for parameter in tower.parameters())
-        # an adapter keeps the layer that it wraps under a name of its own
-        and not any(hasattr(m, "base_layer") or m._forward_hooks or m._forward_pre_hooks for m in modules)
-    )
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or tower.training:
+        return False
+    if images_or_tokens.device.type != "cpu" or next(tower.parameters()).dtype != torch.float32:
+        return False
+    # an adapter keeps the layer that it wraps in base_layer
+    return not any("base_layer" in m._modules or m._forward_hooks or m._forward_pre_hooks for m in tower.modules())
 
 
 def linear(x: Tensor, weights: Weights, *, gelu: bool = False) -> Tensor:

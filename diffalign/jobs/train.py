@@ -174,7 +174,8 @@ def run_identity(config: Config, plan: BatchPlan, backbone: Backbone, source: So
     sections = config.model_dump(mode="json")
     train = {key: sections["train"][key] for key in ("seed", "mixed_precision")}
     train["global_batch_size"] = plan.global_batch_size
-    train["precision"] = {key: sections["performance"][key] for key in ("pure_bf16", "reference_dtype", "sampling_dtype")}
+    precisions = ("pure_bf16", "reference_dtype", "sampling_dtype")
+    train["precision"] = {key: sections["performance"][key] for key in precisions}
     if config.optimizer.lr_scheduler in ("linear", "cosine"):
         train["max_train_steps"] = config.train.max_train_steps
     where = ("cache_dir", "train_data_dir", "dataset_name", "prompts_file", "vae_encode_batch_size", "annotations_file")

@@ -51,8 +51,8 @@ class TrainSettings(Settings):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast for the networks; weights that train, errors and losses stay float32."""
     gradient_checkpointing: bool | Literal["auto", "selective"] = "auto"
-    """Recompute activations in the backward pass instead of keeping them. auto: as little as this GPU's memory asks for;
-    selective: norms, activations and casts only."""
+    """Recompute activations in the backward pass instead of keeping them. auto: as little as this GPU's memory asks
+    for; selective: norms, activations and casts only."""
     enable_xformers_memory_efficient_attention: bool = False
     """Use xformers' attention in the UNet. PyTorch's own (the default) is as fast on recent GPUs."""
     allow_tf32: bool = False
