@@ -37,7 +37,8 @@ def main() -> None:
         "runs", nargs="+", type=Path, help="folders of spo, d3po, ddpo, refl, draft or alignprop runs"
     )
     rewarded.add_argument("--output", type=Path, default=Path("runs/over-optimisation").resolve())
-    commands.add_parser("score", help="`diffalign score` against the one-image loop of the published packages")
+    scoring = commands.add_parser("score", help="`diffalign score` against the loop of the published packages")
+    scoring.add_argument("--large", action="store_true", help="ViT-H with random weights on a GPU instead")
     asked = parser.parse_args()
     if asked.command == "methods":
         methods.main(asked.names, asked.output, asked.table_only)
@@ -49,7 +50,7 @@ def main() -> None:
     elif asked.command == "filtering":
         filtering_study.main(asked.output, asked.text_quality)
     elif asked.command == "score":
-        write("score", score_speed.run())
+        measure_score(asked.large)
     elif asked.command == "over-optimisation":
         over_optimisation.main(asked.runs, asked.output)
     else:
@@ -59,6 +60,15 @@ def main() -> None:
 def measure_cpu(names: list[str]) -> None:
     """Measure the optimizer step on the CPU."""
     write("cpu", cpu.run(names))
+
+
+def measure_score(large: bool) -> None:
+    """Measure the embedded scorers on the CPU, or with `large` ViT-H on a GPU; without one nothing is written."""
+    measured = score_speed.run_large() if large else score_speed.run()
+    if isinstance(measured, str):
+        print(f"{measured}: there is no GPU")
+    else:
+        write("score-large" if large else "score", measured)
 
 
 def write(name: str, measured: object) -> None:

@@ -1,10 +1,7 @@
-"""`diffalign score` against the loop of the published packages, one image at a time, on the embedded world.
+"""`diffalign score` against the loop of the published packages (`score_loop`), on the embedded world.
 
-The loops do what the official functions do for every image: PickScore's README opens the file, calls the processor on
-the image and on the prompt, both towers and `.item()`; `hpsv2.score` opens the file again, transforms, tokenizes, runs
-the whole model and reads one number. Weights are loaded once on both sides, though hpsv2 1.2 loads them at every call.
-Both sides score the same files with the same tiny networks in float32, in turn, in one process (and, on our side, the
-worker processes asked for).
+Both sides score the same files with the same networks in float32, in turn, in one process: one thread each, on our side
+beside the worker processes asked for, and the loop with two threads too. `--large` does it with ViT-H on a GPU.
 """
 
 import os
@@ -12,48 +9,71 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from rich.console import Console
-from torch.nn import functional
 
 import reward_models
+from benchmarks.score_loop import Step, hpsv2_step, loop, pickscore_step
 from diffalign.jobs import score
 from diffalign.jobs.scoring import decode
 from diffalign.jobs.scoring.engine import Judge
 from diffalign.jobs.scoring.places import open_places
 from diffalign.shapes.captions import random_scene
 from diffalign.shapes.render import render
+from reward_models.hf_clip import VIT_H_14, load_tokenizer, parse_config, preprocessor_config
+from reward_models.hpsv2 import OFFICIAL_MODEL, HPSv2, build_clip
+from reward_models.pickscore import PickScore
+from reward_models.preprocess import PixelSpec
+from reward_models.tokenization import bundled_bpe_file
 
 PLACES = {"pickscore": "assets/tiny-pickscore", "hpsv2": "assets/tiny-hpsv2"}
 SIDES = (64, 128, 256, 512)  # pixels, in equal parts
+LARGE_SIDES = (512, 768, 1024)
 IMAGES = 512
 ROUNDS = 5
 WORKERS = (0, 1)
-Step = Callable[[Path, str], float]
+Networks = tuple[dict[str, Any], dict[str, Step]]  # our scorers, and a step of the published loop for each
 
 
 def run(images: int = IMAGES, rounds: int = ROUNDS) -> dict[str, object]:
+    """Measure the embedded scorers on the CPU."""
+    measured = measure(tiny(), images, rounds, sides=SIDES, workers=WORKERS)
+    return {"networks": "tiny pickscore and hpsv2, 65 tokens, 4 layers of width 128", **measured}
+
+
+def run_large(images: int = IMAGES, rounds: int = ROUNDS) -> dict[str, object] | str:
+    """Measure both scorers with random weights of the official size on a GPU; "not measured" without one."""
+    if not torch.cuda.is_available():
+        return "not measured"
+    workers = (0, max(1, (os.cpu_count() or 1) - 1))
+    measured = measure(random_networks("cuda"), images, rounds, sides=LARGE_SIDES, workers=workers)
+    return {"networks": f"ViT-H-14 with random weights on {torch.cuda.get_device_name()}", **measured}
+
+
+def measure(
+    networks: Networks, images: int, rounds: int, *, sides: tuple[int, ...], workers: tuple[int, ...]
+) -> dict[str, object]:
     """Time both sides and the stages of ours in turn; return medians in images/s and the medians of paired ratios."""
     torch.set_num_threads(1)  # both sides: on a shared machine threads that wait for one another measure the others
+    scorers, steps = networks
     with tempfile.TemporaryDirectory() as folder:
-        places, prompts = draw(Path(folder), images)
-        scorers = {name: reward_models.load(name, place) for name, place in PLACES.items()}
-        steps = {"pickscore": pickscore_step(scorers["pickscore"]), "hpsv2": hpsv2_step(scorers["hpsv2"])}
+        places, prompts = draw(Path(folder), images, sides)
         judges = [Judge.of(scorer) for scorer in scorers.values()]
-        sides: dict[str, Callable[[], object]] = {"loop": lambda: loop(places, prompts, steps)}
-        for workers in WORKERS:
-            sides[f"diffalign, {workers} workers"] = lambda w=workers: ours(folder, judges, w)
-        sides |= stages(places, scorers)
-        agree = compare(sides["loop"](), sides[f"diffalign, {WORKERS[0]} workers"]())
-        times, busy = ({name: [] for name in sides} for _ in range(2))
+        takes: dict[str, Callable[[], object]] = {"loop": lambda: loop(places, prompts, steps)}
+        takes["loop, 2 threads"] = lambda: loop(places, prompts, steps, threads=2)
+        for count in workers:
+            takes[f"diffalign, {count} workers"] = lambda count=count: ours(folder, judges, count)
+        takes |= stages(places, scorers)
+        agree = compare(takes["loop"](), takes[f"diffalign, {workers[0]} workers"]())
+        times, busy = ({name: [] for name in takes} for _ in range(2))
         for _ in range(rounds):
-            for name, take in sides.items():
+            for name, take in takes.items():
                 for scorer in scorers.values():
                     scorer.clear_cache()
                 start, cpu = time.perf_counter(), time.process_time()
@@ -61,7 +81,7 @@ def run(images: int = IMAGES, rounds: int = ROUNDS) -> dict[str, object]:
                 times[name].append(time.perf_counter() - start)
                 busy[name].append(time.process_time() - cpu)
     return {
-        "what": f"{images} PNG of {SIDES} px, {len(set(prompts))} prompts, tiny pickscore and hpsv2, {rounds} rounds",
+        "what": f"{images} PNG of {sides} px, {len(set(prompts))} prompts, {rounds} rounds",
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 1),
         "images_per_second": rates(times, images),
@@ -70,6 +90,37 @@ def run(images: int = IMAGES, rounds: int = ROUNDS) -> dict[str, object]:
         "speedup_in_cpu_time_of_the_main_process": speedups(busy),
         "largest_difference_of_scores": agree,
     }
+
+
+def tiny() -> Networks:
+    """Return the embedded scorers and their published loops."""
+    from transformers import AutoProcessor, CLIPModel
+
+    scorers = {name: reward_models.load(name, place) for name, place in PLACES.items()}
+    processor = AutoProcessor.from_pretrained(PLACES["pickscore"])
+    pickscore = pickscore_step(processor, CLIPModel.from_pretrained(PLACES["pickscore"]).eval())
+    hps = scorers["hpsv2"]
+    return scorers, {"pickscore": pickscore, "hpsv2": hpsv2_step(hps.module, hps.tokenizer, hps.spec)}
+
+
+def random_networks(device: str, clip: Mapping = VIT_H_14, open_clip: Mapping = OFFICIAL_MODEL) -> Networks:
+    """Return both scorers with random weights, of the official size unless said otherwise, and their loops."""
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    torch.manual_seed(0)
+    config = parse_config(clip, "the benchmark", activation="gelu")
+    tokenizer, spec = load_tokenizer(None, config, "the benchmark"), PixelSpec()
+    with torch.device(device):
+        model, other = CLIPModel(config).eval(), build_clip(open_clip, source="the benchmark").eval()
+    pickscore = PickScore(PickScore.cards[0], model, spec, tokenizer, source="random")
+    hps = HPSv2(HPSv2.cards[0], other, spec, open_clip, bundled_bpe_file(), source="random")
+    settings = {key: value for key, value in preprocessor_config(spec).items() if key != "image_processor_type"}
+    processor = CLIPProcessor(CLIPImageProcessor(**settings), tokenizer)
+    steps = {
+        "pickscore": pickscore_step(processor, model),
+        "hpsv2": hpsv2_step(other, hps.tokenizer, spec),
+    }
+    return {"pickscore": pickscore, "hpsv2": hps}, steps
 
 
 def rates(times: dict[str, list[float]], images: int) -> dict[str, float]:
@@ -82,66 +133,25 @@ def speedups(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     found = {}
     for name, values in times.items():
         if name.startswith("diffalign"):
-            ratios = [loop / own for own, loop in zip(values, times["loop"], strict=True)]
+            ratios = [one / own for own, one in zip(values, times["loop"], strict=True)]
             found[name] = {"median": statistics.median(ratios), "least": min(ratios), "largest": max(ratios)}
     return {name: {key: round(value, 2) for key, value in part.items()} for name, part in found.items()}
 
 
-def draw(folder: Path, count: int) -> tuple[list[Path], list[str]]:
+def draw(folder: Path, count: int, sides: tuple[int, ...]) -> tuple[list[Path], list[str]]:
     """Write pictures of the embedded world and their captions; four pictures a caption."""
     rng, files, captions = random.Random(0), [], []
     for index in range(count):
         if index % 4 == 0:
             scene = random_scene(rng)
         file = folder / f"{index:05d}.png"
-        picture = render(scene, rng, SIDES[index // 4 % len(SIDES)])
+        picture = render(scene, rng, sides[index // 4 % len(sides)])
         picture.save(file)
         files.append(file)
         captions.append(scene.caption())
     lines = pd.DataFrame({"image": [file.name for file in files], "caption": captions})
     lines.to_json(folder / "metadata.jsonl", orient="records", lines=True)
     return files, captions
-
-
-@torch.no_grad()
-def loop(files: list[Path], prompts: list[str], steps: dict[str, Step]) -> dict[str, np.ndarray]:
-    """Score one image at a time, as the READMEs of the packages show it."""
-    found = {name: [step(f, p) for f, p in zip(files, prompts, strict=True)] for name, step in steps.items()}
-    return {name: np.array(values) for name, values in found.items()}
-
-
-def pickscore_step(scorer) -> Step:
-    """Return PickScore's `calc_probs` for one image (yuvalkirstain/PickScore, README)."""
-    from transformers import AutoProcessor, CLIPModel
-
-    processor, model = (
-        AutoProcessor.from_pretrained(PLACES["pickscore"]),
-        CLIPModel.from_pretrained(PLACES["pickscore"]),
-    )
-    length = {"padding": True, "truncation": True, "max_length": scorer.text_length, "return_tensors": "pt"}
-
-    def step(file: Path, prompt: str) -> float:
-        image = processor(images=[Image.open(file)], return_tensors="pt")
-        text = processor(text=prompt, **length)
-        image_embs = functional.normalize(model.get_image_features(**image).pooler_output, dim=-1)
-        text_embs = functional.normalize(model.get_text_features(**text).pooler_output, dim=-1)
-        return (model.logit_scale.exp() * (text_embs @ image_embs.T)[0]).item()
-
-    return step
-
-
-def hpsv2_step(scorer) -> Step:
-    """Return the body of the loop of `hpsv2.score` (tgxs002/HPSv2, img_score.py); float32 as there on a CPU."""
-    model = scorer.module
-
-    def step(file: Path, prompt: str) -> float:
-        image = scorer.preprocess(Image.open(file).convert("RGB")).unsqueeze(0)
-        text = scorer.tokenizer([prompt])
-        image_embs = functional.normalize(model.encode_image(image), dim=-1)
-        text_embs = functional.normalize(model.encode_text(text), dim=-1)
-        return torch.diagonal(image_embs @ text_embs.T).item()
-
-    return step
 
 
 def ours(folder: str, judges: list[Judge], workers: int) -> dict[str, np.ndarray]:

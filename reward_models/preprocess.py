@@ -121,8 +121,8 @@ def _to_uint8(array: np.ndarray, *, channels_last: bool) -> np.ndarray:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Return the picture as float32 [3, H, W] in [0, 1]."""
-    array = np.asarray(image).astype(np.float32)  # numpy keeps freed memory: torch would fault in new pages each time
-    array /= 255
+    array = np.asarray(image).astype(np.float32)
+    array /= 255  # in place: memory for another copy takes longer to fault in than all the arithmetic
     return torch.from_numpy(array).permute(2, 0, 1)
 
 

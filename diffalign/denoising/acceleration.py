@@ -82,6 +82,11 @@ def compile_network(
     for part in [network] if how == "full" else repeated_blocks(network):
         # Not nn.Module.compile(): accelerate wraps `forward` in autocast later, and that must stay outside the graph.
         part.forward = Compiled(part.forward, state)
+    if graphs:
+        # A replay writes its gradients where the last one did, and the first micro-batch's would become `.grad` itself.
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(torch.clone)
     return state
 
 

@@ -103,5 +103,5 @@ def _parameters(config: Config, denoiser: nn.Module) -> tuple[int, int]:
     if config.model.tune == "full":
         return total, total
     lora = config.lora
-    trained = adapters.add_lora(denoiser, lora.rank, lora.lora_alpha, lora.lora_target_modules)
+    trained = adapters.add_lora(denoiser, lora.rank, lora.lora_alpha, lora.lora_target_modules, blocks=lora.blocks)
     return total, sum(p.numel() for p in trained)

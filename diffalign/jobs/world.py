@@ -124,9 +124,9 @@ def build_rewards(assets: Path, world: World, console: Console) -> None:
 
 def build_step_aware(assets: Path, world: World, console: Console) -> None:
     """Train SPO's step-aware model by `diffalign reward train` (docs/embedded-world.md has the command)."""
-    changes = {"batch_size": 64, "max_steps": world.step_aware_steps, "warmup_steps": 15, "learning_rate": 2e-4}
+    changes = {"batch_size": 64, "max_steps": world.step_aware_steps, "warmup_steps": 20, "learning_rate": 2e-4}
     changes |= {"eval_every": world.step_aware_steps, "validation_fraction": 0.0, "bf16": True, "seed": world.seed}
-    one_step = reward.OneStep(model=str(assets / "tiny-sdxl"), draws=1)
+    one_step = reward.OneStep(model=str(assets / "tiny-sdxl"), draws=4)
     with tempfile.TemporaryDirectory() as scratch:
         reward.train(
             "step_aware", str(assets / "tiny-pairs"), Path(scratch), init=str(assets / "tiny-pickscore"), recipe=None,

@@ -35,7 +35,7 @@ class World:
     lists: int = 300  # captions whose candidates are kept as a ranked list
     reward_pairs: int = 10_000
     reward_steps: int = 600
-    step_aware_steps: int = 130
+    step_aware_steps: int = 400
 
 
 def read_captions(assets: Path) -> list[str]:

@@ -120,3 +120,31 @@ def test_cuda_graphs_are_left_out_without_a_gpu(unet, monkeypatch):
     compiled = partial(acceleration.compile_network, unet)
     assert compiled("full", cuda_graphs=True).mode == "reduce-overhead"
     assert compiled("regional", cuda_graphs=True).mode is None
+
+
+class ReplayedGradient(torch.autograd.Function):
+    """Write the gradient of a weight where the last one lies, as the replay of a captured backward pass does."""
+
+    @staticmethod
+    def forward(ctx, weight, place):
+        ctx.place = place
+        return weight.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.place.add_(1), None
+
+
+def test_accumulated_gradients_survive_the_next_replay(monkeypatch):
+    def captured(function, fullgraph, mode):
+        places = torch.zeros(3)
+        return lambda weight: ReplayedGradient.apply(weight, torch.as_strided(places, (3,), (1,)))
+
+    monkeypatch.setattr(acceleration.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(acceleration.torch, "compile", captured)
+    network = torch.nn.Linear(3, 1, bias=False)
+    network.weight = torch.nn.Parameter(torch.zeros(3))
+    acceleration.compile_network(network, "full", cuda_graphs=True)
+    for _ in range(2):  # micro-batches: gradients 1 and 2
+        network.forward(network.weight).backward()
+    assert network.weight.grad.tolist() == [3, 3, 3]
