@@ -75,7 +75,7 @@ def compare(place: Path, variants: dict[str, list[str]]) -> list[dict[str, Any]]
                 "variant": name,
                 "median_s": round(statistics.median(seconds), 4),
                 **_ratio("speedup", baseline, seconds),
-                **({} if half else _ratio("share_of_network", network, seconds)),
+                **(_ratio("share_of_network", network, seconds) if name == "diffalign" else {}),
             }
         )
     return rows

@@ -27,7 +27,13 @@ Step = Callable[[int], None]
 CONFIG = "configs/tiny/dpo.yaml"
 RANK = 8
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
-OVERRIDES = ["report_to=[]", f"lora_target_modules=[{','.join(TARGETS)}]", f"rank={RANK}"]
+PAIRS = 256  # of the embedded ones: a step does not depend on how many there are
+OVERRIDES = [
+    "report_to=[]",
+    f"data.max_train_samples={PAIRS}",
+    f"lora_target_modules=[{','.join(TARGETS)}]",
+    f"rank={RANK}",
+]
 
 
 def settings(folder: Path, *overrides: str) -> Config:

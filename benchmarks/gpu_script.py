@@ -15,8 +15,8 @@ from diffalign.backbones.published import COMPONENTS
 BETA, RANK = 5000.0, 64
 
 
-def script_step(family: str, tune: str, side: int, device: torch.device, tiny: bool) -> Callable[[], None]:
-    """Return one optimizer step of one pair: VAE in float32, float32 weights that train under autocast, checkpointing.
+def script_step(family: str, tune: str, side: int, pairs: int, device: torch.device, tiny: bool) -> Callable[[], None]:
+    """Return an optimizer step of accumulated single pairs: VAE in float32, autocast, checkpointing.
 
     The text encoders are left out (0.2 % of the work), and so is reading and decoding pictures.
     """
@@ -36,7 +36,7 @@ def script_step(family: str, tune: str, side: int, device: torch.device, tiny: b
     pixels = torch.rand(2, 3, side, side, device=device) * 2 - 1
     text, added = _conditioning(unet, side, device)
 
-    def take() -> None:
+    def backward() -> None:
         x0 = torch.cat([vae.encode(image).latent_dist.sample() for image in pixels.split(1)]) * 0.13
         noise = torch.randn_like(x0[:1]).repeat(2, 1, 1, 1)
         timesteps = torch.randint(0, 1000, (1,), device=device).repeat(2)
@@ -51,12 +51,16 @@ def script_step(family: str, tune: str, side: int, device: torch.device, tiny: b
                     unet.enable_adapters()
         policy, reference = (F.mse_loss(p.float(), noise, reduction="none").mean((1, 2, 3)) for p in (pred, anchor))
         logit = -0.5 * BETA * ((policy[0] - policy[1]) - (reference[0] - reference[1]))
-        loss = -F.logsigmoid(logit)
+        loss = -F.logsigmoid(logit) / pairs
         loss.backward()
+        loss.item()  # the scripts log it
+
+    def take() -> None:
+        for _ in range(pairs):
+            backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         moves.step()
         moves.zero_grad()
-        loss.item()
 
     return take
 

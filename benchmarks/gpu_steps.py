@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from torch import Tensor
 
 from diffalign import config as configuration
 from diffalign.backbones import loading, published
@@ -152,8 +151,3 @@ def release() -> None:
     torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def mse(prediction: Tensor) -> Tensor:
-    """Return a loss that touches every element."""
-    return prediction.float().square().mean()

@@ -89,6 +89,15 @@ def test_the_learning_rates_of_the_papers_are_reached():
     assert rates == pytest.approx({"sdxl/dpo.yaml": 2.048e-5, "sd15/dpo.yaml": 2.048e-5})
 
 
+def test_the_plan_counts_the_adapters_of_the_chosen_blocks_only(world, monkeypatch):
+    monkeypatch.chdir(world[0])
+    counts = []
+    for blocks in ("[down,mid,up]", "[mid,up]"):
+        text = shown(configuration.load(CONFIGS / "tiny" / "dpo.yaml", [f"lora.blocks={blocks}"]))
+        counts.append(int(re.search(r"trained\s+([\d,]+) parameters", text)[1].replace(",", "")))
+    assert 0 < counts[1] < counts[0]
+
+
 def test_a_tiny_run_needs_little_memory(world, monkeypatch):
     monkeypatch.chdir(world[0])
     text = shown(configuration.load(CONFIGS / "tiny" / "dpo.yaml"))

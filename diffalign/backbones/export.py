@@ -50,6 +50,8 @@ def save_lora(
         "target_modules": sorted(config.target_modules),
         "lora_dropout": config.lora_dropout,
     }
+    if config.exclude_modules:  # of lora.blocks: else peft warns that the file lacks the other blocks
+        settings["exclude_modules"] = config.exclude_modules
     header = _strings(base_model, metadata)
     header[LORA_ADAPTER_METADATA_KEY] = json.dumps({f"unet.{key}": value for key, value in settings.items()})
     tensors = {f"unet.{key}": tensor for key, tensor in lora.items()}

@@ -36,6 +36,8 @@ def check(config: Config) -> None:
         "data.positive_ratio and data.curriculum_stages both decide which example comes next. Use one.": (
             config.data.positive_ratio is not None and config.data.curriculum_stages is not None
         ),
+        'performance.reference_dtype "fp8" is slower than bfloat16 unless it is compiled. Set performance.compile to '
+        "regional or full.": config.performance.reference_dtype == "fp8" and config.performance.compile == "none",
         f"loss.auto_beta_limits must be [low, high] with 0 < low <= high, got {config.loss.auto_beta_limits}.": (
             not 0 < config.loss.auto_beta_limits[0] <= config.loss.auto_beta_limits[1]
         ),

@@ -32,7 +32,7 @@ def denoising_step(
     """
     if reference is None:
         return DenoisingOutputs(policy=predict(denoiser, batch.xt, batch.timesteps, cond))
-    frozen = reference(batch.xt, batch.timesteps, cond)
+    frozen = reference(batch.xt, batch.timesteps, cond, share=True)
     with reference.shared():
         return DenoisingOutputs(policy=predict(denoiser, batch.xt, batch.timesteps, cond), reference=frozen)
 

@@ -91,20 +91,36 @@ def checkpointing(config: Config, plan: BatchPlan, counts: Counts, available: fl
 
 def device_memory() -> float | None:
     """Return the memory of this process's GPU in GiB, None without one."""
-    return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
 
 
 def estimate(config: Config, plan: BatchPlan, counts: Counts, kind: Kind) -> MemoryPlan:
-    """Estimate what a step keeps on one device (weights that train and their gradients are float32)."""
+    """Estimate what a step keeps on one device (weights that train and their gradients are float32).
+
+    What FSDP shares out is counted whole.
+    """
     half, full = BYTES[config.train.mixed_precision], config.model.tune == "full"
-    needs_copy = full and "reference" in config.build_objective().needs
+    average = 4 if config.optimizer.use_ema else 0
     return MemoryPlan(
         weights=(4 * counts.total if full else half * counts.total + 4 * counts.trained) / GIB,
-        reference=half * counts.total / GIB if needs_copy else 0.0,
+        reference=_reference_bytes(config, counts) / GIB,
         gradients=4 * counts.trained / GIB,
-        optimizer=STATE_BYTES[config.optimizer.name] * counts.trained / GIB,
+        optimizer=(STATE_BYTES[config.optimizer.name] + average) * counts.trained / GIB,
         activations=_activations(config, plan, counts, kind),
     )
+
+
+def _reference_bytes(config: Config, counts: Counts) -> float:
+    """Return the bytes of what the reference holds besides the policy's weights."""
+    if "reference" not in config.build_objective().needs:
+        return 0.0
+    if config.performance.reference_dtype == "fp8":
+        return counts.total
+    if config.reference.update != "fixed":
+        return 4 * counts.trained
+    return BYTES[config.train.mixed_precision] * counts.total if config.model.tune == "full" else 0.0
 
 
 def _activations(config: Config, plan: BatchPlan, counts: Counts, kind: Kind) -> float | None:

@@ -95,7 +95,7 @@ def _has_a_copy(config: Config) -> bool:
 def _frozen_copy(config: Config, denoiser: nn.Module, accelerator: Accelerator) -> nn.Module:
     frozen = copy.deepcopy(denoiser).requires_grad_(False).eval()
     if config.performance.reference_dtype == "fp8":
-        acceleration.to_float8(frozen)
+        acceleration.to_float8(frozen.to(torch.bfloat16))
         return frozen
     _store_half(frozen, accelerator.mixed_precision)
     sharding.shard(frozen, accelerator)

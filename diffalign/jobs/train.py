@@ -83,7 +83,10 @@ def build_trainer(config: Config, accelerator: Accelerator, console: Console) ->
     set_seed(config.train.seed)  # only what is not keyed by example: LoRA dropout
     plan = BatchPlan.of(config.train, accelerator.num_processes)
     backbone = assemble.load_backbone(config)
-    source = online.open_prompts(config) if config.is_online else examples.open_source(config, output_dir / ERRORS)
+    if config.is_online:
+        source = online.open_prompts(config, backbone)
+    else:
+        source = examples.open_source(config, output_dir / ERRORS)
     console.print(f"Data: {source.name}: {source.counts}.")
     identity = run_identity(config, plan, backbone, source)
     step, sampler, reference = learning(config, backbone, source, plan, accelerator, console)
@@ -174,8 +177,7 @@ def run_identity(config: Config, plan: BatchPlan, backbone: Backbone, source: So
     sections = config.model_dump(mode="json")
     train = {key: sections["train"][key] for key in ("seed", "mixed_precision")}
     train["global_batch_size"] = plan.global_batch_size
-    precisions = ("pure_bf16", "reference_dtype", "sampling_dtype")
-    train["precision"] = {key: sections["performance"][key] for key in precisions}
+    train["precision"] = [config.pure_bf16, config.performance.reference_dtype, config.performance.sampling_dtype]
     if config.optimizer.lr_scheduler in ("linear", "cosine"):
         train["max_train_steps"] = config.train.max_train_steps
     where = ("cache_dir", "train_data_dir", "dataset_name", "prompts_file", "vae_encode_batch_size", "annotations_file")

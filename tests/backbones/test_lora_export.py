@@ -53,6 +53,19 @@ def test_loaded_by_diffusers_it_draws_the_same_image(folder, tmp_path, target_mo
     assert (image - base).abs().max() > 0.01
 
 
+def test_adapters_of_some_blocks_load_without_a_warning(tiny_sdxl, tmp_path, recwarn):
+    denoiser = backbones.load(tiny_sdxl).denoiser
+    perturb(adapters.add_lora(denoiser, 4, blocks=["mid", "up"]))
+    export.save_lora(denoiser, tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sdxl)
+    recwarn.clear()
+    pipeline.load_lora_weights(tmp_path)
+    assert not [warning.message for warning in recwarn if "inconsistency" in str(warning.message)]
+    adapted = [name for name, _ in pipeline.unet.named_parameters() if "lora_A" in name]
+    assert adapted
+    assert not any("down_blocks" in name for name in adapted)
+
+
 def test_alpha_and_rank_survive(tiny_sdxl, tmp_path):
     export.save_lora(_trained(tiny_sdxl).denoiser, tmp_path)
     pipeline = DiffusionPipeline.from_pretrained(tiny_sdxl)

@@ -50,6 +50,14 @@ def test_other_passes_compute_the_encoder(adapted, batch, cond):  # noqa: F811
     assert torch.equal(predict(adapted, batch.xt, batch.timesteps, cond), expected)
 
 
+def test_a_pass_that_no_policy_follows_keeps_nothing(adapted, batch, cond):  # noqa: F811
+    """Inversions run a whole window of images through the reference: kept, their features would fill the memory."""
+    prefix, switch = SharedPrefix(adapted), adapters.adapter_switch(adapted)
+    reference = FrozenDenoiser(adapted, predict, lambda _: switch(), micro_batch_size=2, prefix=prefix)
+    reference(batch.xt, batch.timesteps, cond)
+    assert not prefix._results
+
+
 def test_only_the_wanted_blocks_are_adapted(adapted):
     names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert names
