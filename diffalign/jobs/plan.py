@@ -59,6 +59,9 @@ def passes(config: Config) -> str:
     images, mismatched = memory.IMAGES[objective.layout], 2 if "mismatched" in objective.needs else 0
     frozen = float(images * (("reference" in objective.needs) + mismatched))
     note = f" (lists counted as {images} images)" if objective.layout == "list" else ""
+    if config.reference.cache_draws is not None:
+        note += f", once the reference's {images} of each of {config.reference.cache_draws} draws are kept"
+        frozen -= images
     if config.noising in INVERSIONS:
         how, path = assemble.inversion(config), DDPMPath.from_config(STABLE_DIFFUSION)
         low, high = config.denoising.timestep_low, config.denoising.timestep_high or path.num_train_timesteps
