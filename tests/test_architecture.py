@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -119,6 +120,20 @@ def test_every_module_imports(name):
     if name.endswith(".triton_kernels"):
         pytest.importorskip("triton")
     importlib.import_module(name)
+
+
+@pytest.mark.parametrize("name", ["diffalign.cli.app", "diffalign.jobs.score"])
+def test_what_draws_nothing_starts_without_diffusers(name):
+    """It takes seconds to import."""
+    code = f"import sys, {name}; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_names_of_the_evaluation_are_found_when_asked_for():
+    package = importlib.import_module("diffalign.evaluation")
+    assert all(getattr(package, name).__name__ == name for name in package.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        package.nothing  # noqa: B018
 
 
 def test_an_upward_import_is_noticed(tmp_path, monkeypatch):

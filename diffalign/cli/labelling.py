@@ -1,4 +1,4 @@
-"""The command for human votes: label."""
+"""The commands for human votes: label, and rollout, which draws what a run is to be told about."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from diffalign.cli.training import ConfigFile, Overrides
 from diffalign.errors import UserError
 
 
@@ -51,6 +52,27 @@ def label(
         job.label(folders or [], votes, rank=rank, host=host, port=port, console=console)
 
 
+def rollout(
+    config: ConfigFile,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures; votes.sqlite goes there too.")],
+    overrides: Overrides = None,
+) -> None:
+    """Draw the pictures of a D3PO run's trajectories for people to judge, several of each prompt.
+
+    Then collect votes with `diffalign label`, and train with rollout.scorer=labels=OUT: the run draws the same
+    trajectories again. data.max_train_samples says how many prompts. Run again, it goes on where it was interrupted.
+
+    Example: `diffalign rollout configs/tiny/d3po.yaml --out out/people data.max_train_samples=32`
+
+    Example: `diffalign label out/people/picture-1 out/people/picture-2 --votes out/people/votes.sqlite`
+    """
+    from diffalign import config as configuration
+    from diffalign.jobs.rollout import rollout as run
+
+    run(configuration.load(config, overrides), out, Console())
+
+
 def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command()(label)
+    """Add the commands."""
+    for command in (label, rollout):
+        app.command()(command)

@@ -21,7 +21,8 @@ class RolloutSettings(Settings):
     one_step, whose prediction is judged (ReFL), the last_steps (DRaFT), or random_steps (AlignProp)."""
     scorer: str | None = None
     """Reward model, NAME or NAME=PATH, of decoded pictures; for trajectory_pairs also several, separated by commas.
-    lrm=FOLDER is LPO's, which reads the noisy latents of step_pairs."""
+    lrm=FOLDER is LPO's, which reads the noisy latents of step_pairs. labels=FOLDER: people's votes on the pictures that
+    `diffalign rollout` drew there (trajectory_pairs)."""
     num_inference_steps: int = Field(20, ge=1)
     guidance_scale: float = Field(5.0, ge=0)
     """In sampling and in training, with gradient through both branches. 1: no guidance."""

@@ -14,9 +14,9 @@ from diffalign.evaluation import Manifest
 from diffalign.evaluation.arena import Arena
 from diffalign.evaluation.statistics import binomial_test, holm, paired_bootstrap, wilson_interval
 from diffalign.jobs import arena, models, tables
-from diffalign.labelling import Rankings, Votes, agreement_of
+from diffalign.labelling import Rankings, Votes, agreement_of, read_votes
 from diffalign.labelling.app import LOOPBACK, serve
-from diffalign.labelling.rankings import MOST, as_votes, list_tasks
+from diffalign.labelling.rankings import MOST, list_tasks
 from diffalign.labelling.store import pair_tasks
 
 Layout = Literal["majority", "share", "votes", "lists"]
@@ -75,7 +75,7 @@ def export(file: Path, out: Path, layout: Layout, console: Console) -> int:
         raise UserError(f'--as must be one of {", ".join(LAYOUTS)}, got "{layout}".')
     if layout == "lists":
         return _export_lists(file, out, console)
-    judged = _judged(_read(file)[0], layout)
+    judged = _judged(read_votes(file)[0], layout)
     judged["ranking_id"] = pd.factorize(judged["task"])[0] + 1
     rows = list(judged.to_dict("records"))
     per_prompt = pd.Series([row["prompt"] for row in rows]).value_counts()
@@ -88,7 +88,7 @@ def export(file: Path, out: Path, layout: Layout, console: Console) -> int:
 
 def results(file: Path, console: Console) -> dict[str, Any]:
     """Return and show who was preferred how often, how sure that is, and how far the raters agree."""
-    votes, rankings = _read(file)
+    votes, rankings = read_votes(file)
     if votes.empty:
         raise DataError(f"There is no vote in {file} yet.")
     rows = [_of_models(a, b, part) for (a, b), part in votes.groupby(["model_a", "model_b"], sort=False)]
@@ -141,18 +141,9 @@ def _announcer(console: Console) -> Callable[[str], None]:
     return lambda address: console.print(f"Open {address} (Ctrl-C ends it)", markup=False, highlight=False)
 
 
-def _read(file: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the votes on two pictures, those that rankings imply among them, and the rankings."""
-    if not file.is_file():
-        raise DataError(f"There is no file of votes {file}. Collect some: diffalign label FOLDER FOLDER --votes {file}")
-    with Votes(file) as votes, Rankings(file) as lists:
-        pairs, rankings = votes.table(), lists.table()
-    return (pd.concat([pairs, as_votes(rankings)], ignore_index=True) if len(rankings) else pairs), rankings
-
-
 def _export_lists(file: Path, out: Path, console: Console) -> int:
     """Write every ranked list with a score of each picture by each rater: k - rank + 1."""
-    _, rankings = _read(file)
+    _, rankings = read_votes(file)
     rows = (
         {
             "caption": part["prompt"].iloc[0],

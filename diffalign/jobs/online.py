@@ -1,7 +1,8 @@
 """Objectives that sample while they train: their prompts, the reward model, the rollout and the training step."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from diffalign.backbones.base import Backbone
 from diffalign.config import Config
 from diffalign.data import PairSampler
 from diffalign.denoising import Rollout
-from diffalign.errors import ConfigError
-from diffalign.jobs import scorers
+from diffalign.errors import ConfigError, DataError
+from diffalign.jobs import human_labels, scorers
 from diffalign.jobs.networks import Reference, sampling_network
 from diffalign.jobs.prompts import read_prompts
 from diffalign.rollout import (
+    HumanLabels,
     LatentReward,
     PerPromptTracker,
     PictureScorer,
@@ -40,10 +42,14 @@ Collect = StepPairs | TrajectoryPairs | Trajectories
 
 
 class PromptSource:
-    """Hold the prompts of a run."""
+    """Hold the prompts of a run; with labels, by prompt those of its pictures, the prompts that have some."""
 
-    def __init__(self, file: str, limit: int | None = None):
-        self.texts = read_prompts(file, limit)
+    def __init__(self, file: str, limit: int | None = None, labels: Mapping[str, Sequence[float]] | None = None):
+        self.texts, self.labels = read_prompts(file, limit), labels
+        if labels is not None:
+            self.texts = [text for text in dict.fromkeys(self.texts) if text in labels]
+            if not self.texts:
+                raise DataError(f"None of the {len(labels)} prompts that people judged is in {file}.")
         self.name = Path(file).name
 
     def __len__(self) -> int:
@@ -56,12 +62,14 @@ class PromptSource:
 
     def identify(self, cache: Path) -> dict[str, Any]:
         """Return what the prompts are; `cache` is for sources whose content is expensive to hash."""
-        return {"prompts": hashlib.sha256("\n".join(self.texts).encode()).hexdigest()}
+        found: dict[str, Any] = {"prompts": hashlib.sha256("\n".join(self.texts).encode()).hexdigest()}
+        return found if self.labels is None else found | {"labels": [self.labels[text] for text in self.texts]}
 
 
-def open_prompts(config: Config) -> PromptSource:
-    """Read the prompts of a run."""
-    return PromptSource(config.data.prompts_file, config.data.max_train_samples)
+def open_prompts(config: Config, backbone: Backbone) -> PromptSource:
+    """Read the prompts of a run, and what people said of the pictures that the model as loaded draws for them."""
+    labels = human_labels.read(config, backbone)
+    return PromptSource(config.data.prompts_file, config.data.max_train_samples, labels)
 
 
 def online_step(
@@ -79,7 +87,10 @@ def online_step(
     rollout, worth = config.rollout, SharedAdvantages(config)
     _prepare_vae(config, backbone)
     behavior = _moving_average(config, backbone)
-    collect = _collector(config, backbone, device, worth, behavior)
+    if prompts.labels is None:
+        collect = _collector(config, backbone, device, worth, behavior)
+    else:
+        collect = _judged_by_people(config, backbone, reference, prompts.labels)
     slots = rollout.transitions_per_prompt or collect.examples_per_prompt
     if slots > collect.examples_per_prompt:
         raise ConfigError(
@@ -90,7 +101,8 @@ def online_step(
 
     def sample(indices: list[int], step: int) -> Rollout:
         backbone.offload_encoders(device)  # validation may have moved them away
-        return collect(encode([prompts.texts[index] for index in indices], device), step)
+        key = step if prompts.labels is None else human_labels.STEP
+        return collect(encode([prompts.texts[index] for index in indices], device), key)
 
     return OnlineStep(
         backbone=backbone,
@@ -112,7 +124,7 @@ def reward_step(config: Config, backbone: Backbone, prompts: PromptSource, devic
     """Build the loss function of a run that follows the gradient of a reward."""
     rollout = config.rollout
     _prepare_vae(config, backbone)
-    sampler = _sampler(config, backbone)
+    sampler = make_sampler(config, backbone)
     if latent_reward_place(config) is not None:
         raise ConfigError(
             f'"{config.objective_name}" judges pictures; rollout.scorer {LATENT_REWARD} reads noisy latents.'
@@ -154,7 +166,7 @@ def _moving_average(config: Config, backbone: Backbone) -> MovingReference | Non
     return MovingReference(trained, "ema", config.rollout.ema_decay, every=1)
 
 
-def _sampler(config: Config, backbone: Backbone, behavior: MovingReference | None = None) -> Sampler:
+def make_sampler(config: Config, backbone: Backbone, behavior: MovingReference | None = None) -> Sampler:
     """Build what samples: the policy as it is, or its average."""
     rollout = config.rollout
     side = config.data.resolution // backbone.vae_scale_factor
@@ -180,7 +192,7 @@ def _collector(
     behavior: MovingReference | None,
 ) -> Collect:
     """Build what samples and judges."""
-    rollout, sampler = config.rollout, _sampler(config, backbone, behavior)
+    rollout, sampler = config.rollout, make_sampler(config, backbone, behavior)
     scorer = _judge(config, backbone, device, sampler)
     if config.collect == "step_pairs":
         return StepPairs(
@@ -199,6 +211,16 @@ def _collector(
     if config.collect == "trajectory_pairs":
         return TrajectoryPairs(**common, samples_per_prompt=rollout.samples_per_prompt or 2)
     return Trajectories(**common, samples_per_prompt=rollout.samples_per_prompt or 1, advantages=worth)
+
+
+def _judged_by_people(
+    config: Config, backbone: Backbone, reference: Reference, labels: Mapping[str, Sequence[float]]
+) -> TrajectoryPairs:
+    """Build what draws the trajectories of judged pictures again: with the network that drew them."""
+    sampler = make_sampler(config, backbone)
+    network, size = reference.network, config.rollout.sample_batch_size
+    sampler.network = replace(network, micro_batch_size=size, dtype=sampler.network.dtype, prefix=None)
+    return TrajectoryPairs(sampler=sampler, scorer=HumanLabels(labels), samples_per_prompt=human_labels.copies(config))
 
 
 def _judge(config: Config, backbone: Backbone, device: torch.device, sampler: Sampler) -> StepScorer:

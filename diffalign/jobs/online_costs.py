@@ -3,6 +3,7 @@
 import math
 
 from diffalign.config import Config
+from diffalign.jobs import human_labels
 from diffalign.jobs.online import latent_reward_place
 from diffalign.objectives.base import BACKPROPAGATIONS
 
@@ -41,6 +42,8 @@ def decoded_per_prompt(config: Config) -> int:
     """Return how many latents the rollout of a prompt sends through the VAE's decoder."""
     if config.collect in BACKPROPAGATIONS:
         return 1
+    if human_labels.place_of(config):
+        return 0
     if config.collect != "step_pairs":
         return trajectories_per_prompt(config)
     return 0 if latent_reward_place(config) else branch_points(config) * config.rollout.num_candidates

@@ -8,7 +8,16 @@ agreement_of(votes.table())            do the raters agree
 """
 
 from diffalign.labelling.agreement import agreement_of, cohen_kappa, krippendorff_alpha
-from diffalign.labelling.rankings import PictureList, Rankings
+from diffalign.labelling.rankings import PictureList, Rankings, read_votes
 from diffalign.labelling.store import Task, Votes
 
-__all__ = ["PictureList", "Rankings", "Task", "Votes", "agreement_of", "cohen_kappa", "krippendorff_alpha"]
+__all__ = [
+    "PictureList",
+    "Rankings",
+    "Task",
+    "Votes",
+    "agreement_of",
+    "cohen_kappa",
+    "krippendorff_alpha",
+    "read_votes",
+]

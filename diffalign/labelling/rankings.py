@@ -12,6 +12,7 @@ import pandas as pd
 
 from diffalign.errors import DataError
 from diffalign.labelling.database import Database, keyed
+from diffalign.labelling.store import Votes
 
 MOST = 9  # pictures of a task: one key each
 _SCHEMA = """
@@ -161,6 +162,15 @@ def list_tasks(models: Sequence[tuple[str, pd.DataFrame]], k: int) -> list[Pictu
                 PictureList(int(key[0]), rows[0]["prompt"], int(key[1]), chosen, tuple(r["file"] for r in rows))
             )
     return found
+
+
+def read_votes(file: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the votes on two pictures, those that rankings imply among them, and the rankings."""
+    if not file.is_file():
+        raise DataError(f"There is no file of votes {file}. Collect some: diffalign label FOLDER FOLDER --votes {file}")
+    with Votes(file) as votes, Rankings(file) as lists:
+        pairs, rankings = votes.table(), lists.table()
+    return (pd.concat([pairs, as_votes(rankings)], ignore_index=True) if len(rankings) else pairs), rankings
 
 
 def as_votes(rankings: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from diffalign.rollout.advantages import ADVANTAGES, PerPromptTracker, normalised
 from diffalign.rollout.differentiable import RewardGradients
+from diffalign.rollout.human_labels import HumanLabels
 from diffalign.rollout.latent_reward import LatentReward
 from diffalign.rollout.prompts import PromptBatch, PromptEncoder
 from diffalign.rollout.sampler import Evaluations, Sampler
@@ -13,6 +14,7 @@ from diffalign.rollout.trajectories import Trajectories, TrajectoryPairs
 __all__ = [
     "ADVANTAGES",
     "Evaluations",
+    "HumanLabels",
     "LatentReward",
     "PerPromptTracker",
     "PictureScorer",

@@ -59,10 +59,15 @@ class PictureScorer:
         return _score(self.scorers[0], self.backbone.decode_latents(latents), list(prompts), timesteps)
 
 
+def pictures(images: Tensor) -> list[Image.Image]:
+    """Return images [N,3,H,W] in [0, 1] as pictures of 8 bits."""
+    arrays = (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
+
+
 def _score(scorer: Any, images: Tensor, prompts: list[str], timesteps: Tensor) -> Tensor:
     if not hasattr(scorer, "score_tensor"):
-        arrays = (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
-        return scorer.score([Image.fromarray(array) for array in arrays], prompts).float().to(images.device)
+        return scorer.score(pictures(images), prompts).float().to(images.device)
     if "timesteps" in inspect.signature(scorer.score_tensor).parameters:
         return scorer.score_tensor(images, prompts, timesteps=timesteps).float()
     return scorer.score_tensor(images, prompts).float()

@@ -27,9 +27,14 @@ class _Drawn:
     rewards: Tensor  # [R,G,B]
 
 
-def draw(sampler: Sampler, scorer: StepScorer, prompts: PromptBatch, step: int, copies: int, shared: bool) -> _Drawn:
-    """Sample `copies` trajectories for every prompt, from the same start if `shared`, and score the pictures."""
-    texts, cond = prompts.copies(copies)
+def walk(
+    sampler: Sampler, prompts: PromptBatch, step: int, copies: int, shared: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Sample `copies` trajectories for every prompt, from the same start if `shared`.
+
+    Returns their latents [copies*B,...], from the start on, and the log-probabilities [copies*B] of their steps.
+    """
+    _, cond = prompts.copies(copies)
     x = sampler.start(prompts, step, 1 if shared else copies)
     x = x.repeat(copies, *(1 for _ in x.shape[1:])) if shared else x
     latents, log_probs = [x], []
@@ -38,6 +43,14 @@ def draw(sampler: Sampler, scorer: StepScorer, prompts: PromptBatch, step: int, 
         x = distribution.sample(sampler.noise(prompts, step, f"step{index}", copies), sampler.storage_dtype)
         latents.append(x)
         log_probs.append(distribution.log_prob(x))
+    return latents, log_probs
+
+
+def draw(sampler: Sampler, scorer: StepScorer, prompts: PromptBatch, step: int, copies: int, shared: bool) -> _Drawn:
+    """Sample trajectories as `walk` does, and score the pictures."""
+    texts, _ = prompts.copies(copies)
+    latents, log_probs = walk(sampler, prompts, step, copies, shared)
+    x = latents[-1]
     finished = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     grid = (copies, len(prompts))
     return _Drawn(

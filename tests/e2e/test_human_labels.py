@@ -1,6 +1,7 @@
 """D3PO from what people said: pictures drawn, voted on and put back on their trajectories; the oracle plays a rater."""
 
 import copy
+import sys
 
 import numpy as np
 import pandas as pd
@@ -10,14 +11,16 @@ from PIL import Image
 from rich.console import Console
 
 from diffalign import config as configuration
+from diffalign.cli import main
 from diffalign.errors import ConfigError, DataError
 from diffalign.evaluation import Manifest
 from diffalign.jobs import human_labels, online
 from diffalign.jobs.assemble import load_backbone
+from diffalign.jobs.prompts import read_prompts
 from diffalign.jobs.rollout import rollout
+from diffalign.jobs.train import build_trainer, make_accelerator
 from diffalign.labelling import Votes
 from diffalign.labelling.store import pair_tasks
-from diffalign.rollout import HumanLabels, PromptEncoder, TrajectoryPairs
 from diffalign.rollout.scoring import pictures
 from diffalign.shapes.oracle import Oracle
 from tests.e2e.test_methods import ASSETS, ROLLOUT
@@ -59,21 +62,20 @@ def judged(content, place):
 def test_the_run_draws_the_judged_trajectories_again_and_learns_from_the_votes(d3po, run, tmp_path):
     content = judged(d3po, tmp_path / "people")
     config = configuration.check(content)
-    backbone = load_backbone(config)
-    source = online.open_prompts(config, backbone)
-    assert len(source) == PROMPTS
-    sampler = online.make_sampler(config, backbone)
-    collect = TrajectoryPairs(sampler=sampler, scorer=HumanLabels(source.labels))
-    order = [2, 0]  # prompts in another order and number
-    prompts = PromptEncoder(backbone, 64)([source.texts[row] for row in order], torch.device("cpu"))
-    batch = collect(prompts, human_labels.STEP).transitions
+    trainer, backbone = build_trainer(config, make_accelerator(config), Console(quiet=True))
+    texts = read_prompts(config.data.prompts_file, PROMPTS)
+    with torch.no_grad():  # as if it had been trained for long
+        for parameter in filter(lambda p: p.requires_grad, backbone.denoiser.parameters()):
+            parameter.add_(0.1)
+    order = [2, 0]  # prompts in another order and number, at a later step
+    batch = trainer.loss.collect(order, 7).transitions
     ends = batch.x_prev[-len(order) :]  # of the last step
     for row, latents, label in zip(order, ends, batch.label[-len(order) :], strict=True):
         drawn = pictures(backbone.decode_latents(latents))
         stored = [Image.open(human_labels.folder(tmp_path / "people", copy) / f"{row:05d}-0.png") for copy in (0, 1)]
         for ours, file in zip(drawn, stored, strict=True):
             assert np.abs(np.asarray(ours, dtype=int) - np.asarray(file.convert("RGB"), dtype=int)).max() <= 2
-        first, second = Oracle().score([file.convert("RGB") for file in stored], [source.texts[row]] * 2).tolist()
+        first, second = Oracle().score([file.convert("RGB") for file in stored], [texts[row]] * 2).tolist()
         assert label == (1.0 if first > second else -1.0)
 
     straight, halves = (variant(content, tmp_path, name) for name in ("straight", "halves"))
@@ -136,3 +138,13 @@ def test_pictures_are_drawn_once(d3po, tmp_path):
     assert gone.read_bytes() == before
     assert kept.stat().st_mtime_ns == stamp
     assert Manifest.read(tmp_path / "picture-1").table.equals(again[0].table)
+
+
+def test_the_command_says_what_it_cannot_draw(monkeypatch, capsys, tmp_path):
+    words = ["rollout", str(ASSETS.parent / "configs" / "tiny" / "ddpo.yaml"), "--out", str(tmp_path / "people")]
+    monkeypatch.setattr(sys, "argv", ["diffalign", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert '"ddpo" does not compare them' in capsys.readouterr().err
+    assert not (tmp_path / "people").exists()

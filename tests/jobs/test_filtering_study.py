@@ -51,9 +51,12 @@ def test_another_selection_is_another_run(noisy, tmp_path, monkeypatch):
     other = tmp_path / noisy.name
     other.mkdir()
     pq.write_table(pq.read_table(noisy / "train.parquet").slice(1), other / "train.parquet")
-    study.measure("fewer", "--method random", other, tmp_path)
+    fewer = study.measure("fewer", "--method random", other, tmp_path)
     assert runs[0] != runs[1]
-    assert f"{100 * row['flipped_share']:.1f}%" in study.page([row], None)
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    study.write([row, fewer], None)
+    assert f"| {100 * row['flipped_share']:.1f}% |" in (tmp_path / "filtering.md").read_text(encoding="utf8")
+    assert (tmp_path / "filtering.png").stat().st_size > 1000
 
 
 ORACLE = {"base": 0.64, "aligned": 0.65, "gain_low": 0.0, "gain_high": 0.02, "win_rate": 0.6, "low": 0.5, "high": 0.7}

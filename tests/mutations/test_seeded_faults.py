@@ -143,6 +143,9 @@ FAULTS = {
         "objectives/dpok.py", "- self.reward_weight", "+ self.reward_weight",
         "tests/rollout/test_selection_and_advantages.py",
     ),
+    "trajectories that people judged are drawn with the policy": (
+        "jobs/online.py", "    sampler.network = replace(", "    _ = replace(", "tests/e2e/test_human_labels.py",
+    ),
     "a repeated draw is the same at every visit": (
         "data/visits.py", "return example_ids ^ masks.to(example_ids.device)", "return example_ids",
         "tests/data/test_visits.py",
