@@ -22,14 +22,9 @@ Step = Callable[[Path, str], float]
 
 
 @torch.no_grad()
-def loop(
-    files: Sequence[Path], prompts: Sequence[str], steps: Mapping[str, Step], threads: int = 1
-) -> dict[str, np.ndarray]:
+def loop(files: Sequence[Path], prompts: Sequence[str], steps: Mapping[str, Step]) -> dict[str, np.ndarray]:
     """Return the scores [N] by scorer, one image at a time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     found = {name: [step(f, p) for f, p in zip(files, prompts, strict=True)] for name, step in steps.items()}
-    torch.set_num_threads(before)
     return {name: np.array(values) for name, values in found.items()}
 
 

@@ -1,7 +1,7 @@
 """`diffalign score` against the loop of the published packages (`score_loop`), on the embedded world.
 
-Both sides score the same files with the same networks in float32, in turn, in one process: one thread each, on our side
-beside the worker processes asked for, and the loop with two threads too. `--large` does it with ViT-H on a GPU.
+Both sides score the same files with the same weights in float32, in turn, on one thread; ours also with worker
+processes beside it, each of one thread. `--large` does it with ViT-H on a GPU.
 """
 
 import os
@@ -61,12 +61,12 @@ def measure(
 ) -> dict[str, object]:
     """Time both sides and the stages of ours in turn; return medians in images/s and the medians of paired ratios."""
     torch.set_num_threads(1)  # both sides: on a shared machine threads that wait for one another measure the others
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as the command line
     scorers, steps = networks
     with tempfile.TemporaryDirectory() as folder:
         places, prompts = draw(Path(folder), images, sides)
         judges = [Judge.of(scorer) for scorer in scorers.values()]
         takes: dict[str, Callable[[], object]] = {"loop": lambda: loop(places, prompts, steps)}
-        takes["loop, 2 threads"] = lambda: loop(places, prompts, steps, threads=2)
         for count in workers:
             takes[f"diffalign, {count} workers"] = lambda count=count: ours(folder, judges, count)
         takes |= stages(places, scorers)

@@ -42,10 +42,10 @@ def is_usable(tower: nn.Module, images_or_tokens: Tensor) -> bool:
 
 def linear(x: Tensor, weights: Weights, *, gelu: bool = False) -> Tensor:
     """Return x W^T + b of x [..., in], through the exact GELU if asked; float32 on the CPU, without gradients."""
-    if not torch.backends.mkldnn.is_available():
+    # what torch.compile makes of a linear layer on a CPU; not every build of torch has it
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         x = F.linear(x, *weights)
         return F.gelu(x) if gelu else x
-    # what torch.compile makes of a linear layer on a CPU
     return torch.ops.mkldnn._linear_pointwise(x, *weights, *(("gelu", [], "none") if gelu else ("none", [], "")))
 
 
@@ -104,7 +104,7 @@ def _transformers_block(layer: nn.Module) -> Block:
 
 
 def open_clip_blocks(blocks: Sequence[nn.Module]) -> list[Block]:
-    """Return the blocks of a Transformer of open_clip that has the exact GELU and no option beyond its sizes."""
+    """Return the blocks of a Transformer of open_clip that has no option beyond its sizes and activation."""
     return [_open_clip_block(block) for block in blocks]
 
 
@@ -112,7 +112,8 @@ def _open_clip_block(block: nn.Module) -> Block:
     attention = block.attn
     parts = zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True)
     out, up, down = (_weights(module) for module in (attention.out_proj, block.mlp.c_fc, block.mlp.c_proj))
-    return Block(attention.num_heads, block.ln_1, *parts, out, block.ln_2, up, down)
+    act = None if type(block.mlp.gelu) is nn.GELU else block.mlp.gelu
+    return Block(attention.num_heads, block.ln_1, *parts, out, block.ln_2, up, down, act)
 
 
 def _weights(module: nn.Module) -> Weights:

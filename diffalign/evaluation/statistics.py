@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
-from scipy.stats import binomtest
 
 from diffalign.errors import DataError, UserError
 
@@ -117,6 +116,8 @@ def binomial_test(successes: int, trials: int) -> float:
     With wins as successes and wins plus losses as trials this is the sign test: ties carry no information about
     the direction and are left out.
     """
+    from scipy.stats import binomtest  # a second to import
+
     return 1.0 if trials == 0 else float(binomtest(successes, trials, 0.5).pvalue)
 
 
