@@ -1,6 +1,8 @@
 """Grids of any length: what is in memory is one page, and every row is on some page."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from diffalign.errors import DataError, UserError
 from diffalign.evaluation import Look, save_pages
 from diffalign.evaluation.typesetting import THEMES
 
+ROOT = Path(__file__).parents[2]
 COLOURS = [(40 * i, 255 - 40 * i, 90) for i in range(6)]
 
 
@@ -68,33 +71,11 @@ def test_what_cannot_be_written(files, tmp_path):
     assert not (tmp_path / "grid.png").exists()
 
 
-def status(name):
-    """Return a line of /proc/self/status in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
-
-
-def growth(work):
-    """Return how far memory rose above what it was, at most, while `work` ran."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
-    except OSError:
-        pytest.skip("needs Linux's peak of memory, and leave to set it back")
-    before = status("VmRSS")
-    work()
-    return status("VmHWM") - before
-
-
 def test_two_thousand_cells_take_no_more_memory_than_a_page(files, tmp_path):
-    images = [[files[(row + column) % 6] for column in range(4)] for row in range(500)]
-    parts = [""] * 500, list("abcd"), images, ["a red circle"] * 500
-
-    def write(name, pixels):
-        return save_pages(tmp_path / name / "grid.jpg", *parts, look=Look(cell=64), page_pixels=pixels)
-
-    write("warm", 1_000_000)
-    paged = growth(lambda: write("paged", 1_000_000))
-    at_once = growth(lambda: write("whole", 10**9))
-    assert len(list((tmp_path / "paged").iterdir())) >= 12
-    assert len(list((tmp_path / "whole").iterdir())) == 1
-    assert paged < 12 < 30 < at_once
+    growth = {}
+    for pixels in (10**6, 10**9):
+        command = [sys.executable, "-m", "tests.evaluation.page_memory", str(tmp_path), str(pixels)]
+        growth[pixels] = float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+    assert len(list((tmp_path / f"grid-{10**6}").iterdir())) >= 12
+    assert len(list((tmp_path / f"grid-{10**9}").iterdir())) == 1
+    assert growth[10**6] < 12 < 30 < growth[10**9]

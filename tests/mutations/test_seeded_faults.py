@@ -164,6 +164,8 @@ def outcomes(tmp_path_factory):
     for part in ("diffalign", "tests"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
+    for part in ("assets", "configs"):
+        (folder / part).symlink_to(ROOT / part)
     everything = sorted({fault[3] for fault in FAULTS.values()})
     (folder / "faults.json").write_text(json.dumps({"": [None, None, None, everything], **FAULTS}), encoding="utf8")
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
