@@ -4,7 +4,6 @@ All variants and the script-style baseline of the same precision run in one proc
 the rounds of the ratio within a round.
 """
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -14,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import torch
 
 from benchmarks import cpu_step
 from benchmarks.cpu_step import Step
-from diffalign.jobs.precompute import precompute
-from diffalign.jobs.train import train
+from diffalign.training.metrics import peak_memory_gib
 
 ROUNDS, WARM_UP = 12, 2
 BF16, CACHED = "mixed_precision=bf16", "reference.cache_draws=1"
@@ -62,7 +60,7 @@ def compare(place: Path, variants: dict[str, list[str]]) -> list[dict[str, Any]]
     for name, overrides in variants.items():
         config = cpu_step.settings(place, *overrides)
         if CACHED in overrides:
-            precompute(config, Console(quiet=True))
+            cpu_step.fill_caches(config)
         takes[name] = cpu_step.diffalign_step(config)
     times = in_turn(takes)
     network = times["network alone"]
@@ -107,25 +105,24 @@ def scaling(place: Path) -> list[dict[str, Any]]:
     rows = []
     for pairs, pixels in settings:
         command = [sys.executable, "-m", "benchmarks.cpu", str(place), str(pairs), str(pixels)]
-        seconds, gigabytes = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
-        rows.append({"pairs": pairs, "pixels": pixels, "median_s": float(seconds), "peak_memory_gb": float(gigabytes)})
+        seconds, gibibytes = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
+        rows.append({"pairs": pairs, "pixels": pixels, "median_s": float(seconds), "peak_memory_gib": float(gibibytes)})
     return rows
 
 
 def one_size(place: Path, pairs: int, pixels: int) -> None:
-    """Print the median seconds of a step and the process's peak of memory in GB."""
+    """Print the median seconds of a step and the process's peak of memory in GiB."""
     overrides = [f"train_batch_size={pairs}", f"data.resolution={pixels}"]
     take = cpu_step.diffalign_step(cpu_step.settings(place, *overrides))
     seconds = in_turn({"step": take}, rounds=5)["step"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(round(statistics.median(seconds), 4), round(peak, 2))
+    print(round(statistics.median(seconds), 4), round(peak_memory_gib(torch.device("cpu")), 2))
 
 
 def end_to_end(place: Path) -> dict[str, Any]:
     """Time a run from pictures to exported weights: caches, 100 steps, export."""
     config = cpu_step.settings(place / "fresh", "max_train_steps=100", "checkpointing_steps=100")
-    first = timed(lambda: precompute(config, Console(quiet=True)))
-    second = timed(lambda: train(config, Console(quiet=True)))
+    first = timed(lambda: cpu_step.fill_caches(config))
+    second = timed(lambda: cpu_step.run(config))
     pairs = 100 * config.train.train_batch_size
     return {
         "precompute_s": round(first, 1),

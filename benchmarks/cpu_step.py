@@ -20,7 +20,8 @@ from diffalign import config as configuration
 from diffalign.config import Config
 from diffalign.data import PairTransform
 from diffalign.jobs import assemble, examples
-from diffalign.jobs.train import build_trainer, make_accelerator
+from diffalign.jobs.precompute import precompute
+from diffalign.jobs.train import build_trainer, make_accelerator, train
 from diffalign.training.trainer import Trainer
 
 Step = Callable[[int], None]
@@ -110,9 +111,26 @@ def network_step(config: Config) -> Step:
     return take
 
 
-def _trainer(config: Config) -> Trainer:
-    """Build what trains; accelerate's state is that of the process, and runs of several precisions share this one."""
+def fill_caches(config: Config) -> None:
+    """Do what `diffalign precompute` does."""
+    _forget_precision()
+    precompute(config, Console(quiet=True))
+
+
+def run(config: Config) -> None:
+    """Do what `diffalign train` does."""
+    _forget_precision()
+    train(config, Console(quiet=True))
+
+
+def _forget_precision() -> None:
+    """Let the next run have a precision of its own: accelerate keeps one for the process, and runs share this one."""
     AcceleratorState._reset_state()
+
+
+def _trainer(config: Config) -> Trainer:
+    """Build what trains."""
+    _forget_precision()
     trainer, _ = build_trainer(config, make_accelerator(config), Console(quiet=True))
     trainer.network.train()
     return trainer
