@@ -1,6 +1,5 @@
 """`diffalign generate --negative-lora` and `diffalign grid --negative-lora`, as a user types them."""
 
-
 import pytest
 from PIL import Image
 
