@@ -126,7 +126,7 @@ def plot(curves: list[dict[str, Any]], file: Path) -> None:
         axes.axhline(0, color="#808080", lw=0.8, ls="--")
         axes.set_title(found["run"], fontsize=9)
         axes.set_xlabel("optimizer steps")
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(loc="lower right", frameon=False, fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("gain over the base (its std)")
     figure.savefig(file, dpi=150)
