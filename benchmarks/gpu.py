@@ -147,7 +147,7 @@ def _unet(device: torch.device, dtype: torch.dtype, tiny: bool) -> torch.nn.Modu
 
 def _inputs(unet: torch.nn.Module, batch: int, device: torch.device, dtype: torch.dtype, tiny: bool) -> Row:
     config, side = unet.config, 8 if tiny else 128
-    width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    width = gpu_steps.pooled_width(unet)
     draw = partial(torch.randn, device=device, dtype=dtype)
     added = {"text_embeds": draw(batch, width), "time_ids": torch.full((batch, 6), 8.0 * side, device=device)}
     return {

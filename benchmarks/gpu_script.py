@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from peft import LoraConfig
 from torch.nn import functional as F
 
-from benchmarks.gpu_steps import random_backbone
+from benchmarks.gpu_steps import pooled_width, random_backbone
 from diffalign.backbones.adapters import ATTENTION
 from diffalign.backbones.published import COMPONENTS
 
@@ -76,7 +76,7 @@ def _conditioning(unet: torch.nn.Module, side: int, device: torch.device) -> tup
     text = torch.randn(2, 77, config.cross_attention_dim, device=device)
     if config.addition_embed_type != "text_time":
         return text, None
-    width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    width = pooled_width(unet)
     return text, {
         "text_embeds": torch.randn(2, width, device=device),
         "time_ids": torch.full((2, 6), float(side), device=device),

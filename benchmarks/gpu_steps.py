@@ -63,8 +63,7 @@ class RandomPairs:
         text = torch.randn(len(indices), 77, config.cross_attention_dim, device=device)
         pooled = None
         if config.addition_embed_type == "text_time":
-            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            pooled = torch.randn(len(indices), width, device=device).repeat(2, 1)
+            pooled = torch.randn(len(indices), pooled_width(denoiser), device=device).repeat(2, 1)
         return PreferenceBatch(
             example_ids=torch.tensor(indices, device=device),
             latent_mean=mean,
@@ -75,6 +74,11 @@ class RandomPairs:
             preference=None,
             prompts=[""] * rows,
         )
+
+
+def pooled_width(unet: torch.nn.Module) -> int:
+    """Return the width of SDXL's pooled text: what its embedding takes besides six encoded sizes."""
+    return unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
 
 
 def settings(family: str, tune: str, pairs: int, overrides: list[str]) -> Config:

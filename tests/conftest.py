@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from diffalign.denoising import FrozenDenoiser
 from tests.tiny import build_tiny_sd15, build_tiny_sdxl
 
 LOCAL = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
@@ -72,3 +73,16 @@ def diffalign(monkeypatch, capsys):
         return stopped.value.code or 0, " ".join((captured.out + captured.err).split())
 
     return run
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Return a list to which every pass of the reference adds how many images it sees."""
+    seen, evaluate = [], FrozenDenoiser.__call__
+
+    def counting(self, xt, timesteps, cond):
+        seen.append(len(xt))
+        return evaluate(self, xt, timesteps, cond)
+
+    monkeypatch.setattr(FrozenDenoiser, "__call__", counting)
+    return seen

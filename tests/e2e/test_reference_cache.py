@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from diffalign import config as configuration
-from diffalign.denoising import FrozenDenoiser
 from diffalign.jobs import networks
 from diffalign.training import metrics
 from tests.e2e.test_training import assert_same_bits, variant, weights
@@ -23,19 +22,6 @@ def content(content, tmp_path):
     content["train"] |= {"train_batch_size": 7, "max_train_steps": 2 * EPOCH, "checkpointing_steps": EPOCH}
     content["logging"]["logging_steps"] = 1
     return content
-
-
-@pytest.fixture
-def evaluated(monkeypatch):
-    """Return a list to which every pass of the reference adds how many images it sees."""
-    seen, evaluate = [], FrozenDenoiser.__call__
-
-    def counting(self, xt, timesteps, cond):
-        seen.append(len(xt))
-        return evaluate(self, xt, timesteps, cond)
-
-    monkeypatch.setattr(FrozenDenoiser, "__call__", counting)
-    return seen
 
 
 def lines(content):

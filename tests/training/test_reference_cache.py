@@ -11,7 +11,6 @@ from rich.console import Console
 
 from diffalign import config as configuration
 from diffalign.data.visits import Visit
-from diffalign.denoising import FrozenDenoiser
 from diffalign.errors import DataError
 from diffalign.jobs import assemble, examples, networks, reference_errors
 from diffalign.training.reference_cache import ReferenceCache
@@ -133,19 +132,6 @@ def caches(tmp_path_factory):
 def pairs(tiny_sdxl, caches):
     folder = write_pairs(caches / "pairs", 12)
     return build(tiny_sdxl, folder, caches, {"name": "dpo", "beta": 2000.0})
-
-
-@pytest.fixture
-def evaluated(monkeypatch):
-    """Return a list to which every pass of the reference adds how many images it sees."""
-    seen, evaluate = [], FrozenDenoiser.__call__
-
-    def counting(self, xt, timesteps, cond):
-        seen.append(len(xt))
-        return evaluate(self, xt, timesteps, cond)
-
-    monkeypatch.setattr(FrozenDenoiser, "__call__", counting)
-    return seen
 
 
 SHOWN = [Visit(0, 0), Visit(7, 1), Visit(2, 0), Visit(7, 0)]
