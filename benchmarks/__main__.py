@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import cpu, filtering_study, gpu, label_noise, methods, over_optimisation, reward_agreement, score_speed
-from diffalign.jobs.train import versions
+from diffalign.jobs.training.train import versions
 
 RESULTS = Path(__file__).parent / "results"
 

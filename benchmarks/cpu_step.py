@@ -19,9 +19,9 @@ from torch.nn import functional
 from diffalign import config as configuration
 from diffalign.config import Config
 from diffalign.data import PairTransform
-from diffalign.jobs import assemble, examples
-from diffalign.jobs.precompute import precompute
-from diffalign.jobs.train import build_trainer, make_accelerator, train
+from diffalign.jobs.training import assemble, examples
+from diffalign.jobs.training.precompute import precompute
+from diffalign.jobs.training.train import build_trainer, make_accelerator, train
 from diffalign.training.trainer import Trainer
 
 Step = Callable[[int], None]

@@ -24,7 +24,7 @@ from diffalign.data.fingerprints import digest_files
 from diffalign.evaluation.manifest import atomic_write
 from diffalign.filtering.components import Components
 from diffalign.filtering.importance import ImportanceSettings
-from diffalign.jobs.filter import TRAIN, Request, filter_pairs
+from diffalign.jobs.scoring.filter import TRAIN, Request, filter_pairs
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAIRS, JUDGE = ROOT / "assets" / "tiny-pairs", ROOT / "assets" / "tiny-pickscore"

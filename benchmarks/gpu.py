@@ -20,8 +20,8 @@ from benchmarks import gpu_steps
 from benchmarks.gpu_script import script_step
 from benchmarks.gpu_steps import FLOPS, OPTIONS, REFERENCE_FREE, SIDES, measure, release, settings
 from diffalign.denoising import acceleration
-from diffalign.jobs.networks import checkpoint_activations
-from diffalign.jobs.train import versions
+from diffalign.jobs.training.networks import checkpoint_activations
+from diffalign.jobs.training.train import versions
 from diffalign.training.static_step import WARM_UP
 
 Row = dict[str, Any]

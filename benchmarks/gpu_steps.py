@@ -20,7 +20,7 @@ from diffalign.backbones.sd15 import SD15
 from diffalign.backbones.sdxl import SDXL
 from diffalign.config import Config
 from diffalign.data.batch import Augment, PreferenceBatch
-from diffalign.jobs import assemble, networks, static
+from diffalign.jobs.training import assemble, networks, static
 from diffalign.training import optimizer
 from diffalign.training.static_step import Recorder, StaticStep
 

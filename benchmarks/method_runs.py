@@ -24,9 +24,9 @@ from diffalign.backbones import loading
 from diffalign.backbones.export import load_adapter_into
 from diffalign.config import Config
 from diffalign.evaluation import Manifest, SamplingSettings, generate_to, prompt_plan, with_negative_branch
-from diffalign.jobs.demo import compare
-from diffalign.jobs.prompts import read_prompts
-from diffalign.jobs.train import train
+from diffalign.jobs.drawing.prompts import read_prompts
+from diffalign.jobs.training.train import train
+from diffalign.jobs.world.demo import compare
 from diffalign.training import metrics
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.method_runs import IMAGES_PER_PROMPT, N_PROMPTS, ROOT, SETTINGS, STEPS, is_online, row_of
 from diffalign import objectives
-from diffalign.jobs.train import versions
+from diffalign.jobs.training.train import versions
 
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = (

@@ -21,8 +21,9 @@ from benchmarks.method_runs import N_PROMPTS, PROMPTS, ROOT
 from diffalign import config as configuration
 from diffalign.config import Config
 from diffalign.evaluation import Manifest, SamplingSettings, generate_to, prompt_plan
-from diffalign.jobs import models, scorers
-from diffalign.jobs.prompts import read_prompts
+from diffalign.jobs.drawing import models
+from diffalign.jobs.drawing.prompts import read_prompts
+from diffalign.jobs.scoring import scorers
 from diffalign.shapes.oracle import Oracle
 from diffalign.training import checkpoint
 

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import cpu_step
-from diffalign.jobs.precompute import precompute
+from diffalign.jobs.training.precompute import precompute
 
 ROUNDS = 15
 WARM_UP = 2

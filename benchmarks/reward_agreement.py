@@ -19,10 +19,10 @@ import reward_models
 from benchmarks.method_runs import PROMPTS, ROOT
 from diffalign.backbones import loading
 from diffalign.evaluation import generate_to, prompt_plan
-from diffalign.jobs.prompts import read_prompts
-from diffalign.jobs.reward_latents import NoisyLatents
-from diffalign.jobs.reward_pictures import OneStepPictures
-from diffalign.jobs.world_data import SAMPLING, World
+from diffalign.jobs.drawing.prompts import read_prompts
+from diffalign.jobs.rewards.reward_latents import NoisyLatents
+from diffalign.jobs.rewards.reward_pictures import OneStepPictures
+from diffalign.jobs.world.world_data import SAMPLING, World
 from diffalign.rollout import LatentReward
 from diffalign.shapes.oracle import Oracle
 from reward_models.pairs import RewardPair

@@ -20,8 +20,7 @@ from rich.console import Console
 
 import reward_models
 from benchmarks.score_loop import Step, hpsv2_step, loop, pickscore_step
-from diffalign.jobs import score
-from diffalign.jobs.scoring import decode
+from diffalign.jobs.scoring import decode, score
 from diffalign.jobs.scoring.engine import Judge
 from diffalign.jobs.scoring.places import open_places
 from diffalign.shapes.captions import random_scene

@@ -1,6 +1,7 @@
 """Imports run one way, the lowest layers need nothing but torch, and every module can be imported."""
 
 import ast
+import graphlib
 import importlib
 import subprocess
 import sys
@@ -21,6 +22,15 @@ LAYERS = (
     {"jobs"},
     {"cli"},
     {"__main__"},
+)
+# The wings of jobs/, from the ground up, by the same rule.
+WINGS = (
+    {"devices"},
+    {"drawing", "rewards"},
+    {"scoring"},
+    {"training"},
+    {"evaluating", "world"},
+    {"about", "label"},
 )
 USES_REWARD_MODELS = (
     "diffalign.rollout",
@@ -69,20 +79,21 @@ def within(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
 
-def layer_of(part: str) -> int:
-    """Return the height of a package or module directly under diffalign."""
-    for height, members in enumerate(LAYERS):
+def height_of(part: str, layers: tuple[set[str], ...]) -> int:
+    """Return which of `layers` a package or module belongs to."""
+    for height, members in enumerate(layers):
         if part in members:
             return height
-    raise AssertionError(f"diffalign.{part} has no layer: enter it in LAYERS of {Path(__file__).name}")
+    raise AssertionError(f'"{part}" has no layer: enter it in LAYERS or WINGS of {Path(__file__).name}')
 
 
-def upward_imports(name: str, path: Path) -> list[str]:
-    """Return the imports of a diffalign module that go up or sideways."""
-    own = name.split(".")[1]
-    parts = {imported.split(".")[1] for imported in imports_of(path) if imported.startswith("diffalign.")}
-    known = {part for part in parts if part in set().union(*LAYERS)}
-    return sorted(part for part in known - {own} if layer_of(part) >= layer_of(own))
+def upward_imports(name: str, path: Path, root: str = "diffalign", layers: tuple[set[str], ...] = LAYERS) -> list[str]:
+    """Return the imports of a module below the package `root` that go up or sideways among its `layers`."""
+    depth = root.count(".") + 1
+    own = name.split(".")[depth]
+    parts = {imported.split(".")[depth] for imported in imports_of(path) if imported.startswith(f"{root}.")}
+    known = parts & set().union(*layers)
+    return sorted(part for part in known - {own} if height_of(part, layers) >= height_of(own, layers))
 
 
 DIFFALIGN = modules_of("diffalign")
@@ -93,6 +104,17 @@ LAYERED = {name: path for name, path in DIFFALIGN.items() if name != "diffalign"
 @pytest.mark.parametrize("name", LAYERED)
 def test_imports_run_one_way(name):
     assert upward_imports(name, LAYERED[name]) == []
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERED if name.startswith("diffalign.jobs.")])
+def test_wings_import_the_wings_below_them(name):
+    assert upward_imports(name, LAYERED[name], "diffalign.jobs", WINGS) == []
+
+
+def test_no_modules_import_each_other():
+    """In functions neither. A package is left out: its __init__ gathers names for those outside it."""
+    graph = {name: imports_of(path) & DIFFALIGN.keys() for name, path in DIFFALIGN.items() if path.stem != "__init__"}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def test_the_root_package_imports_no_layer():
@@ -123,7 +145,7 @@ def test_every_module_imports(name):
     importlib.import_module(name)
 
 
-@pytest.mark.parametrize("name", ["diffalign.cli.app", "diffalign.jobs.score"])
+@pytest.mark.parametrize("name", ["diffalign.cli.app", "diffalign.jobs.scoring.score"])
 def test_what_draws_nothing_starts_without_diffusers(name):
     """It takes seconds to import."""
     code = f"import sys, {name}; sys.exit('diffusers' in sys.modules)"
@@ -143,3 +165,11 @@ def test_an_upward_import_is_noticed(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     path.write_text("import torch\ndef f():\n    from diffalign import data\n    from ..backbones.sd15 import SD15\n")
     assert upward_imports("diffalign.denoising.bad", path) == ["backbones", "data"]
+
+
+def test_an_upward_import_among_wings_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "diffalign" / "jobs" / "drawing" / "bad.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("from diffalign.jobs import devices\ndef f():\n    from diffalign.jobs.scoring import scorers\n")
+    assert upward_imports("diffalign.jobs.drawing.bad", path, "diffalign.jobs", WINGS) == ["scoring"]

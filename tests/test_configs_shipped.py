@@ -13,7 +13,7 @@ from diffalign import config as configuration
 from diffalign import objectives
 from diffalign.backbones.files import read_header
 from diffalign.errors import ModelError
-from diffalign.jobs import memory, plan
+from diffalign.jobs.training import memory, plan
 from diffalign.objectives.base import UNITS
 from diffalign.shapes.pipeline import build_unet
 

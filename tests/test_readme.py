@@ -11,7 +11,7 @@ from rich.console import Console
 from diffalign import config as configuration
 from diffalign import objectives
 from diffalign.cli import app
-from diffalign.jobs import plan
+from diffalign.jobs.training import plan
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")

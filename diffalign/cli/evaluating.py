@@ -72,9 +72,9 @@ def evaluate(
     Example: `diffalign evaluate runs/dpo --show-base --prompts embedded --protocol geneval --seeds 0-3 --out out/g`
     """
     from diffalign.evaluation.results import Bootstrap
-    from diffalign.jobs import evaluate as job
-    from diffalign.jobs.prompt_sets import open_prompt_set
-    from diffalign.jobs.prompts import parse_seeds
+    from diffalign.jobs.drawing.prompt_sets import open_prompt_set
+    from diffalign.jobs.drawing.prompts import parse_seeds
+    from diffalign.jobs.evaluating import evaluate as job
 
     request = job.Request(
         specs=models,
@@ -107,7 +107,7 @@ def arena(
 
     Example: `diffalign arena out/tiny/scores.parquet --scorer oracle --k 3`
     """
-    from diffalign.jobs.arena import arena as run
+    from diffalign.jobs.evaluating.arena import arena as run
 
     run(scores, scorer=scorer, k=k, votes=votes, settled=settled, seed=seed, console=Console())
 

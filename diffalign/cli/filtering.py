@@ -80,7 +80,7 @@ def filter_pairs(
     Example: `diffalign filter assets/tiny-pairs --out out/fifa --scorer oracle --text-encoder assets/tiny-pickscore`
     """
     from diffalign.filtering import ImportanceSettings, parse_keep
-    from diffalign.jobs import filter as job
+    from diffalign.jobs.scoring import filter as job
 
     request = job.Request(
         source=data,

@@ -67,7 +67,7 @@ def rollout(
     Example: `diffalign label out/people/picture-1 out/people/picture-2 --votes out/people/votes.sqlite`
     """
     from diffalign import config as configuration
-    from diffalign.jobs.rollout import rollout as run
+    from diffalign.jobs.training.rollout import rollout as run
 
     run(configuration.load(config, overrides), out, Console())
 

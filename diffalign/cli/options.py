@@ -65,7 +65,7 @@ class NegativeBranch:
 
     def network(self):
         """Return the `Negative` that is asked for, or None."""
-        from diffalign.jobs.negative import Negative
+        from diffalign.jobs.drawing.negative import Negative
 
         return Negative.of(self.negative_lora, self.negative_scale, self.policy_scale)
 

@@ -1,6 +1,7 @@
 """Commands that draw pictures: generate, grid."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ class Asked:
 
     def read(self) -> tuple[list[str], list[int]]:
         """Return the prompts and the seeds."""
-        from diffalign.jobs.generate import read_request
+        from diffalign.jobs.drawing.generate import read_request
 
         return read_request(self.prompts, self.prompt, self.seeds, self.limit)
 
@@ -75,7 +76,7 @@ def generate(
 
     Example: `diffalign generate runs/dpo --negative-lora runs/npo --prompt "a red circle" --out out/dpo-npo`
     """
-    from diffalign.jobs import generate as job
+    from diffalign.jobs.drawing import generate as job
 
     prompts, seeds = asked.read()
     what = {"base": base, "negative": negative.network()}
@@ -107,13 +108,20 @@ def grid(
 
     Example: `diffalign grid runs/dpo --sweep guidance_scale=1,3,5,7.5 --prompt "a red circle"`
     """
-    from diffalign.jobs import grid as job
+    from diffalign.jobs.drawing import grid as job
+    from diffalign.jobs.scoring import scorers as scoring
+    from diffalign.jobs.scoring import tables
 
     prompts, seeds = asked.read()
-    settings, network = sampling.settings(size), negative.network()
-    what = {"scorers": scorers or (), "negative": network, **vars(columns), **machine.arguments}
+    settings, network, console = sampling.settings(size), negative.network(), Console()
+    what = {"negative": network, **vars(columns), **machine.arguments}
+    if scorers:
+        scoring.parse(scorers)  # a misspelt one is told before anything is loaded
+        what["load_judges"] = partial(scoring.load, scorers, machine.device)
     look = style.look(job.subtitle(settings, columns.sweep, network))
-    job.grid(models, prompts, seeds, out, settings, look=look, **what, console=Console())
+    scores = job.grid(models, prompts, seeds, out, settings, look=look, **what, console=console)
+    if scores is not None:
+        console.print(tables.means(scores))
 
 
 def register(app: typer.Typer) -> None:

@@ -22,7 +22,7 @@ def rank(
     `diffalign score out/a --with pickscore,hpsv2.1 --out scores.parquet`, then
     `diffalign rank scores.parquet --out data/lists/train.parquet`
     """
-    from diffalign.jobs.rank import rank as run
+    from diffalign.jobs.scoring.rank import rank as run
 
     if layout not in ("lists", "pairs"):
         raise UserError(f'--as must be lists or pairs, got "{layout}".')

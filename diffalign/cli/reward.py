@@ -43,8 +43,8 @@ def train(
 
     Example: `diffalign reward train pickscore assets/tiny-pairs --init assets/tiny-pickscore --out runs/pick`
     """
-    from diffalign.jobs.reward import Steps
-    from diffalign.jobs.reward import train as run
+    from diffalign.jobs.rewards.reward import Steps
+    from diffalign.jobs.rewards.reward import train as run
 
     given = {
         "max_steps": max_steps,

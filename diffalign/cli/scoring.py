@@ -60,7 +60,7 @@ class Work:
 
     def settings(self):
         """Return the `Options` of the run."""
-        from diffalign.jobs.score import Options
+        from diffalign.jobs.scoring.score import Options
 
         given = {key: value for key, value in vars(self).items() if key != "skip_broken"}
         number = self.batch_size.lstrip("-").isdigit()
@@ -91,7 +91,7 @@ def score(
 
     Example: `diffalign score --pairs assets/tiny-pairs --with oracle,pickscore=assets/tiny-pickscore`
     """
-    from diffalign.jobs import score as job
+    from diffalign.jobs.scoring import score as job
 
     _check(images, captions, pairs, work)
     if pairs.pairs:

@@ -36,11 +36,11 @@ def train(
     extra = [f"train.resume_from_checkpoint={resume}"] if resume else []
     resolved = configuration.load(config, [*(overrides or []), *extra])
     if dry_run:
-        from diffalign.jobs import plan
+        from diffalign.jobs.training import plan
 
         plan.show(resolved, Console())
         return
-    from diffalign.jobs.train import train as run
+    from diffalign.jobs.training.train import train as run
 
     run(resolved)
 
@@ -52,7 +52,7 @@ def precompute(config: ConfigFile, overrides: Overrides = None) -> None:
     Interrupted, it continues where it stopped when run again.
     """
     from diffalign import config as configuration
-    from diffalign.jobs.precompute import precompute as run
+    from diffalign.jobs.training.precompute import precompute as run
 
     run(configuration.load(config, overrides), Console())
 
@@ -66,7 +66,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of training and of the evaluation's noise.")] = 0,
 ) -> None:
     """Align the embedded model, score it on held-out prompts and show the result, in minutes on a CPU."""
-    from diffalign.jobs.demo import demo as run
+    from diffalign.jobs.world.demo import demo as run
 
     run(config, output_dir, prompts, seed, Console())
 

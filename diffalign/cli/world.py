@@ -27,7 +27,7 @@ def build(
     """Train every tiny asset again from seeds, on a CPU."""
     from dataclasses import replace
 
-    from diffalign.jobs import world
+    from diffalign.jobs.world import world
     from diffalign.shapes.pretraining import Pretraining
 
     if unet_steps is not None and unet_steps < 1:

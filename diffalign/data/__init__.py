@@ -8,8 +8,9 @@ from diffalign.data.lists import win_rate_labels
 from diffalign.data.online import OnlinePairs
 from diffalign.data.pairs import Example, ImageRef, ListRow, PairRow, RowError
 from diffalign.data.readers import open_pairs
+from diffalign.data.rejects import Counts
 from diffalign.data.sampler import ClassRatioSampler, CurriculumSampler, PairSampler
-from diffalign.data.source import Counts, PairSource
+from diffalign.data.source import PairSource
 from diffalign.data.transforms import PairTransform
 from diffalign.data.unpaired import UnpairedImages
 

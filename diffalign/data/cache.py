@@ -15,7 +15,8 @@ from torch import Tensor
 from diffalign.data.batch import Augment, PairEncoder, PreferenceBatch
 from diffalign.data.cache_build import STORED, CacheBuilder
 from diffalign.data.cache_store import COMPLETE, AppendStore, exclusive, read_json, write_json
-from diffalign.data.source import PairSource, from_record
+from diffalign.data.rejects import from_record
+from diffalign.data.source import PairSource
 from diffalign.data.transforms import PairTransform
 from diffalign.errors import DataError, suggestion
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from diffalign.data.batch import PairEncoder
 from diffalign.data.cache_store import AppendStore
 from diffalign.data.pairs import Example, RowError
-from diffalign.data.source import PairSource, as_record, from_record
+from diffalign.data.rejects import as_record, from_record
+from diffalign.data.source import PairSource
 from diffalign.data.transforms import PairTransform, View, to_images
 from diffalign.errors import DataError
 

@@ -8,8 +8,9 @@ import pyarrow as pa
 
 from diffalign.data.pair_schemas import Columns
 from diffalign.data.pairs import Example, Place, RowError
+from diffalign.data.rejects import Rejects
 from diffalign.data.schema import TIE, Scan, TableSchema
-from diffalign.data.source import PairSource, Rejects
+from diffalign.data.source import PairSource
 from diffalign.errors import DataError
 
 if TYPE_CHECKING:

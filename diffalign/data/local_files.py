@@ -13,8 +13,9 @@ from PIL import Image
 
 from diffalign.data.fingerprints import digest_files, digest_images
 from diffalign.data.pairs import Example, PairRow, Place, RowError
+from diffalign.data.rejects import Rejects
 from diffalign.data.schema import TIE, Schema, check_caption, image_ref
-from diffalign.data.source import PairSource, Rejects
+from diffalign.data.source import PairSource
 from diffalign.errors import DataError
 
 

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from diffalign.data.fingerprints import digest_files, digest_images
 from diffalign.data.pair_schemas import Columns
 from diffalign.data.pairs import Example, Place, RowError
+from diffalign.data.rejects import Rejects
 from diffalign.data.schema import Scan, TableSchema
-from diffalign.data.source import PairSource, Rejects
+from diffalign.data.source import PairSource
 from diffalign.errors import DataError
 
 # Decompressed row groups kept for the next access, in bytes; at least one is always kept.

@@ -14,8 +14,9 @@ from diffalign.data.lists import ListColumns, SingleColumns
 from diffalign.data.local_files import FolderPairs, JsonlPairs
 from diffalign.data.pair_schemas import Columns, PairLines
 from diffalign.data.parquet import ParquetPairs, open_parquet
+from diffalign.data.rejects import Rejects
 from diffalign.data.schema import TableSchema
-from diffalign.data.source import PairSource, Rejects
+from diffalign.data.source import PairSource
 from diffalign.errors import DataError, suggestion
 
 FORMATS = ("pickapic", "jsonl", "folders", "lists", "singles")

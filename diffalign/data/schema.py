@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffalign.data.pairs import Example, ImageRef, Place, RowError
-from diffalign.data.source import Counts, Rejects, length_error
+from diffalign.data.rejects import Counts, Rejects, length_error
 from diffalign.errors import DataError, suggestion
 
 TIE, UNLABELLED, INVALID = -1, -2, -3

@@ -22,7 +22,7 @@ import reward_models
 from diffalign import config as configuration
 from diffalign import objectives
 from diffalign.errors import ConfigError, UserError, suggestion
-from diffalign.jobs import scorers
+from diffalign.jobs.scoring import scorers
 from diffalign.shapes import oracle
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "datasets", "open_clip_torch")
@@ -124,7 +124,7 @@ def describe_scorer(name: str) -> str:
             f"{name}: {about}\n\nscale         [0, 1], higher is better\nattributes    {', '.join(oracle.ATTRIBUTES)}"
         )
     if name == scorers.IMPLICIT:
-        from diffalign.jobs.implicit import CARD  # with all of diffusers
+        from diffalign.jobs.scoring.implicit import CARD  # with all of diffusers
 
         return CARD
     scorers.parse(name)

@@ -13,7 +13,9 @@ from diffalign.errors import DataError, UserError
 from diffalign.evaluation import Manifest
 from diffalign.evaluation.arena import Arena
 from diffalign.evaluation.statistics import binomial_test, holm, paired_bootstrap, wilson_interval
-from diffalign.jobs import arena, models, tables
+from diffalign.jobs.drawing import models
+from diffalign.jobs.evaluating import arena
+from diffalign.jobs.scoring import tables
 from diffalign.labelling import Rankings, Votes, agreement_of, read_votes
 from diffalign.labelling.app import LOOPBACK, serve
 from diffalign.labelling.rankings import MOST, list_tasks

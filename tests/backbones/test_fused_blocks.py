@@ -13,7 +13,7 @@ from benchmarks.activations import saved_bytes
 from diffalign.backbones import adapters
 from diffalign.backbones.fused_blocks import FusedGEGLU, GroupNormSiLU, fuse_activations
 from diffalign.backbones.fused_lora import fuse_lora
-from diffalign.jobs import networks
+from diffalign.jobs.training import networks
 from tests.backbones.drawing import perturb
 from tests.backbones.test_fused_lora import _step, _worst
 from tests.tiny import tiny_unet_sd15, tiny_unet_sdxl

@@ -11,7 +11,7 @@ import pytest
 from diffalign.cli import main
 from diffalign.data import open_pairs
 from diffalign.filtering.importance import normalised
-from diffalign.jobs import filter as job
+from diffalign.jobs.scoring import filter as job
 
 ROOT = Path(__file__).parents[2]
 PAIRS = str(ROOT / "assets" / "tiny-pairs")

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign.backbones import loading
-from diffalign.jobs import reward_latents
-from diffalign.jobs.reward_latents import NoisyLatents
+from diffalign.jobs.rewards import reward_latents
+from diffalign.jobs.rewards.reward_latents import NoisyLatents
 from diffalign.rollout import LatentReward
 from reward_models import training
 from reward_models.errors import ScorerError

@@ -4,7 +4,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from diffalign import config as configuration
-from diffalign.jobs.train import train
+from diffalign.jobs.training.train import train
 from tests.e2e.pairs import write_pairs
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from diffalign.jobs import demo
+from diffalign.jobs.world import demo
 
 ROOT = Path(__file__).parents[2]
 HELD_OUT = ROOT / "assets" / "prompts" / "tiny-held-out.txt"

@@ -14,11 +14,11 @@ from diffalign import config as configuration
 from diffalign.cli import main
 from diffalign.errors import ConfigError, DataError
 from diffalign.evaluation import Manifest
-from diffalign.jobs import human_labels, online
-from diffalign.jobs.assemble import load_backbone
-from diffalign.jobs.prompts import read_prompts
-from diffalign.jobs.rollout import rollout
-from diffalign.jobs.train import build_trainer, make_accelerator
+from diffalign.jobs.drawing.prompts import read_prompts
+from diffalign.jobs.training import human_labels, online
+from diffalign.jobs.training.assemble import load_backbone
+from diffalign.jobs.training.rollout import rollout
+from diffalign.jobs.training.train import build_trainer, make_accelerator
 from diffalign.labelling import Votes
 from diffalign.labelling.store import pair_tasks
 from diffalign.rollout.scoring import pictures

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from diffalign import config as configuration
 from diffalign.errors import ConfigError
-from diffalign.jobs.train import build_trainer, make_accelerator
+from diffalign.jobs.training.train import build_trainer, make_accelerator
 from tests.e2e.test_methods import ASSETS, ROLLOUT
 from tests.e2e.test_training import assert_close, assert_same_bits, variant, weights
 

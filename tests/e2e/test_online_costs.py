@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from diffalign import config as configuration
 from diffalign.backbones import loading
-from diffalign.jobs import online_costs
+from diffalign.jobs.training import online_costs
 from tests.e2e.test_methods import ASSETS, ROLLOUT
 from tests.rollout.test_latent_reward import write_reward
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from diffalign import config as configuration
-from diffalign.jobs import networks
+from diffalign.jobs.training import networks
 from diffalign.training import metrics
 from tests.e2e.test_training import assert_same_bits, variant, weights
 

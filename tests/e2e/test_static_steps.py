@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from rich.console import Console
 
 from diffalign import config as configuration
-from diffalign.jobs import static
+from diffalign.jobs.training import static
 from diffalign.training import metrics
 from tests.e2e.test_training import assert_same_bits, variant, weights
 from tests.tiny import tiny_unet_sdxl

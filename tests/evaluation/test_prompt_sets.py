@@ -9,8 +9,8 @@ import pytest
 from diffalign.errors import DataError
 from diffalign.evaluation import published
 from diffalign.evaluation.prompt_sets import read_prompt_set
-from diffalign.jobs.prompt_sets import open_prompt_set
-from diffalign.jobs.prompts import read_prompts
+from diffalign.jobs.drawing.prompt_sets import open_prompt_set
+from diffalign.jobs.drawing.prompts import read_prompts
 
 
 def test_pick_a_pic(tmp_path):

@@ -144,7 +144,8 @@ FAULTS = {
         "tests/rollout/test_selection_and_advantages.py",
     ),
     "trajectories that people judged are drawn with the policy": (
-        "jobs/online.py", "    sampler.network = replace(", "    _ = replace(", "tests/e2e/test_human_labels.py",
+        "jobs/training/online.py", "    sampler.network = replace(", "    _ = replace(",
+        "tests/e2e/test_human_labels.py",
     ),
     "a repeated draw is the same at every visit": (
         "data/visits.py", "return example_ids ^ masks.to(example_ids.device)", "return example_ids",

@@ -10,7 +10,7 @@ from diffalign import config as configuration
 from diffalign import objectives
 from diffalign.backbones.base import Backbone
 from diffalign.data.batch import PreferenceBatch
-from diffalign.jobs import assemble, networks
+from diffalign.jobs.training import assemble, networks
 
 OFFLINE = [n for n in objectives.names() if objectives.objective_class(n).layout in ("pair", "single", "list")]
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from diffalign import config as configuration
 from diffalign.data.visits import Visit
 from diffalign.errors import DataError
-from diffalign.jobs import assemble, examples, networks, reference_errors
+from diffalign.jobs.training import assemble, examples, networks, reference_errors
 from diffalign.training.reference_cache import ReferenceCache
 from tests.e2e.pairs import write_lists, write_pairs
 

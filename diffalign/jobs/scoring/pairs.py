@@ -16,7 +16,7 @@ from diffalign.evaluation.accuracy import tie_aware_accuracy
 from diffalign.evaluation.calibration import expected_calibration_error, reliability
 from diffalign.evaluation.scoring import format_score
 from diffalign.evaluation.statistics import prompt_wins, wilson_interval
-from diffalign.jobs import tables
+from diffalign.jobs.scoring import tables
 from diffalign.jobs.scoring.engine import Judge
 from diffalign.jobs.scoring.items import Item, Source
 from diffalign.jobs.scoring.shares import Index

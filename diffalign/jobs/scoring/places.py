@@ -8,8 +8,8 @@ from pathlib import Path
 
 from diffalign.errors import DataError
 from diffalign.evaluation.manifest import FILE_NAME
-from diffalign.jobs import pictures
-from diffalign.jobs.prompts import read_prompts
+from diffalign.jobs.drawing import pictures
+from diffalign.jobs.drawing.prompts import read_prompts
 from diffalign.jobs.scoring.items import Files, Joined, PictureSource
 from diffalign.jobs.scoring.tabular import JsonRows, ParquetRows
 from diffalign.jobs.scoring.tars import TarShard

@@ -16,7 +16,7 @@ from rich.console import Console
 from diffalign.errors import DataError, UserError
 from diffalign.evaluation.manifest import atomic_write
 from diffalign.evaluation.progress import progress_bar
-from diffalign.jobs import scorers
+from diffalign.jobs.scoring import scorers
 from diffalign.jobs.scoring.engine import CHUNK, CHUNK_ON_GPU, Judge, pick_workers, scan
 from diffalign.jobs.scoring.items import Source
 from diffalign.jobs.scoring.shares import Index, Share, read_indices, request_id, write_index

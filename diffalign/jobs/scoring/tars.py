@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from diffalign.errors import DataError
-from diffalign.jobs.pictures import SUFFIXES
+from diffalign.jobs.drawing.pictures import SUFFIXES
 from diffalign.jobs.scoring.items import Item, PictureSource, Span
 
 TEXTS = (".txt", ".caption", ".prompt")

@@ -1,0 +1,1 @@
+"""Draw: which models, which prompts, and the pictures they make."""

@@ -1,0 +1,1 @@
+"""Compare: models on a prompt set, rankings, published protocols."""

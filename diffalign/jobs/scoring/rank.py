@@ -1,0 +1,136 @@
+"""`diffalign rank`: turn scored pictures into training data, as ranked lists or as best against worst.
+
+The way of Syn-Pic (RankDPO, arXiv 2410.18013): draw every prompt with several models, let several scorers compare the
+pictures, and learn from how often each of them wins.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+
+from diffalign.data import win_rate_labels
+from diffalign.errors import DataError, suggestion
+from diffalign.jobs.scoring.tables import write_rows
+
+NEEDED = ("file", "prompt", "scorer", "score")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Hold the pictures of one prompt and their scores."""
+
+    prompt: str
+    files: list[str]
+    scores: np.ndarray  # [k,n], pictures by scorers
+
+
+def rank(
+    table: Path, out: Path, layout: Literal["lists", "pairs"], k: int | None, min_gap: float, console: Console
+) -> int:
+    """Write training data from a table of `diffalign score` and return the number of rows.
+
+    Args:
+        table: a parquet, .csv or .jsonl with file, prompt, scorer and score.
+        layout: "lists": all pictures of a prompt with all scores, for RankDPO; "pairs": the one that wins most
+            comparisons against the one that wins fewest, for everything that learns from pairs.
+        k: pictures a list, None for as many as all prompts have. Prompts with fewer are left out.
+        min_gap: of the win rates of best and worst; pairs below it, and equal ones, are left out.
+
+    Raises:
+        DataError: a table without these columns, pictures that are gone, prompts with different numbers of pictures.
+    """
+    if out.suffix != ".parquet":
+        raise DataError(f'Training data is written as parquet, got "{out}". Give a name that ends in .parquet.')
+    groups = list(_groups(_read(table)))
+    if layout == "lists":
+        groups, dropped = _of_length(groups, k, table)
+        rows: Iterator[dict[str, Any]] = map(_list_row, groups)
+    else:
+        found = [(group, _gap(group)) for group in groups if len(group.files) > 1]
+        kept = [group for group, gap in found if gap > 0 and gap >= min_gap]
+        dropped = len(groups) - len(kept)
+        rows = map(_pair_row, kept)
+    count = write_rows(rows, out, "No prompt is left: each needs two pictures that the scorers tell apart.")
+    console.print(f"{count} {layout} in {out}; {dropped} prompts left out.", markup=False, highlight=False)
+    return count
+
+
+def _read(file: Path) -> pd.DataFrame:
+    readers = {".parquet": pd.read_parquet, ".csv": pd.read_csv, ".jsonl": lambda f: pd.read_json(f, lines=True)}
+    if file.suffix not in readers:
+        raise DataError(f'Cannot read scores from "{file}": expected a name ending in {", ".join(readers)}.')
+    try:
+        table = readers[file.suffix](file)
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot read {file} ({error}). Write it with diffalign score FOLDER --out {file}.") from error
+    for name in NEEDED:
+        if name not in table.columns:
+            hint = suggestion(name, table.columns)
+            raise DataError(
+                f'{file} has no column "{name}".{hint} It must come from diffalign score on pictures, and has '
+                f"{', '.join(table.columns)}."
+            )
+    return table
+
+
+def _groups(table: pd.DataFrame) -> Iterator[Scored]:
+    """Yield the pictures of every prompt, in the order of the table."""
+    for prompt, part in table.groupby("prompt", sort=False):
+        wide = part.pivot_table(index="file", columns="scorer", values="score", sort=False)
+        if wide.isna().any(axis=None):
+            file = wide.index[wide.isna().any(axis=1)][0]
+            raise DataError(
+                f"{file} lacks the score of one scorer. Score all pictures with all scorers in one command."
+            )
+        yield Scored(str(prompt), [str(file) for file in wide.index], wide.to_numpy(dtype=np.float64))
+
+
+def _of_length(groups: list[Scored], k: int | None, table: Path) -> tuple[list[Scored], int]:
+    lengths = sorted({len(group.files) for group in groups})
+    if k is None and len(lengths) > 1:
+        raise DataError(
+            f"The prompts of {table} have {lengths[0]} to {lengths[-1]} pictures. Say how many a list has with --k; "
+            "prompts with fewer are left out."
+        )
+    k = k or lengths[0]
+    if k < 2 or k > lengths[-1]:
+        raise DataError(f"A list needs 2 to {lengths[-1]} pictures, the most a prompt of {table} has; got {k}.")
+    kept = [Scored(g.prompt, g.files[:k], g.scores[:k]) for g in groups if len(g.files) >= k]
+    return kept, len(groups) - len(kept)
+
+
+def _gap(group: Scored) -> float:
+    rates = win_rate_labels(group.scores)
+    return float(rates.max() - rates.min())
+
+
+def _list_row(group: Scored) -> dict[str, Any]:
+    return {"caption": group.prompt, "images": [_bytes(file) for file in group.files], "scores": group.scores.tolist()}
+
+
+def _pair_row(group: Scored) -> dict[str, Any]:
+    rates = win_rate_labels(group.scores)
+    best, worst = int(rates.argmax()), int(rates.argmin())
+    return {
+        "caption": group.prompt,
+        "jpg_0": _bytes(group.files[best]),
+        "jpg_1": _bytes(group.files[worst]),
+        "label_0": 1.0,
+        "label_1": 0.0,
+        "win_rate_0": float(rates[best]),
+        "win_rate_1": float(rates[worst]),
+    }
+
+
+def _bytes(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"Cannot read the picture {file} ({error.strerror}). Run this where the pictures were scored."
+        ) from error

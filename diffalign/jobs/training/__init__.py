@@ -1,0 +1,1 @@
+"""Train: from a configuration to an aligned model, and what a run needs on the way."""

@@ -1,0 +1,98 @@
+"""Build the parts of a run from its configuration: the model and the training step."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from diffalign.backbones import loading
+from diffalign.backbones.base import Backbone, move
+from diffalign.config import Config
+from diffalign.data.visits import RepeatedDraws
+from diffalign.denoising import INVERSIONS, FrozenDenoiser, Inversion
+from diffalign.jobs.training.networks import HALF, Reference, sampling_network
+from diffalign.training.auto_beta import AutoBeta
+from diffalign.training.preference_step import Examples, PreferenceStep
+from diffalign.training.reference_cache import ReferenceCache
+
+
+def load_backbone(config: Config) -> Backbone:
+    """Load the model of a run. Weights that train are float32; frozen ones take the precision of the run.
+
+    The VAE stays float32: half precision is visible in its latents, and it runs once if latents are cached.
+    """
+    model = config.model
+    half = HALF.get(config.train.mixed_precision, torch.float32)
+    backbone = loading.load(
+        model.pretrained_model_name_or_path,
+        vae=model.pretrained_vae_model_name_or_path,
+        unet_init=model.unet_init,
+        revision=model.revision,
+        variant=model.variant,
+        torch_dtype=half if model.tune == "lora" else torch.float32,
+        prediction_type=model.prediction_type,
+        zero_terminal_snr=model.zero_terminal_snr,
+    )
+    if backbone.vae.dtype != torch.float32:
+        move(backbone.vae, dtype=torch.float32)
+    return backbone
+
+
+def preference_step(
+    config: Config,
+    backbone: Backbone,
+    examples: Examples,
+    reference: Reference | None,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    stored: ReferenceCache | None = None,
+) -> PreferenceStep:
+    """Build the loss function of a run; `reduce` averages a tensor over processes, `stored` are reference errors."""
+    denoising, loss = config.denoising, config.loss
+    auto_beta = None
+    if loss.auto_beta is not None:
+        auto_beta = AutoBeta(loss.auto_beta, loss.auto_beta_decay, tuple(loss.auto_beta_limits), reduce)
+    return PreferenceStep(
+        backbone=backbone,
+        pairs=examples if stored is None else RepeatedDraws(examples),
+        objective=config.build_objective(),
+        reference=reference.network if reference else None,
+        seed=config.train.seed,
+        noising=config.noising,
+        inversion=inversion(config),
+        inversion_network=_inversion_network(config, backbone, reference),
+        timestep_low=denoising.timestep_low,
+        timestep_high=denoising.timestep_high,
+        snr_gamma=denoising.snr_gamma if denoising.snr_weighting == "min_snr" else None,
+        anchor_weight=loss.anchor_weight,
+        sft_weight=loss.sft_weight,
+        auto_beta=auto_beta,
+        stored=stored,
+        random_flip=config.data.random_flip,
+        proportion_empty_prompts=config.data.proportion_empty_prompts,
+        reduce=reduce,
+    )
+
+
+def inversion(config: Config) -> Inversion:
+    """Return how latents are inverted."""
+    how = config.inversion
+    return Inversion(
+        num_steps=how.num_steps,
+        mode=how.mode,
+        grid=how.grid,
+        eta=how.eta,
+        renoise_iterations=how.renoise_iterations if config.noising == "renoise_inversion" else 0,
+        renoise_at=how.renoise_at,
+    )
+
+
+def _inversion_network(config: Config, backbone: Backbone, reference: Reference | None) -> FrozenDenoiser | None:
+    """Return what is inverted, in batches of its own size; None if nothing is."""
+    if config.noising not in INVERSIONS:
+        return None
+    size = config.inversion.batch_size
+    if config.inversion.network == "policy":
+        return sampling_network(config, backbone, size)
+    assert reference is not None, "checked with the configuration"
+    return replace(reference.network, micro_batch_size=size)

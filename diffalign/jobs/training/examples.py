@@ -1,0 +1,181 @@
+"""The training data of a run: where it is read, how it is cached, judged and ordered."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+from accelerate import Accelerator
+from rich.console import Console
+
+from diffalign.backbones.base import Backbone
+from diffalign.config import Config
+from diffalign.data import (
+    AnnotatedPairs,
+    Annotations,
+    ClassRatioSampler,
+    CurriculumSampler,
+    LatentCache,
+    OnlinePairs,
+    PairSampler,
+    PairSource,
+    PairTransform,
+    UnpairedImages,
+    open_pairs,
+)
+from diffalign.data.cache_store import exclusive
+from diffalign.errors import ConfigError
+from diffalign.jobs.scoring import score
+from diffalign.jobs.scoring import scorers as scoring
+from diffalign.training.preference_step import Examples
+from diffalign.training.trainer import Sampler
+
+
+class SizedExamples(Examples, Protocol):
+    """Serve training examples and say how many there are, of how many images each."""
+
+    images_per_example: int
+
+    def __len__(self) -> int: ...
+
+
+def open_source(config: Config, error_log: Path | None = None) -> PairSource:
+    """Open the preference data of a run."""
+    data = config.data
+    return open_pairs(
+        data.dataset_name or data.train_data_dir,
+        split=data.dataset_split_name,
+        config_name=data.dataset_config_name,
+        format=data.format,
+        image_columns=data.image_columns,
+        label_columns=data.label_columns,
+        caption_column=data.caption_column,
+        image_caption_columns=data.image_caption_columns,
+        list_labels=data.list_labels,
+        max_samples=data.max_train_samples,
+        on_error=data.on_error,
+        error_log=error_log,
+    )
+
+
+def open_examples(
+    config: Config, backbone: Backbone, source: PairSource, accelerator: Accelerator, console: Console
+) -> SizedExamples:
+    """Open the examples of a run as its objective wants them: pairs, lists or single images, judged as configured.
+
+    Raises:
+        ConfigError: the data has another form than the objective needs.
+    """
+    examples = annotated(config, open_encoded(config, backbone, source, accelerator), source, console)
+    objective, images = config.build_objective(), examples.images_per_example
+    wanted = {"pair": (2,), "list": range(2, 1000), "single": range(2, 1000) if objective.chosen_only else (1, 2)}
+    if images not in wanted[objective.layout]:
+        need = {"pair": "pairs", "list": "ranked lists or pairs", "single": "labelled single images or pairs"}
+        raise ConfigError(
+            f'"{config.objective_name}" learns from {need[objective.layout]}; {source.name} has {images} image(s) an '
+            "example. Choose another objective.name or data (docs/data-formats.md)."
+        )
+    if "preference" in objective.needs and not examples.has_preference:
+        raise ConfigError(
+            f'"{config.objective_name}" needs P(winner preferred), and {source.name} holds plain winners. Set '
+            "data.preference_from: scores with data.scorer, e.g. data.scorer=pickscore."
+        )
+    if objective.layout == "single" and not objective.chosen_only and images == 2:
+        return taken_apart(config, examples)
+    return examples
+
+
+def taken_apart(config: Config, examples: SizedExamples) -> UnpairedImages:
+    """Return the images of pairs one by one, labelled by whether they won.
+
+    Raises:
+        ConfigError: the pairs are not cached.
+    """
+    swapped = examples.swapped if isinstance(examples, AnnotatedPairs) else None
+    cache = examples.pairs if isinstance(examples, AnnotatedPairs) else examples
+    if not isinstance(cache, LatentCache):
+        raise ConfigError(
+            f'"{config.objective_name}" takes pairs apart into single images, which needs data.cache_latents: true.'
+        )
+    return UnpairedImages(cache, config.data.desirable, swapped=swapped)
+
+
+def open_encoded(
+    config: Config, backbone: Backbone, source: PairSource, accelerator: Accelerator
+) -> LatentCache | OnlinePairs:
+    """Open the latent cache of a run, building what is missing of it, or encode online."""
+    data = config.data
+    transform = PairTransform(data.resolution, center_crop=not data.random_crop, random_flip=data.random_flip)
+    backbone.offload_encoders(accelerator.device)
+    if not data.cache_latents:
+        return OnlinePairs(source, backbone, transform)
+    # Every rank asks; one builds behind a file lock while the others wait there. A barrier would time out on real data.
+    cache = LatentCache.build(
+        source, backbone, transform, data.cache_dir, dtype=data.cache_dtype, batch_size=data.vae_encode_batch_size
+    )
+    backbone.offload_encoders("cpu")
+    return cache
+
+
+def annotated(
+    config: Config, examples: LatentCache | OnlinePairs, source: PairSource, console: Console
+) -> SizedExamples:
+    """Lay scores, weights and changed labels over pairs, if any are wanted."""
+    data = config.data
+    file = Path(data.annotations_file) if data.annotations_file else None
+    if file is None and data.scorer is not None:
+        file = scores_file(config, source, console)
+    if file is None and data.flip_labels == 0:
+        return examples
+    if examples.images_per_example != 2:
+        raise ConfigError(
+            f"Scores, weights and flipped labels are for pairs; {source.name} has {examples.images_per_example} "
+            "image(s) an example. Clear data.scorer, data.annotations_file and data.flip_labels."
+        )
+    name = next(iter(scoring.parse(data.scorer))) if data.scorer else None
+    return AnnotatedPairs(
+        examples,
+        Annotations.read(file, name) if file else None,
+        preference_from=data.preference_from,
+        score_range=tuple(data.score_range) if data.score_range else None,
+        label_source=data.label_source,
+        flip_labels=data.flip_labels,
+        seed=config.train.seed,
+    )
+
+
+def scores_file(config: Config, source: PairSource, console: Console) -> Path:
+    """Score all pairs with data.scorer and return the file; done once per data set and scorer."""
+    directory = Path(config.data.cache_dir)
+    key = {"data": source.identify(directory / "content_hashes.sqlite"), "scorer": config.data.scorer}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    file = directory / f"scores-{digest}.parquet"
+    with exclusive(directory / f"scores-{digest}"):  # every rank asks; one scores while the others wait
+        if not file.exists():
+            judge = scoring.load(config.data.scorer)
+            if len(judge) != 1:
+                raise ConfigError(f"data.scorer must name one reward model, got {config.data.scorer!r}.")
+            table: pd.DataFrame = score.score_source(source, judge)
+            console.print(score.agreement(table))
+            partial = file.with_suffix(".partial")
+            table.to_parquet(partial)
+            partial.rename(file)
+    return file
+
+
+def order(config: Config, examples: SizedExamples, source: PairSource, global_batch_size: int) -> Sampler:
+    """Return the order in which examples are drawn."""
+    data, seed = config.data, config.train.seed
+    if data.positive_ratio is not None:
+        return ClassRatioSampler(desirable_of(examples), data.positive_ratio, seed)
+    if data.curriculum_stages is not None:
+        margins = examples.scores[:, 0] - examples.scores[:, 1]
+        return CurriculumSampler(margins, data.curriculum_stages, data.curriculum_steps * global_batch_size, seed)
+    window = getattr(source, "window", None)
+    return PairSampler(len(examples), seed, window=window, draws=config.reference.cache_draws)
+
+
+def desirable_of(examples: Any) -> Any:
+    """Return which single images are desirable, bool [P]."""
+    return examples.desirable if isinstance(examples, UnpairedImages) else examples.scores[:, 0] > 0.5

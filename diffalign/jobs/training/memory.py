@@ -1,0 +1,149 @@
+"""What a training step keeps on one device, and whether activations have to be recomputed to make it fit."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from diffalign.config import Config
+from diffalign.jobs.training import online_costs
+from diffalign.training.batching import BatchPlan
+
+GIB = 2**30
+BYTES = {"no": 4, "bf16": 2, "fp16": 2}
+# Optimizer state per trained parameter, bytes: two float32 moments, two bytes, a factored second moment.
+STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0.1}
+# Saved activations of one image at the native resolution, GiB, counted on meta tensors (docs/performance.md). They grow
+# with the area of the image; float32 doubles what autocast keeps.
+NATIVE = {"sdxl": 1024, "sd15": 512}
+ACTIVATIONS = {
+    "sdxl": {"pure": 5.28, "lora": 7.25, "full": 8.56, "checkpointed": 0.5},
+    "sd15": {"pure": 0.76, "lora": 1.08, "full": 1.35, "checkpointed": 0.14},
+}
+SELECTIVE = 0.6  # share that remains when norms, activations and casts are recomputed; an estimate
+NATIVE_WIDTH = 320  # channels of the first block of the published UNets: of other sizes nothing is known
+HEADROOM = 0.9  # of a device's memory; the rest goes to workspaces and fragmentation
+# Images of an example that pass with gradient; how long the lists are is only known from the data. Of transitions it
+# depends on the rollout: see `online_costs.images_with_gradient`.
+IMAGES = {"single": 1, "pair": 2, "list": 4}
+
+Kind = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Hold what the estimate depends on of a model."""
+
+    family: str
+    denoiser: nn.Module
+    total: int  # parameters
+    trained: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Estimate the memory of one device, in GiB; activations are None where nothing is known about the model."""
+
+    weights: float
+    reference: float
+    gradients: float
+    optimizer: float
+    activations: float | None
+
+    @property
+    def total(self) -> float:
+        """Return the sum of what is known."""
+        return self.weights + self.reference + self.gradients + self.optimizer + (self.activations or 0.0)
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """Say which activations are recomputed, and why."""
+
+    kind: Kind
+    why: str
+
+
+def checkpointing(config: Config, plan: BatchPlan, counts: Counts, available: float | None = None) -> Checkpointing:
+    """Decide what is recomputed: what the configuration says; of auto, as little as fits into `available` GiB.
+
+    `available` is the memory of this machine's GPU if None. Without a GPU, or for a model of unknown size, nothing is.
+    """
+    wanted = config.train.gradient_checkpointing
+    if wanted != "auto":
+        kind: Kind = "selective" if wanted == "selective" else "full" if wanted else "none"
+        return Checkpointing(kind, f"{kind}, as configured")
+    available = device_memory() if available is None else available
+    if available is None:
+        return Checkpointing("none", "none: there is no GPU whose memory could be short")
+    kinds: tuple[Kind, ...] = ("none", "selective", "full")
+    plans = {kind: estimate(config, plan, counts, kind) for kind in kinds}
+    if plans["none"].activations is None:
+        return Checkpointing("none", "none: activations are not estimated for this size of model")
+    room = HEADROOM * available
+    for kind, needed in plans.items():
+        if needed.total <= room:
+            return Checkpointing(kind, f"{kind}: about {needed.total:.1f} of {room:.1f} GiB")
+    least = plans["full"].total
+    return Checkpointing("full", f"full, and even so about {least:.1f} GiB of {room:.1f}: lower train.train_batch_size")
+
+
+def device_memory() -> float | None:
+    """Return the memory of this process's GPU in GiB, None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
+
+
+def estimate(config: Config, plan: BatchPlan, counts: Counts, kind: Kind) -> MemoryPlan:
+    """Estimate what a step keeps on one device (weights that train and their gradients are float32).
+
+    What FSDP shares out is counted whole.
+    """
+    half, full = BYTES[config.train.mixed_precision], config.model.tune == "full"
+    average = 4 if config.optimizer.use_ema else 0
+    return MemoryPlan(
+        weights=(4 * counts.total if full else half * counts.total + 4 * counts.trained) / GIB,
+        reference=_reference_bytes(config, counts) / GIB,
+        gradients=4 * counts.trained / GIB,
+        optimizer=(STATE_BYTES[config.optimizer.name] + average) * counts.trained / GIB,
+        activations=_activations(config, plan, counts, kind),
+    )
+
+
+def _reference_bytes(config: Config, counts: Counts) -> float:
+    """Return the bytes of what the reference holds besides the policy's weights."""
+    if "reference" not in config.build_objective().needs:
+        return 0.0
+    if config.performance.reference_dtype == "fp8":
+        return counts.total
+    if config.reference.update != "fixed":
+        return 4 * counts.trained
+    return BYTES[config.train.mixed_precision] * counts.total if config.model.tune == "full" else 0.0
+
+
+def _activations(config: Config, plan: BatchPlan, counts: Counts, kind: Kind) -> float | None:
+    if counts.denoiser.config.block_out_channels[0] != NATIVE_WIDTH:
+        return None
+    known = ACTIVATIONS[counts.family]
+    kept = known["full" if config.model.tune == "full" else "pure" if config.pure_bf16 else "lora"]
+    image = {"none": kept, "selective": SELECTIVE * kept, "full": known["checkpointed"]}[kind]
+    scale = (config.data.resolution / NATIVE[counts.family]) ** 2
+    scale *= 2 if config.train.mixed_precision == "no" else 1
+    return image * scale * plan.train_batch_size * _images(config)
+
+
+def _images(config: Config) -> int:
+    """Return how many images of an example pass with gradient."""
+    return online_costs.images_with_gradient(config) if config.is_online else IMAGES[config.build_objective().layout]
+
+
+def describe(plan: MemoryPlan) -> str:
+    """Word an estimate."""
+    parts = [f"weights {plan.weights:.2f}", f"gradients {plan.gradients:.2f}", f"optimizer {plan.optimizer:.2f}"]
+    if plan.reference:
+        parts.insert(1, f"reference {plan.reference:.2f}")
+    if plan.activations is None:
+        return f"about {plan.total:.2f} GiB ({', '.join(parts)}), activations not estimated for this size of model"
+    return f"about {plan.total:.1f} GiB ({', '.join(parts)}, activations {plan.activations:.2f})"

@@ -1,0 +1,31 @@
+"""`diffalign precompute`: fill the caches of a configuration."""
+
+from rich.console import Console
+
+from diffalign.config import Config
+from diffalign.errors import ConfigError
+from diffalign.jobs.training import assemble, examples, reference_errors
+from diffalign.jobs.training.train import make_accelerator
+
+
+def precompute(config: Config, console: Console) -> None:
+    """Encode the data of a run, and evaluate its reference if that is cached; print where it all is.
+
+    Raises:
+        ConfigError: the configuration does not use a cache.
+    """
+    if config.is_online:
+        raise ConfigError(
+            f'There is nothing to precompute: "{config.objective_name}" draws its images while it trains.'
+        )
+    if not config.data.cache_latents:
+        raise ConfigError("There is nothing to precompute: data.cache_latents is false.")
+    accelerator = make_accelerator(config)
+    backbone = assemble.load_backbone(config)
+    source = examples.open_source(config)
+    cache = examples.open_encoded(config, backbone, source, accelerator)
+    size = sum(file.stat().st_size for file in cache.folder.iterdir()) / 2**20
+    console.print(f"{source.counts}\n{cache.folder}: {len(cache)} examples, {size:.1f} MiB")
+    if config.reference.cache_draws is not None:
+        data = examples.open_examples(config, backbone, source, accelerator, console)
+        reference_errors.fill(config, backbone, data, accelerator, console)

@@ -1,0 +1,242 @@
+"""`diffalign train`: from a configuration to an aligned model that diffusers loads."""
+
+import hashlib
+import json
+import platform
+import sys
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from torch import Tensor
+
+from diffalign import config as configuration
+from diffalign.backbones import export
+from diffalign.backbones.base import Backbone
+from diffalign.config import Config
+from diffalign.data.fingerprints import digest_files
+from diffalign.errors import ConfigError
+from diffalign.jobs.training import (
+    assemble,
+    distributed,
+    examples,
+    memory,
+    model_card,
+    networks,
+    online,
+    reference_errors,
+    static,
+    validation,
+)
+from diffalign.objectives.base import UNITS
+from diffalign.training import zero
+from diffalign.training.batching import BatchPlan
+from diffalign.training.trainer import Sampler, Trainer
+
+ERRORS = "unusable_rows.jsonl"
+PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "bitsandbytes")
+
+
+class Source(Protocol):
+    """Say what a run learns from."""
+
+    name: str
+
+    def identify(self, cache: Path) -> Any:
+        """Return what the content is; `cache` keeps hashes that are expensive."""
+
+
+def train(config: Config, console: Console | None = None) -> dict[str, float]:
+    """Run a training job; return its last metrics.
+
+    Leaves in `train.output_dir`: config.yaml, environment.json, metrics.jsonl, checkpoints, the LoRA
+    (pytorch_lora_weights.safetensors) or the UNet (unet/), README.md, and validation grids if asked for.
+    """
+    output_dir = Path(config.train.output_dir)
+    accelerator = make_accelerator(config)
+    distributed.check(config, accelerator)
+    console = console or Console(quiet=not accelerator.is_main_process)
+    trainer, backbone = build_trainer(config, accelerator, console)
+    unit = UNITS[config.build_objective().layout]
+    console.print(f"Batch: {trainer.plan.describe(unit)}. Learning rate {trainer.peak:.3g}.")
+    distributed.announce(trainer, console)
+    if accelerator.is_main_process:
+        write_provenance(output_dir, config, trainer.identity)
+    start_trackers(config, accelerator)
+    line = trainer.fit()
+    weights = trainer.weights()  # on every process: those of FSDP2 hold parts
+    if accelerator.is_main_process:
+        export_model(config, backbone, output_dir, line, weights)
+        console.print(f"Done: {output_dir}")
+    accelerator.end_training()
+    return line
+
+
+def build_trainer(config: Config, accelerator: Accelerator, console: Console) -> tuple[Trainer, Backbone]:
+    """Load model and data of a run and return what trains, with the model."""
+    output_dir = Path(config.train.output_dir)
+    set_seed(config.train.seed)  # only what is not keyed by example: LoRA dropout
+    plan = BatchPlan.of(config.train, accelerator.num_processes)
+    backbone = assemble.load_backbone(config)
+    if config.is_online:
+        source = online.open_prompts(config, backbone)
+    else:
+        source = examples.open_source(config, output_dir / ERRORS)
+    console.print(f"Data: {source.name}: {source.counts}.")
+    identity = run_identity(config, plan, backbone, source)
+    step, sampler, reference = learning(config, backbone, source, plan, accelerator, console)
+    hooks = {"step": step, "reference": reference and reference.moving, "auto_beta": step.auto_beta}
+    hooks["behavior"] = getattr(step, "behavior", None)
+    trainer = Trainer(
+        accelerator=accelerator,
+        policy=backbone.denoiser,
+        loss=step,
+        sampler=sampler,
+        plan=plan,
+        train=config.train,
+        optimizer=config.optimizer,
+        logging=config.logging,
+        identity=identity,
+        on_step=validation.drawer(config, backbone, accelerator),
+        hooks={name: hook for name, hook in hooks.items() if hook is not None},
+        static=static.static_step(config, step, backbone.denoiser, accelerator, console),
+        console=console,
+    )
+    return trainer, backbone
+
+
+def learning(
+    config: Config, backbone: Backbone, source: Any, plan: BatchPlan, accelerator: Accelerator, console: Console
+) -> tuple[Any, Sampler, networks.Reference | None]:
+    """Return the loss function of a run, the order of its examples, and the reference if there is one."""
+    average = partial(accelerator.reduce, reduction="mean")
+    kind = _checkpointing(config, plan, backbone, console)
+    if config.is_online:
+        reference = networks.prepare_networks(config, backbone, accelerator, kind)
+        if config.build_objective().layout == "reward":
+            step = online.reward_step(config, backbone, source, accelerator.device)
+        else:
+            step = online.online_step(config, backbone, source, reference, accelerator.device, average)
+        return step, step.order, reference
+    data = examples.open_examples(config, backbone, source, accelerator, console)
+    stored = reference_errors.open_stored(config, backbone, data, accelerator, console)
+    reference = networks.prepare_networks(config, backbone, accelerator, kind, stored)
+    step = assemble.preference_step(config, backbone, data, reference, average, stored)
+    return step, examples.order(config, data, source, plan.global_batch_size), reference
+
+
+def _checkpointing(config: Config, plan: BatchPlan, backbone: Backbone, console: Console) -> memory.Kind:
+    """Decide which activations are recomputed, and say why if it was decided here."""
+    total = sum(p.numel() for p in backbone.denoiser.parameters())
+    trained = total if config.model.tune == "full" else 0  # adapters are small beside what they adapt
+    counts = memory.Counts(backbone.family, backbone.denoiser, total, trained)
+    decided = memory.checkpointing(config, plan, counts)
+    if config.train.gradient_checkpointing == "auto" and torch.cuda.is_available():
+        console.print(f"Gradient checkpointing: {decided.why}.")
+    return decided.kind
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """Create the accelerator; `accelerate launch` decides about devices and processes.
+
+    Raises:
+        ConfigError: fp16 without a GPU.
+    """
+    train = config.train
+    if train.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError('train.mixed_precision "fp16" needs a GPU; this machine has none. Use bf16 or no.')
+    trackers = [name for name in config.logging.report_to if _installed(name)]
+    missing = sorted(set(config.logging.report_to) - set(trackers))
+    if missing:
+        raise ConfigError(f'logging.report_to names "{missing[0]}", which is not installed: pip install {missing[0]}.')
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.allow_tf32
+    precision = "no" if config.pure_bf16 else train.mixed_precision  # no autocast around bfloat16 weights
+    with zero.as_ddp():
+        return Accelerator(mixed_precision=precision, log_with=trackers or None, project_dir=train.output_dir)
+
+
+def start_trackers(config: Config, accelerator: Accelerator) -> None:
+    """Open the trackers and hand them the flat configuration."""
+    if not config.logging.report_to:
+        return
+    flat = {
+        f"{section}.{key}": value
+        for section, keys in config.model_dump(mode="json").items()
+        for key, value in keys.items()
+    }
+    plain = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in flat.items()}
+    accelerator.init_trackers(config.logging.tracker_name, config=plain)
+
+
+def run_identity(config: Config, plan: BatchPlan, backbone: Backbone, source: Source) -> dict[str, Any]:
+    """Return everything the weights of a run depend on: a resumed run must agree with its checkpoint on all of it."""
+    sections = config.model_dump(mode="json")
+    train = {key: sections["train"][key] for key in ("seed", "mixed_precision")}
+    train["global_batch_size"] = plan.global_batch_size
+    train["precision"] = [config.pure_bf16, config.performance.reference_dtype, config.performance.sampling_dtype]
+    if config.optimizer.lr_scheduler in ("linear", "cosine"):
+        train["max_train_steps"] = config.train.max_train_steps
+    where = ("cache_dir", "train_data_dir", "dataset_name", "prompts_file", "vae_encode_batch_size", "annotations_file")
+    data = {key: value for key, value in sections["data"].items() if key not in where}
+    if config.data.annotations_file:
+        data["annotations"] = digest_files([Path(config.data.annotations_file)], None)[0]
+    model = {"tune": config.model.tune, "denoiser": backbone.denoiser_fingerprint(), "encoders": backbone.fingerprint()}
+    adapter = {"lora": sections["lora"]} if config.model.tune == "lora" else {}
+    content = source.identify(Path(config.data.cache_dir) / "content_hashes.sqlite")
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    asked = ["objective", "denoising", "inversion", "reference", "loss", "optimizer"]
+    if config.is_online:
+        asked.append("rollout")
+        sections["rollout"] = {key: value for key, value in sections["rollout"].items() if "batch_size" not in key}
+    sections = {name: sections[name] for name in asked}
+    return {**sections, **adapter, "train": train, "model": model, "data": {**data, "content": digest}}
+
+
+def write_provenance(output_dir: Path, config: Config, identity: dict[str, Any]) -> None:
+    """Write down what this run is: resolved configuration, versions, command, identity of data and model."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "config.yaml").write_text(configuration.dump(config), encoding="utf8")
+    record = {"command": " ".join(sys.argv), "versions": versions(), "identity": identity}
+    (output_dir / "environment.json").write_text(json.dumps(record, indent=1), encoding="utf8")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, this machine's system and the packages that matter; absent ones are left out."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        if _installed(package):
+            found[package] = version(package)
+    return found
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def export_model(
+    config: Config, backbone: Backbone, output_dir: Path, metrics: dict[str, float], weights: dict[str, Tensor]
+) -> None:
+    """Write the trained `weights` in the formats of diffusers (and kohya, if asked for) and the model card."""
+    base = config.model.pretrained_model_name_or_path
+    metadata = {"objective": config.objective_name, "training_steps": config.train.max_train_steps}
+    if config.model.tune == "full":
+        export.save_full_unet(backbone.denoiser, output_dir, state_dict=weights)
+    else:
+        export.save_lora(backbone.denoiser, output_dir, base, metadata, state_dict=weights)
+        if config.lora.export_kohya:
+            file = output_dir / "kohya" / f"{output_dir.name}.safetensors"
+            prediction_type = backbone.path.prediction_type
+            export.save_kohya_lora(
+                backbone.denoiser, file, base, metadata, prediction_type=prediction_type, state_dict=weights
+            )
+    (output_dir / "README.md").write_text(model_card.render(config, backbone.family, metrics), encoding="utf8")

@@ -1,0 +1,67 @@
+"""Grids drawn while training: the base model beside the policy as it is, from the same noise."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from diffalign.backbones.base import Backbone
+from diffalign.config import Config
+from diffalign.errors import ConfigError
+from diffalign.evaluation import SamplingSettings, comparison_grid, generate, save_grid
+from diffalign.jobs.drawing.prompts import read_prompts
+from diffalign.training.sharding import is_sharded
+
+
+def drawer(config: Config, backbone: Backbone, accelerator: Accelerator) -> Callable[[nn.Module, int], None] | None:
+    """Return what draws a grid every `validation_steps` steps, or None if no grids are wanted.
+
+    Raises:
+        ConfigError: steps without prompts.
+    """
+    wanted = config.validation
+    if wanted.validation_steps is None:
+        return None
+    if not wanted.validation_prompts:
+        raise ConfigError("validation.validation_steps needs validation.validation_prompts: a list, or a text file.")
+    given = wanted.validation_prompts
+    prompts = read_prompts(given) if isinstance(given, str) else given
+    settings = SamplingSettings(
+        num_inference_steps=wanted.num_inference_steps, guidance_scale=wanted.guidance_scale, batch_size=4
+    )
+    # A network that runs in bfloat16 without autocast has encoders and a decoder of other dtypes beside it.
+    mixed = partial(torch.autocast, accelerator.device.type, torch.bfloat16)
+    precision = mixed if config.pure_bf16 else accelerator.autocast
+    rows = [(prompt, seed) for prompt in prompts for seed in wanted.seeds]
+
+    def sample(denoiser: nn.Module) -> list:
+        training = denoiser.training
+        denoiser.eval()
+        backbone.offload_encoders(accelerator.device)
+        with torch.no_grad(), precision():
+            images = generate(backbone.pipeline(), *zip(*rows, strict=True), settings, progress=False)
+        backbone.offload_encoders("cpu")
+        denoiser.train(training)
+        return images
+
+    # Before the first step, and before a checkpoint is restored, the policy still is the base.
+    base = sample(backbone.denoiser) if accelerator.is_main_process else []
+
+    def draw(policy: nn.Module, step: int) -> None:
+        if step % wanted.validation_steps or not (accelerator.is_main_process or is_sharded(policy)):
+            return
+        images = sample(policy)
+        if not accelerator.is_main_process:
+            return
+        grid = comparison_grid(
+            [f"seed {seed}" for _, seed in rows],
+            ["base", f"step {step}"],
+            list(zip(base, images, strict=True)),
+            [prompt for prompt, _ in rows],
+        )
+        save_grid(grid, Path(config.train.output_dir) / "validation" / f"step-{step:06d}.png")
+
+    return draw

@@ -1,0 +1,137 @@
+"""Folders, tar shards, parquet and JSON lines say the same about the same pictures."""
+
+import io
+import json
+import tarfile
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from diffalign.errors import DataError
+from diffalign.jobs.scoring import score
+from diffalign.jobs.scoring.places import expand_braces, open_places
+from tests.jobs.material import PROMPTS, png
+
+PICTURES = [png(40 + 60 * i, i) for i in range(4)]
+TEXTS = [PROMPTS[i % 2] for i in range(4)]
+QUIET = Console(quiet=True)
+
+
+def write_tar(file, samples, mode="w"):
+    """Write (name, bytes) members."""
+    with tarfile.open(file, mode) as tar:
+        for name, content in samples:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return file
+
+
+@pytest.fixture
+def layouts(tmp_path):
+    """Return the places of the same four pictures in every layout."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, content in enumerate(PICTURES):
+        (folder / f"{i}.png").write_bytes(content)
+    lines = [{"file_name": f"pictures/{i}.png", "text": text} for i, text in enumerate(TEXTS)]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    pd.DataFrame({"jpg": PICTURES, "prompt": TEXTS}).to_parquet(tmp_path / "bytes.parquet", row_group_size=3)
+    nested = [{"bytes": content, "path": "x.png"} for content in PICTURES]
+    pd.DataFrame({"image": nested, "caption": TEXTS}).to_parquet(tmp_path / "nested.parquet")
+    for shard in (0, 1):
+        first, second = 2 * shard, 2 * shard + 1
+        samples = [
+            (f"a/{first}.png", PICTURES[first]),
+            (f"a/{first}.txt", TEXTS[first].encode()),
+            (f"a/{second}.seg.json", json.dumps({"caption": TEXTS[second]}).encode()),
+            (f"a/{second}.png", PICTURES[second]),
+        ]
+        write_tar(tmp_path / f"shard-{shard:03d}.tar", samples)
+    return tmp_path
+
+
+def test_every_layout_gives_the_scores_of_the_files(layouts, scorer_folders):
+    judge = [f"pickscore={scorer_folders['pickscore']}"]
+    (layouts / "prompts.txt").write_text("\n".join(TEXTS))
+    given = {"prompts_file": layouts / "prompts.txt", "console": QUIET}
+    expected = score.score_images([str(layouts / "pictures")], layouts / "0.csv", judge, **given)
+    assert expected["score"].nunique() == 4
+    others = ["list.jsonl", "bytes.parquet", "nested.parquet", "shard-{000..001}.tar", "shard-*.tar"]
+    for number, place in enumerate(others, 1):
+        found = score.score_images([str(layouts / place)], layouts / f"{number}.csv", judge, console=QUIET)
+        assert found["score"].tolist() == pytest.approx(expected["score"].tolist(), abs=1e-5), place
+        assert found["image"].tolist() == expected["image"].tolist()
+        assert found["prompt"].tolist() == TEXTS
+
+
+def test_positions_are_the_same_whoever_asks(layouts):
+    places = [str(layouts / name) for name in ("shard-000.tar", "bytes.parquet", "list.jsonl")]
+    source = open_places(places)
+    every = list(source.items(0, len(source)))
+    assert [item.position for item in every] == list(range(10))
+    assert source.table()["file"].tolist() == [item.name for item in every]
+    assert source.table()["prompt"].tolist() == [item.prompt for item in every]
+    assert [item for cut in ((0, 1), (1, 7), (7, 10)) for item in source.items(*cut)] == every
+
+
+def test_a_prompt_of_the_command_line_replaces_captions(layouts):
+    source = open_places([str(layouts / "bytes.parquet")], prompt="a flag")
+    assert {item.prompt for item in source.items(0, 4)} == {"a flag"}
+    source = open_places([str(layouts / "pictures")], with_prompts=False)
+    assert source.table()["prompt"].tolist() == [""] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("s-{008..010}.tar", ["s-008.tar", "s-009.tar", "s-010.tar"]),
+        ("{a,b}-{0..1}.tar", ["a-0.tar", "a-1.tar", "b-0.tar", "b-1.tar"]),
+        ("plain{x}.tar", ["plain{x}.tar"]),
+    ],
+)
+def test_braces_are_those_of_a_shell(text, expected):
+    assert expand_braces(text) == expected
+
+
+def test_what_cannot_be_read_is_a_fault_of_its_picture_alone(tmp_path):
+    rows = {"image": [PICTURES[0], None, PICTURES[2]], "caption": [TEXTS[0], TEXTS[1], ""]}
+    pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    faults = [item.fault for item in open_places([str(tmp_path / "rows.parquet")]).items(0, 3)]
+    assert faults == [None, "an image is None, expected its bytes or a path", "it has no caption"]
+    (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "text": "x"}\nnot json\n{"image": 3, "text": "x"}\n')
+    faults = [item.fault for item in open_places([str(tmp_path / "rows.jsonl")]).items(0, 3)]
+    assert faults[0] is None
+    assert all(faults[1:])
+
+
+def test_a_shard_that_breaks_off_loses_its_last_picture(tmp_path, scorer_folders):
+    samples = [(f"{i}.{kind}", c) for i in range(2) for kind, c in (("txt", b"a red circle"), ("png", PICTURES[i]))]
+    whole = write_tar(tmp_path / "whole.tar", samples).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: whole.rindex(b"IDAT") + 40])
+    judge = [f"pickscore={scorer_folders['pickscore']}"]
+    table = score.score_images([str(tmp_path / "cut.tar")], tmp_path / "s.parquet", judge, console=QUIET)
+    assert table["file"].str.endswith("cut.tar:0.png").tolist() == [True]
+    [line] = (tmp_path / "s.broken.jsonl").read_text().splitlines()
+    assert "ends in the middle" in json.loads(line)["reason"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: write_tar(f / "x.tar", [("a.png", PICTURES[0])], "w:gz"), "as a tar shard.*gunzip"),
+        (lambda f: write_tar(f / "x.tar", [("a.txt", b"x")]), "holds no picture"),
+        (lambda f: f / "gone.tar", "no file"),
+        (lambda f: f / "gone-*.tar", "No file matches"),
+        (lambda f: f / "s-{3..1}.tar", r"\{1..3\}"),
+        (lambda f: (pd.DataFrame({"jpg_0": [b"x"], "caption": ["x"]}).to_parquet(f / "p.parquet"), f / "p.parquet")[1],
+         "--image-column.*--pairs"),
+        (lambda f: (pd.DataFrame({"image": [b"x"], "words": ["x"]}).to_parquet(f / "p.parquet"), f / "p.parquet")[1],
+         "--caption-column"),
+        (lambda f: (f / "e.jsonl").write_text("") or f / "e.jsonl", "empty"),
+    ],
+)  # fmt: skip
+def test_places_that_hold_nothing_are_named(tmp_path, make, message):
+    with pytest.raises(DataError, match=message):
+        open_places([str(make(tmp_path))])

@@ -1,0 +1,101 @@
+"""How the embedded world's pairs are made, and what the shipped assets hold."""
+
+import random
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+import reward_models
+from diffalign.backbones import loading
+from diffalign.data import open_pairs
+from diffalign.errors import ConfigError
+from diffalign.jobs.world import world, world_data
+from diffalign.rollout import LatentReward
+from diffalign.shapes.captions import parse, scenes
+from diffalign.shapes.oracle import Oracle
+from diffalign.shapes.pretraining import Pretraining
+
+ASSETS = Path(__file__).parents[3] / "assets"
+
+
+def test_a_corrupted_scene_differs_in_one_thing_its_caption_mentions():
+    rng = random.Random(0)
+    for scene in islice(scenes(1, held_out=False), 200):
+        wrong = world.corrupt(scene, rng)
+        changed = [name for name in vars(scene) if getattr(scene, name) != getattr(wrong, name)]
+        assert len(changed) == 1
+        assert wrong.color != wrong.background
+
+
+def test_rendered_pairs_are_labelled_as_the_oracle_sees_them():
+    pairs = world.rendered_pairs(100, seed=3, held_out=True)
+    first, second, prompts, labels = zip(*pairs, strict=True)
+    oracle = Oracle()
+    gap = oracle.score(first, prompts) - oracle.score(second, prompts)
+    assert ((gap > 0) == (torch.tensor(labels) == 1)).float().mean() == 1.0
+    assert 0.3 < sum(labels) / len(labels) < 0.7
+    assert all(parse(prompt).held_out for prompt in prompts)
+
+
+def test_labels_follow_the_logistic_annotator():
+    image, rng = Image.new("RGB", (8, 8)), random.Random(0)
+    for gap, share in ((0.08, 0.731), (0.2, 0.924)):
+        rows = [world_data._labelled(i, "a", image, image, gap, world_data.World(), rng) for i in range(2000)]
+        agree = sum(row["best_image_uid"].endswith("best") for row in rows) / len(rows)
+        assert agree == pytest.approx(share, abs=0.03)
+    assert world_data._labelled(0, "a", image, image, 0.01, world_data.World(), rng)["label_0"] == 0.5
+
+
+def test_unknown_parts_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match='Unknown part "pears"'):
+        world.build(tmp_path, ["pears"], world_data.World(), Pretraining(), None)
+
+
+def test_the_shipped_pairs_are_read_and_never_show_a_held_out_combination():
+    source = open_pairs(ASSETS / "tiny-pairs")
+    assert len(source) >= 2000
+    assert source.counts.ties > 0
+    captions = pq.read_table(ASSETS / "tiny-pairs" / "train.parquet", columns=["caption"]).column(0).to_pylist()
+    assert not any(parse(caption).held_out for caption in captions)
+
+
+def test_the_shipped_prompts_are_held_out():
+    prompts = (ASSETS / "prompts" / "tiny-held-out.txt").read_text().splitlines()
+    assert len(set(prompts)) == len(prompts) >= 256
+    assert all(parse(prompt).held_out for prompt in prompts)
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2"])
+def test_the_shipped_reward_models_agree_with_the_oracle(name):
+    scorer = reward_models.load(name, ASSETS / f"tiny-{name}")
+    first, second, prompts, labels = zip(*world.rendered_pairs(200, seed=11, held_out=True), strict=True)
+    agree = (scorer.compare(first, second, prompts) > 0.5) == (torch.tensor(labels) == 1)
+    assert agree.float().mean() > 0.7  # measured: above 0.8
+
+
+def test_the_whole_world_can_be_built_at_a_small_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(world_data, "SAMPLING", replace(world_data.SAMPLING, num_inference_steps=2))
+    monkeypatch.setattr(world, "VALIDATION_PAIRS", 8)
+    sizes = {"training_captions": 4, "held_out_prompts": 3, "candidates": 2, "reward_pairs": 24}
+    small = world.World(**sizes, reward_steps=2, step_aware_steps=1, lrm_steps=1)
+    recipe = Pretraining(images=32, vae_steps=2, vae_batch_size=4, unet_steps=2, unet_batch_size=4)
+    world.build(tmp_path, list(world.PARTS), small, recipe, Console(quiet=True))
+    assert loading.load(tmp_path / "tiny-sdxl").family == "sdxl"
+    table = pq.read_table(tmp_path / "tiny-pairs" / "train.parquet")
+    assert table.num_rows == 4
+    assert set(table.column_names) == set(pq.read_schema(ASSETS / "tiny-pairs" / "train.parquet").names)
+    picture, prompt = Image.new("RGB", (64, 64), "red"), "a red circle on a blue background"
+    for name in ("pickscore", "hpsv2", "step_aware"):
+        scorer = reward_models.load(name, tmp_path / f"tiny-{name.replace('_', '-')}")
+        assert scorer.score([picture], [prompt]).isfinite().all()
+    judge = LatentReward.load(tmp_path / "tiny-lrm", loading.load(tmp_path / "tiny-sdxl"), torch.device("cpu"), 64)
+    assert judge(torch.randn(1, 4, 16, 16), [prompt], torch.tensor([501])).isfinite().all()
+    stored = load_file(tmp_path / "tiny-lrm" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
