@@ -138,7 +138,8 @@ def first_existing(folder: Path, names: Sequence[str]) -> Path:
 def is_hub_id(path_or_id: str) -> bool:
     """Tell "owner/name" and "owner/name/file" from a path; what exists on disk is always a path."""
     path = Path(path_or_id)
-    if path.exists() or path.is_absolute() or path_or_id.startswith((".", "~")):
+    starts_local = path.is_absolute() or path_or_id.startswith((".", "~")) or Path(*path.parts[:1]).is_dir()
+    if path.exists() or starts_local:
         return False
     slashes = path_or_id.count("/")
     return slashes == 2 or (slashes == 1 and path.suffix not in (".safetensors", *PICKLE_SUFFIXES))

@@ -196,28 +196,44 @@ class TestBase:
         with pytest.raises(ConfigError, match='"objective" must be a block of keys'):
             configuration.load(write(tmp_path, "base: base.yaml\nobjective: sft\n"))
 
-    def test_there_is_one_level_only(self, tmp_path):
+    def test_a_base_may_have_a_base(self, tmp_path):
         write(tmp_path, name="grandparent.yaml")
-        write(tmp_path, "base: grandparent.yaml\n", "parent.yaml")
-        with pytest.raises(ConfigError, match=r"parent\.yaml has a base of its own; only one level is allowed"):
-            configuration.load(write(tmp_path, "base: parent.yaml\n"))
+        write(tmp_path, "base: grandparent.yaml\nobjective: {beta: 7.0}\ntrain: {seed: 3}\n", "parent.yaml")
+        config = configuration.load(write(tmp_path, "base: parent.yaml\nobjective: {beta: 8.0}\n"))
+        assert (config.objective["beta"], config.train.seed) == (8.0, 3)
+
+    def test_files_that_are_each_others_base(self, tmp_path):
+        write(tmp_path, "base: b.yaml\n", "a.yaml")
+        write(tmp_path, "base: ./a.yaml\n", "b.yaml")
+        with pytest.raises(ConfigError, match=r"each other's base: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
+            configuration.load(tmp_path / "a.yaml")
+
+    def test_it_may_be_a_shipped_one(self, tmp_path):
+        config = configuration.load(write(tmp_path, "base: sdxl/dpo-lora\ndata: {train_data_dir: pairs}\n"))
+        assert config.optimizer.name == "adamw_8bit"
+
+    def test_a_source_of_data_replaces_the_one_below(self, tmp_path):
+        path = write(tmp_path, "base: sdxl/dpo\ndata: {train_data_dir: pairs}\n")
+        assert configuration.load(path).data.dataset_name is None
+        again = configuration.load(path, ["dataset_name=yuvalkirstain/pickapic_v2"])
+        assert (again.data.dataset_name, again.data.train_data_dir) == ("yuvalkirstain/pickapic_v2", None)
 
     def test_it_is_looked_for_beside_the_file(self, tmp_path):
         (tmp_path / "below").mkdir()
         write(tmp_path, name="base.yaml")
-        assert configuration.load(write(tmp_path / "below", "base: ../base.yaml\n")).data.train_data_dir == "pairs"
-        with pytest.raises(ConfigError, match=r"Cannot read the configuration .*absent\.yaml: No such file"):
+        assert configuration.load(write(tmp_path / "below", "base: ../base.yaml\n")).train.seed == 0
+        with pytest.raises(ConfigError, match=r'"base" in .*: There is no configuration "absent\.yaml"'):
             configuration.load(write(tmp_path, "base: absent.yaml\n"))
 
     @pytest.mark.parametrize("value", ["", "5", "[a.yaml]"])
     def test_it_is_one_file_name(self, tmp_path, value):
-        with pytest.raises(ConfigError, match=r'"base" in .* must be a file name'):
+        with pytest.raises(ConfigError, match=r'"base" in .* must be a file beside it'):
             configuration.load(write(tmp_path, f"base: {value}\n" + MINIMAL))
 
 
 class TestFiles:
     def test_missing(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"Cannot read the configuration .*absent\.yaml: No such file"):
+        with pytest.raises(ConfigError, match=r'There is no configuration ".*absent\.yaml"'):
             configuration.load(tmp_path / "absent.yaml")
 
     def test_folders(self, tmp_path):
@@ -257,7 +273,7 @@ class TestCombinations:
         )
         assert load("global_batch_size=null", "gradient_accumulation_steps=2").train.gradient_accumulation_steps == 2
 
-    @pytest.mark.parametrize("overrides", [["dataset_name=some/data"], ["train_data_dir=null"]])
+    @pytest.mark.parametrize("overrides", [["dataset_name=some/data", "train_data_dir=pairs"], ["train_data_dir=null"]])
     def test_one_source_of_pairs(self, load, overrides):
         assert message(load, *overrides).startswith("Give exactly one of data.dataset_name (hub) and")
 

@@ -1,6 +1,5 @@
 """Load a backbone from a hub id, a diffusers folder or a single .safetensors file."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from diffalign.backbones.base import Backbone
 from diffalign.backbones.files import LORA_FILE, PICKLE_SUFFIXES, check_weights, load_errors, pickle_message
 from diffalign.backbones.sd15 import SD15
 from diffalign.backbones.sdxl import SDXL
-from diffalign.errors import ModelError
+from diffalign.errors import ModelError, suggestion
+from diffalign.places import local, looks_local
 
 PIPELINES: dict[str, type[Backbone]] = {"StableDiffusionPipeline": SD15, "StableDiffusionXLPipeline": SDXL}
 TEXT_ENCODERS = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
@@ -49,8 +49,7 @@ def load(
     Raises:
         ModelError: the model is missing, broken, pickled, of an unsupported family, or does not fit these options.
     """
-    source = str(pretrained_model_name_or_path)
-    _check_location(source)
+    source = located(pretrained_model_name_or_path)
     replacements = {}
     if unet_init is not None:
         replacements["unet"] = load_unet(unet_init, torch_dtype)
@@ -83,13 +82,12 @@ def load_unet(source: str | Path, torch_dtype: torch.dtype) -> UNet2DConditionMo
     Raises:
         ModelError: there is none, it is broken, or it lacks weights of its own configuration.
     """
-    source = str(source)
+    source = located(source)
     folder = Path(source)
     if folder.exists():
         subfolder = "unet" if (folder / "unet").is_dir() else None
         check_weights(folder / (subfolder or ""))
         return _component(UNet2DConditionModel, source, subfolder, torch_dtype=torch_dtype)
-    _check_location(source)
     try:
         return _component(UNet2DConditionModel, source, "unet", torch_dtype=torch_dtype)
     except ModelError as error:
@@ -101,15 +99,13 @@ def load_unet(source: str | Path, torch_dtype: torch.dtype) -> UNet2DConditionMo
 
 def load_vae(source: str | Path, torch_dtype: torch.dtype, config: str | None = None) -> AutoencoderKL:
     """Load a VAE from a VAE folder, a folder with `vae/`, a hub id or a single file shaped like `config`'s VAE."""
-    source = str(source)
+    source = located(source)
     path = Path(source)
     if path.is_file():
         return single_file.load_vae(path, config, torch_dtype)
     subfolder = "vae" if (path / "vae").is_dir() else None
     if path.exists():
         check_weights(path / (subfolder or ""))
-    else:
-        _check_location(source)
     return _component(AutoencoderKL, source, subfolder, torch_dtype=torch_dtype)
 
 
@@ -155,18 +151,23 @@ def with_schedule(scheduler: Any, prediction_type: str | None, zero_terminal_snr
     return type(scheduler).from_config(config | changes) if changes else scheduler
 
 
-def _check_location(source: str) -> None:
-    path = Path(source)
+def located(source: str | Path) -> str:
+    """Return the path that `source` names from here or among what ships, or the hub id that it is.
+
+    Raises:
+        ModelError: it is neither, or a file of the wrong kind.
+    """
+    path = local(source)
     if path.suffix in PICKLE_SUFFIXES:
         raise ModelError(pickle_message(path) if path.is_file() else f'There is no file "{source}".')
     if path.is_file() and path.suffix != ".safetensors":
         raise ModelError(f'"{source}" is not a .safetensors file. Give a diffusers folder, a hub id or such a file.')
-    is_hub_id = re.fullmatch(r"[\w.-]*\w(/[\w.-]*\w)?", source) and path.suffix != ".safetensors"
-    if path.exists() or is_hub_id:
-        return
+    if path.exists() or not looks_local(str(source)):
+        return str(path) if path.exists() else str(source)
     parent = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
+    near = suggestion(str(source), [str(path.parent / entry.name) for entry in parent.iterdir()])
     raise ModelError(
-        f'There is no model at "{source}" (the nearest existing folder is "{parent}"). '
+        f'There is no model at "{source}" (the nearest existing folder is "{parent}").{near} '
         'Give a diffusers folder, a .safetensors file or a hub id such as "stabilityai/stable-diffusion-xl-base-1.0".'
     )
 

@@ -6,7 +6,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/sdxl/dpo.yaml.")]
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG", help="A YAML file, or a shipped one by name, such as sdxl/dpo (see diffalign list configs)."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -59,7 +64,7 @@ def precompute(config: ConfigFile, overrides: Overrides = None) -> None:
 
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("runs/demo"),
-    config: Annotated[Path, typer.Option(help="The training configuration.")] = Path("configs/tiny/dpo.yaml"),
+    config: Annotated[Path, typer.Option(help="The training configuration.")] = Path("tiny/dpo"),
     prompts: Annotated[Path, typer.Option(help="Held-out prompts, one a line.")] = Path(
         "assets/prompts/tiny-held-out.txt"
     ),

@@ -1,6 +1,7 @@
 """Configuration of training runs: sections, loading with overrides, checks."""
 
 from diffalign.config.config import Config
-from diffalign.config.loading import check, dump, load
+from diffalign.config.loading import check, dump, find, load, shipped_names
+from diffalign.config.paths import portable
 
-__all__ = ["Config", "check", "dump", "load"]
+__all__ = ["Config", "check", "dump", "find", "load", "portable", "shipped_names"]

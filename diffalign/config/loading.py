@@ -1,10 +1,10 @@
-"""Configuration: a YAML file, one level of `base:`, overrides on the command line, strictly checked.
+"""Configuration: a YAML file, the files below it (`base:`), overrides on the command line, strictly checked.
 
     diffalign train configs/sdxl/dpo.yaml objective.beta=2000 learning_rate=1e-6
 
 Every key belongs to a section; a key that is unique among all sections, the hyperparameters of the configured objective
 included, may be written without it. Unknown keys, wrong types and impossible combinations are errors that say what was
-expected.
+expected. Paths in a file start at its folder, paths in an override where one stands (diffalign/places.py).
 """
 
 import dataclasses
@@ -13,24 +13,60 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from diffalign import objectives
-from diffalign.config import checks
+from diffalign import objectives, places
+from diffalign.config import checks, paths
 from diffalign.config.config import Config
 from diffalign.errors import ConfigError, suggestion
 from diffalign.yaml_text import dump_yaml, parse_yaml
 
+SOURCES = ("dataset_name", "train_data_dir", "prompts_file")  # of data: a run learns from one of them
+
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Load a configuration file, lay it over its `base:`, apply `key=value` overrides and check the result.
+    """Load a configuration, lay it over its `base:`, apply `key=value` overrides and check the result.
+
+    path: a file, or the name of a shipped one such as "tiny/dpo".
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, or a value has the wrong type or range.
     """
-    content = _with_base(Path(path))
+    content = _with_base(find(path))
     # The objective's name first: it clears the block of another objective and decides which keys there are.
-    for override in sorted(overrides or [], key=lambda text: text.partition("=")[0].strip() != "objective.name"):
-        _apply(content, override)
+    ordered = sorted(overrides or [], key=lambda text: text.partition("=")[0].strip() != "objective.name")
+    given = [_apply(content, override) for override in ordered]
+    sources = {key for section, key, value in given if section == "data" and key in SOURCES and value is not None}
+    if sources:
+        content["data"] = _without_sources(content["data"], sources)
     return check(content)
+
+
+def find(name: str | Path, folder: Path | None = None) -> Path:
+    """Return the configuration file `name`: a path from `folder` (the current one), or a shipped one such as tiny/dpo.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    inside = f"{str(name).removeprefix('configs/').removesuffix('.yaml')}.yaml"
+    for path in ((folder or Path()) / Path(name).expanduser(), (folder or Path()) / "configs" / inside):
+        if path.is_file():
+            return path
+    shipped = places.shipped() / "configs" / inside
+    if shipped.is_file():
+        return shipped
+    if Path(name).is_dir():
+        raise ConfigError(f"Cannot read the configuration {name}: Is a directory.")
+    near = suggestion(inside.removesuffix(".yaml"), shipped_names())
+    raise ConfigError(
+        f'There is no configuration "{name}".{near} Give a YAML file, or a shipped one by name, such as sdxl/dpo-lora '
+        "(all: diffalign list configs)."
+    )
+
+
+def shipped_names() -> dict[str, Path]:
+    """Return the shipped configurations by name; accelerate's own are not among them."""
+    root = places.shipped() / "configs"
+    files = [file for file in sorted(root.rglob("*.yaml")) if file.parent.name != "accelerate"]
+    return {file.relative_to(root).with_suffix("").as_posix(): file for file in files}
 
 
 def check(content: dict[str, Any]) -> Config:
@@ -74,17 +110,23 @@ def _read(path: Path) -> dict[str, Any]:
     return {section: {} if values is None and section != "base" else values for section, values in content.items()}
 
 
-def _with_base(path: Path) -> dict[str, Any]:
+def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return what a file says, laid over its base and that file's base; `above` are the files that led here."""
+    chain = (*above, path)
+    if path.resolve() in [file.resolve() for file in above]:
+        raise ConfigError(f"These files are each other's base: {' -> '.join(map(str, chain))}. Take one `base:` out.")
     content = _read(path)
-    if "base" not in content:
+    with_base, name = "base" in content, content.pop("base", None)
+    content = paths.anchored(content, None if places.is_shipped(path) else path.parent)
+    if not with_base:
         return content
-    name = content.pop("base")
     if not isinstance(name, str):
-        raise ConfigError(f'"base" in {path} must be a file name relative to that file, got {name!r}.')
-    base = _read(path.parent / name)
-    if "base" in base:
-        raise ConfigError(f"{path.parent / name} has a base of its own; only one level is allowed.")
-    return _merge(base, content)
+        raise ConfigError(f'"base" in {path} must be a file beside it or a shipped one (tiny/dpo), got {name!r}.')
+    try:
+        base = find(name, path.parent)
+    except ConfigError as error:
+        raise ConfigError(f'"base" in {path}: {error}') from None
+    return _merge(_with_base(base, chain), content)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -95,11 +137,20 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(below, dict) and isinstance(values, dict)
         if both and section == "objective" and values.get("name", below.get("name")) != below.get("name"):
             both = False
+        if both and section == "data":
+            named = {key for key in SOURCES if values.get(key) is not None}
+            below = _without_sources(below, named) if named else below
         merged[section] = {**below, **values} if both else values
     return merged
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def _without_sources(data: dict[str, Any], named: set[str]) -> dict[str, Any]:
+    """Return the block `data` without the sources that those `named` above it replace."""
+    return {key: value for key, value in data.items() if key not in SOURCES or key in named}
+
+
+def _apply(content: dict[str, Any], override: str) -> tuple[str, str, Any]:
+    """Set one value; return its section, key and value."""
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f'An override is written key=value, e.g. objective.beta=2000; got "{override}".')
@@ -109,7 +160,8 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise ConfigError(f'"{section}" must hold keys, got {block!r}.')
     if (section, leaf) == ("objective", "name") and block.get("name") != value:
         block.clear()
-    block[leaf] = value
+    block[leaf] = paths.anchored_value(section, leaf, value)
+    return section, leaf, block[leaf]
 
 
 def _sections() -> dict[str, type[BaseModel]]:

@@ -18,9 +18,9 @@ from diffalign.data.rejects import Rejects
 from diffalign.data.schema import TableSchema
 from diffalign.data.source import PairSource
 from diffalign.errors import DataError, suggestion
+from diffalign.places import find, looks_local
 
 FORMATS = ("pickapic", "jsonl", "folders", "lists", "singles")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # train-00000-of-00645-b66ac786bf6fb553.parquet, train-00000.parquet or train.parquet: split "train".
 SHARD = re.compile(r"-\d+-of-\d+")
 SPLITS = {"train", "validation", "valid", "val", "dev", "test", "validation_unique", "test_unique"}
@@ -104,6 +104,8 @@ def open_pairs(source: str | Path | Sequence[str | Path], **how: Any) -> PairSou
         source = source[reading.split]
     if hasattr(source, "column_names"):
         return HubPairs(source, reading.of_table(source.column_names), **settings)
+    if isinstance(source, str | Path) and (found := find(source)):
+        source = str(found)
     container = _container(source, reading.format)
     if container == "folders":
         if reading.image_caption_columns:
@@ -219,13 +221,7 @@ def _container(source: str | Path | Sequence[str | Path], format: str | None) ->
 
 
 def _is_hub_id(source: str | Path | Sequence[str | Path]) -> bool:
-    return (
-        isinstance(source, str)
-        and HUB_ID.fullmatch(source) is not None
-        and not source.startswith(".")
-        and not source.endswith((".parquet", ".jsonl"))
-        and not Path(source).exists()
-    )
+    return isinstance(source, str) and not Path(source).exists() and not looks_local(source)
 
 
 def _existing(source: str | Path) -> Path:

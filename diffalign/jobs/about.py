@@ -21,7 +21,7 @@ import diffalign
 import reward_models
 from diffalign import config as configuration
 from diffalign import objectives
-from diffalign.errors import ConfigError, UserError, suggestion
+from diffalign.errors import UserError, suggestion
 from diffalign.jobs.scoring import scorers
 from diffalign.shapes import oracle
 
@@ -34,7 +34,6 @@ OPTIONAL = {
     "wandb": ("logging.report_to wandb", "diffalign[wandb]"),
 }
 KINDS = ("objectives", "scorers", "configs")
-CHECKOUT = Path(diffalign.__file__).parent.parent
 
 
 def info(console: Console) -> dict[str, dict[str, str]]:
@@ -82,7 +81,7 @@ def show(kind: str, name: str, overrides: list[str], console: Console) -> None:
     showers: dict[str, Callable[[], str]] = {
         "objective": lambda: describe_objective(name),
         "scorer": lambda: describe_scorer(name),
-        "config": lambda: configuration.dump(configuration.load(find_config(name), overrides)).rstrip(),
+        "config": lambda: configuration.dump(configuration.load(name, overrides)).rstrip(),
     }
     single = kind.removesuffix("s")
     if single not in showers:
@@ -142,22 +141,6 @@ def describe_scorer(name: str) -> str:
     }
     traps = [f"  - {trap}" for trap in card.traps]
     return "\n".join([card.name, *(f"{key:<14}{value}" for key, value in rows.items()), "traps", *traps])
-
-
-def find_config(name: str) -> Path:
-    """Return the configuration file `name`: a path, or one of the shipped ones such as tiny/dpo.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    inside = f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml"
-    candidates = [Path(name), *(root / inside for root in _config_roots())]
-    for path in candidates:
-        if path.is_file():
-            return path
-    known = [str(_relative(file)) for file in _config_files()]
-    near = suggestion(f"configs/{inside}", known)
-    raise ConfigError(f'There is no configuration "{name}".{near} Shipped: {", ".join(known) or "none"}.')
 
 
 def _versions() -> dict[str, str]:
@@ -225,25 +208,10 @@ def _scorers() -> Iterator[tuple[str, str]]:
 
 
 def _configs() -> Iterator[tuple[str, str]]:
-    for file in _config_files():
+    for name, file in configuration.shipped_names().items():
         lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf8").splitlines())
         comment = " ".join(line.lstrip("# ") for line in lines)
-        yield str(_relative(file)), re.split(r"(?<=[.:]) ", comment)[0].rstrip(".:")
-
-
-def _config_files() -> list[Path]:
-    """Return the configurations of this folder and the shipped ones; accelerate's own are not among them."""
-    files: dict[Path, Path] = {}
-    for root in _config_roots():
-        for file in root.rglob("*.yaml"):
-            if file.parent.name != "accelerate":
-                files.setdefault(file.relative_to(root), file)
-    return [files[key] for key in sorted(files)]
-
-
-def _config_roots() -> list[Path]:
-    roots = (Path("configs"), CHECKOUT / "configs")
-    return list(dict.fromkeys(path.resolve() for path in roots if path.is_dir()))
+        yield name, re.split(r"(?<=[.:]) ", comment)[0].rstrip(".:")
 
 
 def _relative(path: Path) -> Path:

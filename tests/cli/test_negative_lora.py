@@ -48,7 +48,7 @@ def test_what_has_no_effect_or_is_no_network_is_refused(diffalign, lora_run, npo
     for more, message in (
         (("--negative-lora", npo_run.folder, "--guidance-scale", "1"), "--guidance-scale must be above 1, got 1."),
         (("--negative-lora", lora_run.base), "is no LoRA, UNet or training run"),
-        (("--negative-lora", tmp_path / "none"), "is no LoRA, UNet or training run"),
+        (("--negative-lora", tmp_path / "none"), "There is no model at"),
         (("--negative-scale", "2"), "--negative-scale 2 has no effect without --negative-lora"),
         (
             ("--negative-lora", npo_run.folder, "--negative-scale", "-1"),

@@ -69,7 +69,7 @@ def test_wrong_values(fails, override, message):
 
 
 def test_missing_configuration(fails, tmp_path):
-    assert "Cannot read the configuration" in fails(file=tmp_path / "missing.yaml")
+    assert "There is no configuration" in fails(file=tmp_path / "missing.yaml")
 
 
 def test_truncated_parquet(fails, tmp_path):

@@ -23,9 +23,10 @@ from diffalign.backbones import loading
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.files import read_header
 from diffalign.config.sections import ModelSettings
-from diffalign.errors import ConfigError, ModelError, suggestion
+from diffalign.errors import ConfigError, ModelError
 from diffalign.jobs.devices import pick_device, pick_dtype
 from diffalign.jobs.drawing import checkpoints
+from diffalign.places import local
 from diffalign.yaml_text import parse_yaml
 
 RUN_FILE = "config.yaml"
@@ -179,11 +180,11 @@ def split_name(spec: str) -> tuple[str | None, str]:
 
 
 def _resolve(name: str | None, spec: str, base: str | None) -> Model:
-    path = Path(spec).expanduser()
+    weights = loading.located(spec)
+    path = Path(weights)
     name = name or _short_name(path)
-    if _is_whole_model(path, spec, base):
-        return Model(name, Base(str(path) if path.exists() else spec))
-    weights = str(path) if path.exists() else spec
+    if _is_whole_model(path, weights, base):
+        return Model(name, Base(weights))
     run = run_of(path)
     if path.is_dir():
         _require_weights(path, is_run=run == path)
@@ -280,7 +281,7 @@ def load_base(model: Model, torch_dtype: torch.dtype) -> Backbone:
 
 def _hint(model: Model, source: str) -> str:
     """Say what may be meant by a model that is not on this machine."""
-    path = Path(source)
+    path = local(source)
     if path.exists():
         return ""
     if model.weights is not None:
@@ -288,5 +289,4 @@ def _hint(model: Model, source: str) -> str:
             f' "{model.weights}" was trained on "{source}": run this where that path is right, or say with --base '
             "where the model is now."
         )
-    near = [str(entry) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return f"{suggestion(source, near)} If it is a LoRA or a UNet on the hub, give its base model with --base."
+    return " If it is a LoRA or a UNet on the hub, give its base model with --base."

@@ -5,6 +5,7 @@ from pathlib import Path
 from diffalign.errors import DataError
 from diffalign.evaluation.prompt_sets import READERS, PromptSet, read_prompt_set
 from diffalign.jobs.drawing.prompts import read_prompts
+from diffalign.places import local
 from diffalign.shapes.captions import parse
 
 EMBEDDED = "embedded"
@@ -24,12 +25,13 @@ def open_prompt_set(wanted: str, limit: int | None = None) -> PromptSet:
     """
     kind, sign, place = wanted.partition("=")
     if wanted == EMBEDDED:
-        found = _list(EMBEDDED_FILE)
+        found = _list(local(EMBEDDED_FILE))
     elif sign and not Path(wanted).exists():
         found = read_prompt_set(place, kind)
     else:
-        found = _list(Path(wanted)) if Path(wanted).suffix == ".txt" or not Path(wanted).exists() else None
-        found = found or read_prompt_set(wanted) or _list(Path(wanted))
+        file = local(wanted)
+        found = _list(file) if file.suffix == ".txt" or not file.exists() else None
+        found = found or read_prompt_set(file) or _list(file)
     return found.head(limit)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from diffalign.errors import DataError
+from diffalign.places import local
 
 COLUMNS = ("prompt", "caption", "Prompt", "text")
 _READERS = {
@@ -24,7 +25,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:
     Raises:
         DataError: the file is missing, unreadable, has no prompt column or no prompt.
     """
-    path = Path(path)
+    path = local(path)
     if not path.is_file():
         raise DataError(f"There is no prompt file {path}. Give a .txt file with one prompt a line, or a table.")
     try:

@@ -9,6 +9,7 @@ import torch
 import reward_models
 from diffalign.errors import ConfigError, UserError, suggestion
 from diffalign.jobs.devices import pick_device
+from diffalign.places import find, looks_local
 from diffalign.shapes.oracle import Oracle
 
 ORACLE = Oracle.name
@@ -84,11 +85,19 @@ def load(wanted: str | Sequence[str], device: str = "auto", dtype: torch.dtype =
             loaded.append(ImplicitReward(path, str(where), str(dtype).removeprefix("torch.")))
             continue
         try:
-            loaded.append(reward_models.load(name, path, where, dtype))
+            loaded.append(reward_models.load(name, path and _located(name, path), where, dtype))
         except reward_models.ScorerError as error:
             fix = "" if path else f" With weights of your own, write {name}=PATH."
             raise UserError(f"Cannot load {name}: {error}{fix}") from error
     return loaded
+
+
+def _located(name: str, path: str) -> str:
+    """Return where weights are; the hub is asked for nothing that is meant as a path of this machine."""
+    found = find(path)
+    if found is None and looks_local(path, files=True):
+        raise UserError(f'There is no file or folder "{path}" with weights of {name}. Check the path in {name}={path}.')
+    return str(found or path)
 
 
 def _unknown(name: str) -> str:

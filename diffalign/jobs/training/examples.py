@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from diffalign.backbones.base import Backbone
-from diffalign.config import Config
+from diffalign.config import Config, portable
 from diffalign.data import (
     AnnotatedPairs,
     Annotations,
@@ -148,7 +148,7 @@ def annotated(
 def scores_file(config: Config, source: PairSource, console: Console) -> Path:
     """Score all pairs with data.scorer and return the file; done once per data set and scorer."""
     directory = Path(config.data.cache_dir)
-    key = {"data": source.identify(directory / "content_hashes.sqlite"), "scorer": config.data.scorer}
+    key = {"data": source.identify(directory / "content_hashes.sqlite"), "scorer": portable(config).data.scorer}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     file = directory / f"scores-{digest}.parquet"
     with exclusive(directory / f"scores-{digest}"):  # every rank asks; one scores while the others wait

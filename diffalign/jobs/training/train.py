@@ -176,7 +176,7 @@ def start_trackers(config: Config, accelerator: Accelerator) -> None:
 
 def run_identity(config: Config, plan: BatchPlan, backbone: Backbone, source: Source) -> dict[str, Any]:
     """Return everything the weights of a run depend on: a resumed run must agree with its checkpoint on all of it."""
-    sections = config.model_dump(mode="json")
+    sections = configuration.portable(config).model_dump(mode="json")
     train = {key: sections["train"][key] for key in ("seed", "mixed_precision")}
     train["global_batch_size"] = plan.global_batch_size
     train["precision"] = [config.pure_bf16, config.performance.reference_dtype, config.performance.sampling_dtype]
@@ -201,7 +201,7 @@ def run_identity(config: Config, plan: BatchPlan, backbone: Backbone, source: So
 def write_provenance(output_dir: Path, config: Config, identity: dict[str, Any]) -> None:
     """Write down what this run is: resolved configuration, versions, command, identity of data and model."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "config.yaml").write_text(configuration.dump(config), encoding="utf8")
+    (output_dir / "config.yaml").write_text(configuration.dump(configuration.portable(config)), encoding="utf8")
     record = {"command": " ".join(sys.argv), "versions": versions(), "identity": identity}
     (output_dir / "environment.json").write_text(json.dumps(record, indent=1), encoding="utf8")
 
@@ -227,7 +227,7 @@ def export_model(
     config: Config, backbone: Backbone, output_dir: Path, metrics: dict[str, float], weights: dict[str, Tensor]
 ) -> None:
     """Write the trained `weights` in the formats of diffusers (and kohya, if asked for) and the model card."""
-    base = config.model.pretrained_model_name_or_path
+    base = configuration.portable(config).model.pretrained_model_name_or_path
     metadata = {"objective": config.objective_name, "training_steps": config.train.max_train_steps}
     if config.model.tune == "full":
         export.save_full_unet(backbone.denoiser, output_dir, state_dict=weights)

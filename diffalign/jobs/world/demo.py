@@ -30,6 +30,7 @@ from diffalign.evaluation import (
 from diffalign.jobs.drawing.prompts import read_prompts
 from diffalign.jobs.training import model_card
 from diffalign.jobs.training.train import train, versions
+from diffalign.places import local
 from diffalign.shapes.oracle import Oracle
 
 SAMPLING = SamplingSettings(num_inference_steps=20, guidance_scale=5.0, batch_size=64)
@@ -82,7 +83,7 @@ def draw(config: Config, output_dir: Path, prompts: list[str], seed: int) -> tup
 def compare(base: Manifest, aligned: Manifest) -> Comparison:
     """Score both sets of pictures with the oracle and the tiny reward models."""
     oracle = Oracle()
-    scorers = [oracle, *(reward_models.load(name, folder) for name, folder in TINY_SCORERS.items())]
+    scorers = [oracle, *(reward_models.load(name, local(folder)) for name, folder in TINY_SCORERS.items())]
     models = {"base": base, "aligned": aligned}
     scores = [score_table(m.paths, m.prompts, scorers, model=name, **m.columns) for name, m in models.items()]
     attributes = [attribute_table(m.paths, m.prompts, [oracle], model=name, **m.columns) for name, m in models.items()]

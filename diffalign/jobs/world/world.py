@@ -9,6 +9,7 @@ assets/tiny-step-aware  the tiny PickScore, taught to judge one-step predictions
 assets/tiny-lrm         the base model's encoder, taught to judge its noisy latents (LPO)
 """
 
+import json
 import random
 import tempfile
 from collections.abc import Callable
@@ -74,8 +75,14 @@ def build_base(folder: Path, recipe: Pretraining, console: Console) -> None:
 
 
 def save_base(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
-    """Save in float16 safetensors, under the plain file names."""
+    """Save in float16 safetensors, under the plain file names, to be loaded in float32 by those who name no dtype.
+
+    diffusers does so for the UNet and the VAE; transformers takes the dtype that the encoder's config names.
+    """
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    for file in folder.glob("text_encoder*/config.json"):
+        settings = json.loads(file.read_text(encoding="utf8")) | {"dtype": "float32"}
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf8")
 
 
 def write_prompts(folder: Path, world: World) -> None:

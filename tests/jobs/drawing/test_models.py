@@ -125,7 +125,7 @@ def test_names_differ_between_columns(lora_run, tmp_path):
     ("prepare", "message"),
     [
         (lambda folder: folder.mkdir(), "holds no model: expected model_index.json"),
-        (lambda folder: None, 'no folder or file here.*Did you mean ".*good"'),
+        (lambda folder: None, 'no model at.*Did you mean ".*good"'),
     ],
     ids=["empty", "missing"],
 )
