@@ -25,7 +25,6 @@ class Backbone(ABC):
 
     family: ClassVar[str]
     text_columns: ClassVar[tuple[str, ...]]  # what `encode_prompts` returns, and caches keep
-    lora_targets: ClassVar[tuple[str, ...]]  # ends of the names of the layers that a LoRA adapts if none are named
     repeated_blocks: ClassVar[tuple[str, ...]]  # classes of the denoiser's parts that FSDP makes whole one at a time
 
     def __init__(

@@ -1,8 +1,7 @@
-"""What the families with a UNet share: DDPM's noise schedule, text that several images may share, what is adapted."""
+"""What the families with a UNet share: DDPM's noise schedule, and text that several images may share."""
 
 from torch import Tensor, nn
 
-from diffalign.backbones.adapters import ATTENTION
 from diffalign.backbones.attention import shares_text
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.conditioning import Conditioning
@@ -13,7 +12,6 @@ from diffalign.errors import ModelError
 class UNetBackbone(Backbone):
     """Adapt what is made of a UNet2DConditionModel, an AutoencoderKL and CLIP text encoders."""
 
-    lora_targets = ATTENTION
     repeated_blocks = ("BasicTransformerBlock", "ResnetBlock2D")
 
     def _noise_path(self) -> DDPMPath:
