@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from benchmarks.lora_linear import seconds
-from diffalign.backbones import Conditioning, adapters, loading, published
+from diffalign.backbones import adapters, loading, published
 from diffalign.backbones.attention import use_backend
 from diffalign.backbones.fused_blocks import fuse_activations
 from diffalign.backbones.fused_lora import fuse_lora
@@ -113,8 +113,8 @@ def unets(dtype: torch.dtype) -> tuple[Run, Run]:
     fuse_lora(plain)
     fused = copy.deepcopy(plain)
     fuse_activations(fused, wanted=True)
-    embeds, pooled = backbone.encode_prompts(["a red circle on a blue background"] * 32)
-    cond = Conditioning(embeds, pooled, torch.full((32, 6), 64.0))
+    text = backbone.encode_prompts(["a red circle on a blue background"] * 32)
+    cond = backbone.condition(text, torch.full((32, 6), 64.0))
     xt, steps = torch.randn(32, 4, 16, 16), torch.full((32,), 500)
     first, second = (partial(backbone.predict, unet, xt, steps, cond) for unet in (plain, fused))
     return first, second

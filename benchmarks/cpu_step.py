@@ -72,9 +72,10 @@ def script_step(config: Config) -> Step:
         with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
             mean, std = backbone.encode_images(torch.stack(images, dim=1).flatten(0, 1))
             x0 = mean + std * torch.randn_like(mean)
-            embeds, pooled = backbone.encode_prompts([row.prompt for row in rows])
+            text = backbone.encode_prompts([row.prompt for row in rows])
+            text = {name: torch.cat([column] * 2) for name, column in text.items()}
             sizes = torch.stack(sizes, dim=1).flatten(0, 1)
-            cond = backbone.condition(embeds.repeat(2, 1, 1), pooled.repeat(2, 1), sizes)
+            cond = backbone.condition(text, sizes)
             noise = torch.randn_like(x0).chunk(2)[0].repeat(2, 1, 1, 1)
             timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (count,)).repeat(2)
             xt = scheduler.add_noise(x0, noise, timesteps)

@@ -64,16 +64,14 @@ class RandomPairs:
         denoiser, rows = self.backbone.denoiser, 2 * len(indices)
         device, config = next(denoiser.parameters()).device, denoiser.config
         mean = torch.randn(rows, config.in_channels, self.side // 8, self.side // 8, device=device)
-        text = torch.randn(len(indices), 77, config.cross_attention_dim, device=device)
-        pooled = None
+        text = {"prompt_embeds": torch.randn(len(indices), 77, config.cross_attention_dim, device=device)}
         if config.addition_embed_type == "text_time":
-            pooled = torch.randn(len(indices), pooled_width(denoiser), device=device).repeat(2, 1)
+            text["pooled_prompt_embeds"] = torch.randn(len(indices), pooled_width(denoiser), device=device)
         return PreferenceBatch(
             example_ids=torch.tensor(indices).to(device, non_blocking=True),
             latent_mean=mean,
             latent_std=0.1 * torch.ones_like(mean),
-            prompt_embeds=text.repeat(2, 1, 1),
-            pooled_prompt_embeds=pooled,
+            text={name: torch.cat([column] * 2) for name, column in text.items()},
             sizes=torch.full((rows, 6), self.side, device=device),
             preference=None,
             prompts=[""] * rows,

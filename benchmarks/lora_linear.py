@@ -16,7 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from diffalign import config as configuration
-from diffalign.backbones import Conditioning, adapters, loading
+from diffalign.backbones import adapters, loading
 from diffalign.backbones.attention import share_text, use_backend
 from diffalign.backbones.fused_lora import fuse_lora, project
 
@@ -45,8 +45,8 @@ def unets(rank: int, targets: list[str], half: bool) -> dict[str, Run]:
     backbone = loading.load("assets/tiny-sdxl", torch_dtype=torch.bfloat16 if half else torch.float32)
     peft = backbone.denoiser
     adapters.add_lora(peft, rank, target_modules=targets)
-    embeds, pooled = backbone.encode_prompts(["a red circle on a blue background"] * PAIRS)
-    cond = Conditioning(embeds.repeat(2, 1, 1), pooled.repeat(2, 1), torch.full((2 * PAIRS, 6), 64.0))
+    text = backbone.encode_prompts(["a red circle on a blue background"] * 2 * PAIRS)
+    cond = backbone.condition(text, torch.full((2 * PAIRS, 6), 64.0))
     xt, timesteps = torch.randn(2 * PAIRS, 4, 16, 16), torch.full((2 * PAIRS,), 500)
     fused = copy.deepcopy(peft)
     fuse_lora(fused)

@@ -3,69 +3,15 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from diffalign.backbones.attention import shares_text
-from diffalign.denoising.paths import DDPMPath
+from diffalign.backbones.conditioning import Conditioning
 from diffalign.errors import ModelError
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """Hold what a denoiser is told besides the noisy latent and the timestep; N entries."""
-
-    prompt_embeds: Tensor  # [N/copies,L,D]
-    pooled_prompt_embeds: Tensor | None = None  # [N,P]; None where the family has none
-    add_time_ids: Tensor | None = None  # [N,6] float32; None where the family has none
-    copies: int = 1  # entry i of prompt_embeds belongs to the entries i, i + N/copies, i + 2N/copies, ... of N
-
-    def __len__(self) -> int:
-        """Return N."""
-        return self.prompt_embeds.shape[0] * self.copies
-
-    def shared(self, copies: int) -> Self:
-        """Keep the first N/copies prompts only; the others must repeat them in the same order."""
-        return replace(self, prompt_embeds=self.prompt_embeds[: len(self) // copies], copies=copies)
-
-    def text(self, denoiser: nn.Module) -> Tensor:
-        """Return the embeddings as `denoiser` takes them: of N entries, or shared ones once (`share_text`)."""
-        return self.prompt_embeds if shares_text(denoiser) else self._every_prompt()
-
-    def _every_prompt(self) -> Tensor:
-        return self.prompt_embeds if self.copies == 1 else self.prompt_embeds.repeat(self.copies, 1, 1)
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move to `device` and cast the embeddings to `dtype`; the time ids stay float32.
-
-        bfloat16 holds no odd integer above 256, so a cast would change the sizes the network is told.
-        """
-        pooled, time_ids = self.pooled_prompt_embeds, self.add_time_ids
-        return type(self)(
-            self.prompt_embeds.to(device=device, dtype=dtype),
-            None if pooled is None else pooled.to(device=device, dtype=dtype),
-            None if time_ids is None else time_ids.to(device=device),
-            self.copies,
-        )
-
-    def select(self, index: Tensor | slice | list[int]) -> Self:
-        """Return the entries at `index` (a slice, a list of positions, a boolean or an integer tensor), none shared."""
-        return type(self)(*(None if part is None else part[index] for part in self._columns()))
-
-    @classmethod
-    def cat(cls, conditionings: Sequence[Self]) -> Self:
-        """Concatenate along N; all must come from the same family."""
-        columns = zip(*(c._columns() for c in conditionings), strict=True)
-        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
-
-    def _columns(self) -> tuple[Tensor | None, ...]:
-        """Return what has N entries, none of them shared."""
-        return self._every_prompt(), self.pooled_prompt_embeds, self.add_time_ids
 
 
 class Backbone(ABC):
@@ -78,6 +24,8 @@ class Backbone(ABC):
     """
 
     family: ClassVar[str]
+    text_columns: ClassVar[tuple[str, ...]]  # what `encode_prompts` returns, and caches keep
+    repeated_blocks: ClassVar[tuple[str, ...]]  # classes of the denoiser's parts that FSDP makes whole one at a time
 
     def __init__(
         self,
@@ -98,28 +46,44 @@ class Backbone(ABC):
         self.scheduler = scheduler
         self.source = source
         self.options = options or {}  # arguments of the pipeline's constructor that are not modules
-        self.latent_channels: int = vae.config.latent_channels
-        self.vae_scale_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
         self._check_parts()
-        self.path = DDPMPath.from_config(scheduler.config)
+        self.path = self._noise_path()
         self._fingerprint: str | None = None
         for module in self._encoders():
             module.requires_grad_(False).eval()
 
+    @property
+    def latent_channels(self) -> int:
+        """Return C of the latents."""
+        return self.vae.config.latent_channels
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Return how many pixels a latent is high and wide."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
     @abstractmethod
-    def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Return prompt embeddings [N,L,D] and pooled embeddings [N,P] (or None), equal to diffusers' pipeline.
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Return the `text_columns` [N,...] of N prompts by name, equal to diffusers' pipeline.
 
         Prompts longer than the tokenizer's `model_max_length` are truncated, as in the pipeline. Differentiable in the
         encoders' weights, for those who train them (LPO's judge); they are frozen here.
         """
 
-    @abstractmethod
-    def condition(self, prompt_embeds: Tensor, pooled: Tensor | None, sizes: Tensor | None) -> Conditioning:
-        """Build the denoiser's conditioning of N entries.
+    def condition(self, text: Mapping[str, Tensor], sizes: Tensor | None) -> Conditioning:
+        """Build the denoiser's conditioning of N entries from the `text_columns` and what the family adds to them.
 
         sizes: [N,6] = original height, width, crop top, left, target height, width in pixels.
+
+        Raises:
+            ModelError: a column is missing.
         """
+        if missing := [name for name in self.text_columns if name not in text]:
+            raise ModelError(
+                f"{self.family} needs {missing[0]} of every prompt, got {', '.join(text) or 'nothing'}. "
+                "Rebuild the cache with this model."
+            )
+        return Conditioning({name: text[name] for name in self.text_columns})
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, xt: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
@@ -215,24 +179,13 @@ class Backbone(ABC):
             if upcast:
                 self.vae.half()
 
+    @abstractmethod
+    def _noise_path(self) -> Any:
+        """Return the path (of `denoising.paths`) that the model was trained on."""
+
+    @abstractmethod
     def _check_parts(self) -> None:
-        channels = self.denoiser.config.in_channels
-        if channels != self.latent_channels:
-            raise ModelError(
-                f'The UNet of "{self.source}" takes {channels} channels, the VAE makes {self.latent_channels}. '
-                "Inpainting, depth and edit checkpoints cannot be trained here: use the text-to-image model."
-            )
-        schedule = self.scheduler.config
-        if schedule.get("beta_schedule") is None and schedule.get("trained_betas") is None:
-            raise ModelError(
-                f'The {type(self.scheduler).__name__} of "{self.source}" has no DDPM noise schedule (no betas): EDM '
-                "and flow-matching models are not supported yet. Use an SD1.5, SD2.1 or SDXL model."
-            )
-        if getattr(self.vae.config, "latents_mean", None) is not None:
-            raise ModelError(
-                f'The VAE of "{self.source}" normalises each latent channel (latents_mean, as Playground v2.5 does), '
-                "which is not supported. Use an SD1.5, SD2.1 or SDXL model."
-            )
+        """Raise ModelError unless the parts form a model of this family that can be trained."""
 
     def _check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3:

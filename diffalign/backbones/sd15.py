@@ -3,29 +3,27 @@
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from diffalign.backbones.base import Backbone, Conditioning
+from diffalign.backbones.conditioning import Conditioning
+from diffalign.backbones.unet import UNetBackbone
 
 
-class SD15(Backbone):
+class SD15(UNetBackbone):
     """Adapt StableDiffusionPipeline checkpoints (SD1.4, SD1.5, SD2.0, SD2.1 and their fine-tunes)."""
 
     family = "sd15"
+    text_columns = ("prompt_embeds",)
 
-    def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, None]:
-        """Return the last hidden states [N,L,D] of the text encoder, in its dtype, and None."""
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Return the last hidden states [N,L,D] of the text encoder, in its dtype."""
         encoder = self.text_encoders[0]
         tokens = self._tokenize(self.tokenizers[0], prompts).to(encoder.device)
         mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
-        return encoder(tokens.input_ids, attention_mask=mask)[0], None
-
-    def condition(self, prompt_embeds: Tensor, pooled: Tensor | None, sizes: Tensor | None) -> Conditioning:
-        """Build the conditioning from the embeddings [N,L,D]; this family knows no pooled embeddings and no sizes."""
-        return Conditioning(prompt_embeds)
+        return {"prompt_embeds": encoder(tokens.input_ids, attention_mask=mask)[0]}
 
     def predict(self, denoiser: nn.Module, xt: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
         """Return the UNet's prediction [N,C,h,w] in its dtype."""
         dtype = self._dtype(denoiser)
-        text = cond.text(denoiser).to(dtype)
+        text = self._text(denoiser, cond).to(dtype)
         return denoiser(xt.to(dtype), timesteps, encoder_hidden_states=text, return_dict=False)[0]
 
     def pipeline(self) -> StableDiffusionPipeline:

@@ -1,19 +1,23 @@
 """Stable Diffusion XL: two CLIP text encoders and size micro-conditioning (Podell et al. 2023, arXiv:2307.01952)."""
 
+from collections.abc import Mapping
+
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from diffalign.backbones.base import Backbone, Conditioning
+from diffalign.backbones.conditioning import Conditioning
+from diffalign.backbones.unet import UNetBackbone
 from diffalign.errors import ModelError
 
 
-class SDXL(Backbone):
+class SDXL(UNetBackbone):
     """Adapt StableDiffusionXLPipeline checkpoints (SDXL base and its fine-tunes; not the refiner)."""
 
     family = "sdxl"
+    text_columns = ("prompt_embeds", "pooled_prompt_embeds")
 
-    def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return both encoders' penultimate hidden states side by side [N,L,D1+D2] and the second's projection [N,P].
 
         The pipeline replaces the embeddings of a missing negative prompt by zeros; here "" is encoded like any text.
@@ -23,32 +27,31 @@ class SDXL(Backbone):
             tokens = self._tokenize(tokenizer, prompts).input_ids.to(encoder.device)
             output = encoder(tokens, output_hidden_states=True)
             hidden_states.append(output.hidden_states[-2])
-        return torch.cat(hidden_states, dim=-1), output.text_embeds
+        return {"prompt_embeds": torch.cat(hidden_states, dim=-1), "pooled_prompt_embeds": output.text_embeds}
 
-    def condition(self, prompt_embeds: Tensor, pooled: Tensor | None, sizes: Tensor | None) -> Conditioning:
-        """Build the conditioning; `sizes` [N,6] are the time ids in the order of the pipeline's `_get_add_time_ids`.
+    def condition(self, text: Mapping[str, Tensor], sizes: Tensor | None) -> Conditioning:
+        """Add `sizes` [N,6] to the text: the time ids in the order of the pipeline's `_get_add_time_ids`.
 
         Raises:
-            ModelError: `pooled` is missing or `sizes` is not [N,6].
+            ModelError: a column of text is missing or `sizes` is not [N,6].
         """
-        if pooled is None:
-            raise ModelError("SDXL needs pooled prompt embeddings, got None. Rebuild the cache with this model.")
-        if sizes is None or sizes.shape != (len(prompt_embeds), 6):
+        cond = super().condition(text, sizes)
+        if sizes is None or sizes.shape != (len(cond), 6):
             shape = None if sizes is None else list(sizes.shape)
             raise ModelError(
-                f"SDXL needs sizes of shape [{len(prompt_embeds)},6] (original height, width, crop top, left, "
+                f"SDXL needs sizes of shape [{len(cond)},6] (original height, width, crop top, left, "
                 f"target height, width), got {shape}."
             )
-        return Conditioning(prompt_embeds, pooled, sizes.float())
+        return Conditioning({**cond.columns, "add_time_ids": sizes.float()})
 
     def predict(self, denoiser: nn.Module, xt: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
         """Return the UNet's prediction [N,C,h,w] in its dtype."""
         dtype = self._dtype(denoiser)
-        added = {"text_embeds": cond.pooled_prompt_embeds.to(dtype), "time_ids": cond.add_time_ids}
+        added = {"text_embeds": cond["pooled_prompt_embeds"].to(dtype), "time_ids": cond["add_time_ids"]}
         return denoiser(
             xt.to(dtype),
             timesteps,
-            encoder_hidden_states=cond.text(denoiser).to(dtype),
+            encoder_hidden_states=self._text(denoiser, cond).to(dtype),
             added_cond_kwargs=added,
             return_dict=False,
         )[0]

@@ -24,17 +24,19 @@ Augment = Callable[[Tensor], Augmentation]
 class PairEncoder(Protocol):
     """What caching and online encoding need of a backbone. It moves its inputs to its own device."""
 
+    text_columns: tuple[str, ...]  # names of what `encode_prompts` returns; "prompt_embeds" is one of them
+
     def fingerprint(self) -> str:
         """Return a hash of everything the encodings depend on."""
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation [N,C,h,w], scaled, of images [N,3,H,W] in [0,1]."""
 
-    def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Return prompt_embeds [N,L,D] and pooled_prompt_embeds [N,P] or None."""
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Return the columns of N prompts by name, [N,...] each: embeddings, and masks of bools or integers."""
 
 
-ROW_ALIGNED = ("latent_mean", "latent_std", "prompt_embeds", "pooled_prompt_embeds", "sizes")
+ROW_ALIGNED = ("latent_mean", "latent_std", "sizes")
 EXAMPLE_ALIGNED = ("example_ids", "preference", "scores", "weights")
 
 
@@ -49,8 +51,7 @@ class PreferenceBatch:
     example_ids: Tensor  # int64 [B]
     latent_mean: Tensor  # [N,C,h,w], scaled: mean of the VAE's posterior
     latent_std: Tensor  # [N,C,h,w], scaled: its standard deviation
-    prompt_embeds: Tensor  # [N,L,D]
-    pooled_prompt_embeds: Tensor | None  # [N,P]
+    text: dict[str, Tensor]  # columns [N,...] of the prompts by name: what the model's `encode_prompts` returns
     sizes: Tensor  # [N,6]: original_h, original_w, crop_top, crop_left, target_h, target_w
     preference: Tensor | None  # [B], P(winner preferred); None where the data has plain winners only
     prompts: list[str]  # [N], "" where the caption was dropped
@@ -69,7 +70,8 @@ class PreferenceBatch:
         """Return the batch on a device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: v.to(device, non_blocking=non_blocking) for k, v in moved.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        text = {name: column.to(device, non_blocking=non_blocking) for name, column in self.text.items()}
+        return replace(self, **moved, text=text)
 
     def winners(self) -> Self:
         """Return the first image of every example only: N = B rows, one score each, no preference."""
@@ -110,8 +112,15 @@ class PreferenceBatch:
 
     def _with_rows(self, rows: Tensor) -> Self:
         """Take rows of everything that has N of them."""
-        cut = {name: getattr(self, name)[rows] for name in ROW_ALIGNED if getattr(self, name) is not None}
-        return replace(self, **cut, prompts=[self.prompts[row] for row in rows.tolist()] if self.prompts else [])
+        cut = {name: getattr(self, name)[rows] for name in ROW_ALIGNED}
+        text = {name: column[rows] for name, column in self.text.items()}
+        prompts = [self.prompts[row] for row in rows.tolist()] if self.prompts else []
+        return replace(self, **cut, text=text, prompts=prompts)
+
+
+def as_float32(column: Tensor) -> Tensor:
+    """Return embeddings in float32, and masks as they are."""
+    return column.to(torch.float32) if column.is_floating_point() else column
 
 
 def sample_latents(batch: PreferenceBatch, posterior_noise: Tensor) -> Tensor:

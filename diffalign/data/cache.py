@@ -12,7 +12,7 @@ import torch
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from diffalign.data.batch import Augment, PairEncoder, PreferenceBatch
+from diffalign.data.batch import Augment, PairEncoder, PreferenceBatch, as_float32
 from diffalign.data.cache_build import STORED, CacheBuilder
 from diffalign.data.cache_store import COMPLETE, AppendStore, exclusive, read_json, write_json
 from diffalign.data.rejects import from_record
@@ -40,13 +40,12 @@ class LatentCache:
         self.images_per_example: int = self.meta["images_per_example"]
         self.prompts: list[str] = [json.loads(line) for line in (folder / "prompts.jsonl").read_bytes().splitlines()]
         self._bits = self.meta["dtype"] == "bfloat16"
-        self._latents, self._embeds = self._map("latents"), self._map("prompt_embeds")
-        self._pooled = self._map("pooled_prompt_embeds") if self.meta["pooled"] else None
+        self._latents, self._text = self._map("latents"), {name: self._map(name) for name in _text_columns(self.meta)}
         self._sizes = np.load(folder / "sizes.npy")
         self.example_ids = np.load(folder / "example_ids.npy")  # [P]
         self.source_index = np.load(folder / "source_index.npy")  # [P]: where an example stands in its source
         self.image_rows = np.load(folder / "pair_images.npy")  # [P,k] rows of latents, best image first
-        self.prompt_rows = np.load(folder / "pair_prompts.npy")  # [P,k] rows of prompt_embeds; row 0 is ""
+        self.prompt_rows = np.load(folder / "pair_prompts.npy")  # [P,k] rows of the text columns; row 0 is ""
         # [P] P(winner preferred), NaN for plain winners, and [P,k], higher is better; None if the data has none.
         self.preference = np.load(folder / "preference.npy") if self.has_preference else None
         self.scores = np.load(folder / "scores.npy") if self.meta["has_scores"] else None
@@ -105,7 +104,7 @@ class LatentCache:
                 settings = {"dtype": dtype, "batch_size": batch_size, "workers": workers, "progress": progress}
                 with AppendStore(folder) as store:
                     CacheBuilder(source, encoder, transform, store, **settings).run()
-                    store.finish(_summary(store), drop=["skipped.jsonl"])
+                    store.finish(_summary(store, encoder.text_columns), drop=["skipped.jsonl"])
         cache = cls(folder)
         for record in cache.meta["skipped"]:
             source.rejects.add(from_record(record))  # raises if this source does not allow rows to be left out
@@ -168,8 +167,8 @@ class LatentCache:
     ) -> PreferenceBatch:
         """Make a batch of B examples from any rows of the cache.
 
-        `example_ids` [B] key the augmentation, `images` [B,k] are rows of the latents, `prompts` [B,k] of the prompt
-        embeddings; `preference` [B] and `scores` [B,k] are passed on.
+        `example_ids` [B] key the augmentation, `images` [B,k] are rows of the latents, `prompts` [B,k] of the text
+        columns; `preference` [B] and `scores` [B,k] are passed on.
         """
         ids = torch.from_numpy(np.asarray(example_ids, dtype=np.int64))
         drawn, k = augment(ids), images.shape[1]
@@ -180,22 +179,21 @@ class LatentCache:
         rows, variant = images.T.reshape(-1), np.tile(flip.astype(np.int64), k)
         captions = np.where(drop, 0, prompts.T).reshape(-1)
         distinct, of = np.unique(captions, return_inverse=True)  # images mostly share their caption: read it once
-        moments = self._floats(self._latents[rows, variant])
+        moments = self._tensor(self._latents[rows, variant])
         return PreferenceBatch(
             example_ids=ids,
             latent_mean=moments[:, 0].contiguous(),
             latent_std=moments[:, 1].contiguous(),
-            prompt_embeds=self._floats(self._embeds[distinct])[of],
-            pooled_prompt_embeds=None if self._pooled is None else self._floats(self._pooled[distinct])[of],
+            text={name: self._tensor(column[distinct])[of] for name, column in self._text.items()},
             sizes=torch.from_numpy(self._sizes[rows, variant].astype(np.float32)),
             preference=None if preference is None else as_preference(preference),
             prompts=[self.prompts[caption] for caption in captions],
             scores=None if scores is None else torch.from_numpy(np.asarray(scores, dtype=np.float32)),
         )
 
-    def _floats(self, stored: np.ndarray) -> Tensor:
+    def _tensor(self, stored: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(stored)
-        return (tensor.view(torch.bfloat16) if self._bits else tensor).to(torch.float32)
+        return as_float32(tensor.view(torch.bfloat16) if self._bits and tensor.dtype == torch.uint16 else tensor)
 
 
 def as_mask(values: Tensor | Sequence[bool], count: int, name: str) -> np.ndarray:
@@ -215,7 +213,7 @@ def _key(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _summary(store: AppendStore) -> dict[str, Any]:
+def _summary(store: AppendStore, text_columns: Sequence[str]) -> dict[str, Any]:
     # Sorted: rows are met in the order of decoding, which differs when a build was interrupted.
     skipped = sorted(store.read_lines("skipped.jsonl"), key=lambda record: (record["file"], record["row"]))
     return {
@@ -223,12 +221,17 @@ def _summary(store: AppendStore) -> dict[str, Any]:
         "images_per_example": store.arrays["pair_images.npy"]["shape"][0],
         "images": store.rows("latents.npy"),
         "prompts": store.rows("prompt_embeds.npy"),
-        "pooled": "pooled_prompt_embeds.npy" in store.arrays,
+        "text_columns": list(text_columns),
         "has_preference": bool(np.isfinite(store.read("preference.npy")).any()),
         "has_scores": bool(np.isfinite(store.read("scores.npy")).any()),
         "counts": store.state["counts"],
         "skipped": skipped,
     }
+
+
+def _text_columns(meta: dict[str, Any]) -> list[str]:
+    """Return the names of the text columns; caches from before there were names say whether they have a pooled one."""
+    return meta.get("text_columns") or ["prompt_embeds", "pooled_prompt_embeds"][: 1 + meta["pooled"]]
 
 
 def _verified(folder: Path) -> dict[str, Any]:

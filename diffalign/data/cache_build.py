@@ -29,7 +29,7 @@ class _Accepted:
 
     row: Example
     images: list[int]  # [k] rows of latents
-    prompts: list[int]  # [k] rows of prompt_embeds
+    prompts: list[int]  # [k] rows of the text columns
 
 
 class CacheBuilder:
@@ -191,15 +191,14 @@ class CacheBuilder:
         done = self.store.rows("prompt_embeds.npy")
         task = self.progress.add_task("encoding prompts", total=len(prompts), completed=done)
         for start in range(done, len(prompts), PROMPT_BATCH):
-            embeds, pooled = self.encoder.encode_prompts(prompts[start : start + PROMPT_BATCH])
-            self.store.append("prompt_embeds.npy", self._stored(embeds.cpu(), "The text encoder"))
-            if pooled is not None:
-                self.store.append("pooled_prompt_embeds.npy", self._stored(pooled.cpu(), "The text encoder"))
+            encoded = prompts[start : start + PROMPT_BATCH]
+            for name, column in self.encoder.encode_prompts(encoded).items():
+                self.store.append(f"{name}.npy", self._stored(column.cpu(), "The text encoder"))
             self.store.commit()
-            self.progress.update(task, completed=start + len(embeds))
+            self.progress.update(task, completed=start + len(encoded))
 
     def _stored(self, tensor: Tensor, who: str) -> np.ndarray:
-        cast = tensor.to(self.dtype)
+        cast = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         if not torch.isfinite(cast).all():
             where = "already before storing" if not torch.isfinite(tensor).all() else f"once stored as {self.dtype}"
             raise DataError(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.data.batch import Augment, PairEncoder, PreferenceBatch
+from diffalign.data.batch import Augment, PairEncoder, PreferenceBatch, as_float32
 from diffalign.data.cache import as_mask, as_preference
 from diffalign.data.pairs import Example, RowError
 from diffalign.data.source import PairSource
@@ -73,13 +73,12 @@ class OnlinePairs:
         prompts = [prompt for image in zip(*shown, strict=True) for prompt in image]
         with torch.no_grad():
             mean, std = (moment.cpu().to(torch.float32) for moment in self.encoder.encode_images(images))
-            embeds, pooled = self._encode_prompts(prompts)
+            text = self._encode_prompts(prompts)
         return PreferenceBatch(
             example_ids=torch.tensor([row.example_id for row in rows], dtype=torch.int64),
             latent_mean=mean,
             latent_std=std,
-            prompt_embeds=embeds,
-            pooled_prompt_embeds=pooled,
+            text=text,
             sizes=sizes,
             preference=self._preference(rows),
             prompts=prompts,
@@ -128,13 +127,12 @@ class OnlinePairs:
     def _transform(self, row: Example, flip: bool, place: tuple | None) -> tuple[Tensor, Tensor]:
         return self.transform(*(image.load() for image in row.images), flip=flip, crop=place)
 
-    def _encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+    def _encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Encode each distinct prompt once."""
         distinct = list(dict.fromkeys(prompts))
-        embeds, pooled = self.encoder.encode_prompts(distinct)
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
-        embeds = embeds.cpu().to(torch.float32)[rows]
-        return embeds, None if pooled is None else pooled.cpu().to(torch.float32)[rows]
+        columns = self.encoder.encode_prompts(distinct)
+        return {name: as_float32(column.cpu())[rows] for name, column in columns.items()}
 
     def _preference(self, rows: list[Example]) -> Tensor | None:
         soft = np.array([np.nan if row.preference is None else row.preference for row in rows])

@@ -64,7 +64,7 @@ class WinnerGuidance:
         sampler, x = self.sampler, x.detach().requires_grad_()
         with sampler.network.differentiable() as network:
             if index == sampler.num_inference_steps:
-                timesteps, x0 = torch.zeros(len(x), dtype=torch.int64, device=x.device), x
+                timesteps, x0 = torch.zeros(len(x), dtype=sampler.ladder.timesteps.dtype, device=x.device), x
             else:
                 timesteps = sampler.at(sampler.ladder.timesteps, index, x)
                 sampler.evaluations.predicted += len(x)

@@ -24,10 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffalign.backbones.base import Backbone, Conditioning
+from diffalign.backbones.base import Backbone
+from diffalign.backbones.conditioning import Conditioning
 from diffalign.backbones.files import check_weights, load_errors, write_atomically
 from diffalign.backbones.unet_encoder import cut, load_encoder
 from diffalign.errors import ModelError
+from diffalign.rollout.prompts import conditioning
 
 HEADS, OFFICIAL_HEADS = "heads.safetensors", "state_dict.pt"
 GUIDANCE = 7.5  # of the middle block's features, as the authors train it
@@ -131,28 +133,21 @@ class LatentReward:
 
     def embed(self, latents: Tensor, prompts: Sequence[str], timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return unit image and text embeddings [N,D] float32 of noisy latents [N,C,h,w], with gradients."""
-        cond, count = self._conditioning(prompts), len(latents)
+        count = len(latents)
+        told = [*prompts, *[""] * count]  # the authors encode "" for SDXL too
+        cond = conditioning(self.backbone, told, self.resolution).to(self.device)
         middle = self.backbone.predict(self.backbone.denoiser, torch.cat([latents] * 2), timesteps.repeat(2), cond)
         with_prompt, without = _pool(middle).chunk(2)
         features = [*(_pool(level)[:count] for level in self._levels), without + GUIDANCE * (with_prompt - without)]
         self._levels.clear()
         image = self.module.heads["visual_projection"](torch.cat(features, dim=1))
-        text = self._text(prompts, cond.pooled_prompt_embeds)
+        text = self._text(prompts, cond)
         return F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1)
 
-    def _conditioning(self, prompts: Sequence[str]) -> Conditioning:
-        """Return what the UNet is told of N prompts and then of N empty ones; the authors encode "" for SDXL too."""
-        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys([*prompts, ""]))}
-        embeds, pooled = self.backbone.encode_prompts(list(distinct))
-        rows = [distinct[prompt] for prompt in prompts] + [distinct[""]] * len(prompts)
-        side = float(self.resolution)
-        sizes = torch.tensor([[side, side, 0.0, 0.0, side, side]]).repeat(len(rows), 1)
-        return self.backbone.condition(embeds[rows], None if pooled is None else pooled[rows], sizes).to(self.device)
-
-    def _text(self, prompts: Sequence[str], pooled: Tensor | None) -> Tensor:
+    def _text(self, prompts: Sequence[str], cond: Conditioning) -> Tensor:
         """Return the text embeddings [N,D], not normalised."""
-        if pooled is not None:
-            return pooled[: len(prompts)]
+        if "pooled_prompt_embeds" in cond.columns:
+            return cond["pooled_prompt_embeds"][: len(prompts)]
         encoder, tokenizer = self.backbone.text_encoders[0], self.backbone.tokenizers[0]
         length = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
         tokens = tokenizer(list(prompts), return_tensors="pt", **length).input_ids.to(self.device)

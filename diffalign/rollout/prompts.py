@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffalign.backbones.base import Backbone, Conditioning
+from diffalign.backbones.base import Backbone
+from diffalign.backbones.conditioning import Conditioning
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,26 +46,32 @@ class PromptEncoder:
 
     def __call__(self, texts: Sequence[str], device: torch.device) -> PromptBatch:
         """Return the prompts with their conditioning on a device."""
-        cond = self._encode(list(texts), device)
-        if self._empty is None or self._empty.prompt_embeds.device != device:
-            self._empty = self._encode([""], device, zeros=self._empty_is_zero())
+        with torch.no_grad():
+            cond = conditioning(self.backbone, texts, self.resolution).to(device)
+            if self._empty is None or self._empty.device != device:
+                empty = conditioning(self.backbone, [""], self.resolution, zeros=self._empty_is_zero())
+                self._empty = empty.to(device)
         return PromptBatch(
             list(texts), torch.tensor([prompt_id(text) for text in texts], device=device), cond, self._empty
         )
 
-    def _encode(self, texts: list[str], device: torch.device, zeros: bool = False) -> Conditioning:
-        distinct = list(dict.fromkeys(texts))
-        with torch.no_grad():
-            embeds, pooled = self.backbone.encode_prompts(distinct)
-        rows = [distinct.index(text) for text in texts]
-        side = float(self.resolution)
-        sizes = torch.tensor([[side, side, 0.0, 0.0, side, side]]).repeat(len(texts), 1)
-        factor = 0.0 if zeros else 1.0
-        pooled = None if pooled is None else factor * pooled[rows]
-        return self.backbone.condition(factor * embeds[rows], pooled, sizes).to(device)
-
     def _empty_is_zero(self) -> bool:
         return bool(self.backbone.options.get("force_zeros_for_empty_prompt", self.backbone.family == "sdxl"))
+
+
+def conditioning(backbone: Backbone, texts: Sequence[str], resolution: int, zeros: bool = False) -> Conditioning:
+    """Return what the denoiser is told of N prompts for square pictures; each distinct prompt is encoded once.
+
+    zeros: the text is zeros in the place of the embeddings.
+    """
+    distinct = list(dict.fromkeys(texts))
+    rows = [distinct.index(text) for text in texts]
+    columns = {name: column[rows] for name, column in backbone.encode_prompts(distinct).items()}
+    if zeros:
+        columns = {name: torch.zeros_like(column) for name, column in columns.items()}
+    side = float(resolution)
+    sizes = torch.tensor([[side, side, 0.0, 0.0, side, side]]).repeat(len(texts), 1)
+    return backbone.condition(columns, sizes)
 
 
 def prompt_id(text: str) -> int:

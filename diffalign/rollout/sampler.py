@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffalign import denoising
-from diffalign.backbones.base import Conditioning
+from diffalign.backbones.conditioning import Conditioning
 from diffalign.denoising import DDPMPath, FrozenDenoiser, StepDistribution
 from diffalign.errors import ConfigError
 from diffalign.rollout.prompts import PromptBatch

@@ -127,7 +127,7 @@ class StepPairs:
         latents, pred = ends.flatten(0, 1), None
         finished = index == sampler.num_inference_steps
         if finished and self.scorer.reads_prediction:
-            timesteps = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
+            timesteps = torch.zeros(len(latents), dtype=sampler.ladder.timesteps.dtype, device=latents.device)
         elif self.scorer.reads_prediction:
             pred = sampler.predict(latents, index, cond, prompts.empty)
             timesteps = sampler.at(sampler.ladder.timesteps, index, latents)

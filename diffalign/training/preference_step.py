@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from diffalign import denoising
-from diffalign.backbones.base import Backbone, Conditioning
+from diffalign.backbones.base import Backbone
+from diffalign.backbones.conditioning import Conditioning
 from diffalign.data.batch import Augment, Augmentation, PreferenceBatch, sample_latents
 from diffalign.data.visits import Visit
 from diffalign.denoising import DenoisingBatch, DenoisingOutputs, FrozenDenoiser
@@ -181,7 +182,7 @@ class PreferenceStep(StepHook):
         streams = streams[: batch.images_per_example]
         posterior = torch.cat([denoising.normal(self.seed, step, ids, shape, stream) for stream in streams])
         timesteps = denoising.sample_timesteps(path, self.seed, step, ids, self.timestep_low, self.timestep_high)
-        cond = self.backbone.condition(batch.prompt_embeds, batch.pooled_prompt_embeds, batch.sizes)
+        cond = self.backbone.condition(batch.text, batch.sizes)
         if batch.prompts == batch.prompts[: len(batch)] * batch.images_per_example:
             cond = cond.shared(batch.images_per_example)
         batch = replace(batch, prompts=[])  # to select from a list, the host would have to wait for the device

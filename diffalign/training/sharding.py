@@ -6,7 +6,7 @@ accelerate does around them stays its own.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffalign.errors import ConfigError
 from diffalign.training import zero
-
-BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # of a UNet: gathered one at a time
 
 
 def wanted(accelerator: Accelerator) -> bool:
@@ -52,11 +50,11 @@ def check(mixed_precision: str) -> None:
         raise ConfigError('train.mixed_precision "fp16" does not work with FSDP. Use bf16 or no.')
 
 
-def shard(module: nn.Module, accelerator: Accelerator) -> nn.Module:
+def shard(module: nn.Module, accelerator: Accelerator, repeated_blocks: Sequence[str]) -> nn.Module:
     """Cut the parameters of `module` over the processes in place, if the launch asks for it; return it.
 
-    A block is whole only while it computes. Weights are gathered in the precision of the run, so that no copy cast by
-    autocast outlives the block; gradients are summed in float32.
+    A part of one of the classes `repeated_blocks` is whole only while it computes. Weights are gathered in the
+    precision of the run, so that no copy cast by autocast outlives the part; gradients are summed in float32.
     """
     if not wanted(accelerator):
         return module
@@ -67,8 +65,8 @@ def shard(module: nn.Module, accelerator: Accelerator) -> nn.Module:
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
     }
     module.to(memory_format=torch.contiguous_format)  # FSDP takes no channels-last weights
-    blocks = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    names = tuple(blocks.split(",")) if blocks else BLOCKS
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    names = named.split(",") if named else repeated_blocks
     for part in list(module.modules()):
         if type(part).__name__ in names:
             fully_shard(part, reshard_after_forward=plugin.reshard_after_forward, **settings)

@@ -7,7 +7,7 @@ loads and has the host in it, and a recording, into whose tensors the prepared o
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -80,7 +80,7 @@ class StaticStep:
     runs eagerly from then on.
 
     Args:
-        prepare: given example indices and the step, returns tensors in (nested) dataclasses; never recorded.
+        prepare: given example indices and the step, returns tensors in nested dataclasses and mappings; never recorded.
         evaluate: given the network and these, returns losses [B] and metrics; a function of tensors only.
         backward: adds the gradient of a scalar to `.grad`.
         recorder: how a step is recorded.
@@ -134,28 +134,37 @@ class StaticStep:
             )
 
 
+def _parts(tree: Any) -> dict[str, Any] | None:
+    """Return what a dataclass or a mapping consists of by name, None of anything else."""
+    if is_dataclass(tree):
+        return {field.name: getattr(tree, field.name) for field in fields(tree)}
+    return dict(tree) if isinstance(tree, Mapping) else None
+
+
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors of nested dataclasses."""
+    """Yield the tensors of nested dataclasses and mappings."""
     if isinstance(tree, Tensor):
         yield tree
-    elif is_dataclass(tree):
-        for field in fields(tree):
-            yield from _tensors(getattr(tree, field.name))
+    for part in (_parts(tree) or {}).values():
+        yield from _tensors(part)
 
 
 def _copied(tree: Any) -> Any:
-    """Return nested dataclasses with tensors of their own: the given ones may be views of what lives elsewhere."""
+    """Return a tree with tensors of its own: the given ones may be views of what lives elsewhere."""
     if isinstance(tree, Tensor):
         return tree.clone()
-    if is_dataclass(tree):
-        return replace(tree, **{field.name: _copied(getattr(tree, field.name)) for field in fields(tree)})  # type: ignore[type-var]
-    return tree
+    parts = _parts(tree)
+    if parts is None:
+        return tree
+    copied = {name: _copied(part) for name, part in parts.items()}
+    return replace(tree, **copied) if is_dataclass(tree) else copied  # type: ignore[type-var]
 
 
 def _shape(tree: Any) -> Any:
     """Return what recordings differ in: shapes and types of tensors, and everything else."""
     if isinstance(tree, Tensor):
         return tuple(tree.shape), tree.dtype
-    if is_dataclass(tree):
-        return tuple(_shape(getattr(tree, field.name)) for field in fields(tree))
+    parts = _parts(tree)
+    if parts is not None:
+        return tuple((name, _shape(part)) for name, part in parts.items())
     return tuple(tree) if isinstance(tree, list) else tree

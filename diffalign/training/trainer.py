@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,6 +49,7 @@ class Trainer:
         on_step: called with the network and the number of finished steps, e.g. to draw validation pictures.
         hooks: told of every step, their state saved under their names.
         static: takes micro-steps in the place of `loss`, from recordings; gradients then stay where they are.
+        repeated_blocks: classes of the network's parts, which FSDP makes whole one at a time.
     """
 
     accelerator: Accelerator
@@ -63,12 +64,13 @@ class Trainer:
     on_step: Callable[[nn.Module, int], None] | None = None
     hooks: Mapping[str, StepHook] = field(default_factory=dict)
     static: StaticStep | None = None
+    repeated_blocks: Sequence[str] = ()
     console: Console = field(default_factory=Console)
 
     def __post_init__(self) -> None:
         self.output_dir = Path(self.train.output_dir)
         self.accelerator.gradient_accumulation_steps = self.plan.gradient_accumulation_steps
-        sharding.shard(self.policy, self.accelerator)
+        sharding.shard(self.policy, self.accelerator, self.repeated_blocks)
         self.parameters = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         unprepared = optimizer.build(self.parameters.values(), self.optimizer)
         self.network, self.torch_optimizer = sharding.prepare(self.accelerator, self.policy, unprepared)

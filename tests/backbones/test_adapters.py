@@ -18,7 +18,7 @@ def backbone(request):
 def _predict(backbone):
     generator = torch.Generator().manual_seed(2)
     sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * 2)
-    cond = backbone.condition(*backbone.encode_prompts(["a red circle", "a cat"]), sizes)
+    cond = backbone.condition(backbone.encode_prompts(["a red circle", "a cat"]), sizes)
     xt = torch.randn(2, 4, 16, 16, generator=generator)
     with torch.no_grad():
         return backbone.predict(backbone.denoiser, xt, torch.tensor([20, 700]), cond)
@@ -101,7 +101,7 @@ def test_gradients_reach_every_adapter(backbone):
     parameters = adapters.add_lora(backbone.denoiser, 4)
     perturb(parameters)
     sizes = torch.tensor([[64, 64, 0, 0, 64, 64]])
-    cond = backbone.condition(*backbone.encode_prompts(["a red circle"]), sizes)
+    cond = backbone.condition(backbone.encode_prompts(["a red circle"]), sizes)
     pred = backbone.predict(backbone.denoiser, torch.randn(1, 4, 16, 16), torch.tensor([300]), cond)
     pred.square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in parameters)

@@ -12,6 +12,7 @@ from tests.backbones.drawing import draw
 from tests.tiny import build_tiny_sdxl
 
 PROMPTS = ["a red circle on a blue background", "", "a cat, on the photo! " * 30]
+POOLED = {"pooled_prompt_embeds": torch.zeros(3, 32)}
 SIZES = torch.tensor([[1001, 667, 3, 5, 64, 64], [64, 64, 0, 0, 64, 64], [512, 384, 0, 64, 64, 64]])
 
 
@@ -26,7 +27,7 @@ def backbone(folder):
 
 
 def _condition(backbone):
-    return backbone.condition(*backbone.encode_prompts(PROMPTS), SIZES)
+    return backbone.condition(backbone.encode_prompts(PROMPTS), SIZES)
 
 
 def _latents(n: int = 3) -> torch.Tensor:
@@ -39,13 +40,13 @@ def test_encode_prompts_equals_the_pipeline(backbone, folder):
         expected = pipeline.encode_prompt(
             PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-    prompt_embeds, pooled = backbone.encode_prompts(PROMPTS)
+    text = backbone.encode_prompts(PROMPTS)
+    assert tuple(text) == backbone.text_columns
+    prompt_embeds = text["prompt_embeds"]
     assert torch.equal(prompt_embeds, expected[0])
     assert prompt_embeds.shape[1] == 77
     if backbone.family == "sdxl":
-        assert torch.equal(pooled, expected[2])
-    else:
-        assert pooled is None
+        assert torch.equal(text["pooled_prompt_embeds"], expected[2])
     assert not torch.equal(prompt_embeds[0], prompt_embeds[1])
     assert not prompt_embeds.requires_grad
 
@@ -112,7 +113,7 @@ def test_wrong_images_are_refused(backbone, shape):
 def test_time_ids_equal_the_pipelines(tiny_sdxl):
     backbone = backbones.load(tiny_sdxl)
     pipeline = backbone.pipeline()
-    for row, got in zip(SIZES.tolist(), _condition(backbone).add_time_ids, strict=True):
+    for row, got in zip(SIZES.tolist(), _condition(backbone)["add_time_ids"], strict=True):
         expected = pipeline._get_add_time_ids(
             tuple(row[:2]), tuple(row[2:4]), tuple(row[4:]), dtype=torch.float32, text_encoder_projection_dim=32
         )
@@ -121,11 +122,11 @@ def test_time_ids_equal_the_pipelines(tiny_sdxl):
 
 @pytest.mark.parametrize(
     ("pooled", "sizes", "named"),
-    [(None, SIZES, "pooled"), (torch.zeros(3, 32), SIZES[:2], r"\[2, 6\]"), (torch.zeros(3, 32), None, "None")],
+    [({}, SIZES, "pooled_prompt_embeds"), (POOLED, SIZES[:2], r"\[2, 6\]"), (POOLED, None, "None")],
 )
 def test_sdxl_refuses_incomplete_conditioning(tiny_sdxl, pooled, sizes, named):
     with pytest.raises(ModelError, match=named):
-        backbones.load(tiny_sdxl).condition(torch.zeros(3, 77, 48), pooled, sizes)
+        backbones.load(tiny_sdxl).condition({"prompt_embeds": torch.zeros(3, 77, 48), **pooled}, sizes)
 
 
 def test_predict_is_deterministic_and_examples_do_not_mix(backbone):
@@ -145,13 +146,14 @@ def test_every_part_of_the_conditioning_reaches_the_network(backbone):
 
     def pred(**changes):
         with torch.no_grad():
-            return backbone.predict(backbone.denoiser, xt, timesteps, backbones.Conditioning(**(vars(cond) | changes)))
+            told = backbones.Conditioning({**cond.columns, **changes})
+            return backbone.predict(backbone.denoiser, xt, timesteps, told)
 
     base = pred()
-    assert not torch.equal(pred(prompt_embeds=cond.prompt_embeds.flip(0)), base)
-    if backbone.family == "sdxl":
-        assert not torch.equal(pred(pooled_prompt_embeds=cond.pooled_prompt_embeds.flip(0)), base)
-        assert not torch.equal(pred(add_time_ids=cond.add_time_ids.flip(0)), base)
+    assert set(cond.columns) >= set(backbone.text_columns)
+    assert ("add_time_ids" in cond.columns) == (backbone.family == "sdxl")
+    for name in cond.columns:
+        assert not torch.equal(pred(**{name: cond[name].flip(0)}), base)
 
 
 def test_predict_follows_the_denoisers_dtype(folder):

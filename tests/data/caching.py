@@ -90,6 +90,13 @@ def keyed_by_id(ids):
     return Augmentation(ids % 3 == 0, ids % 4 == 1)
 
 
+def same(value, other):
+    """Tell whether two fields of batches are equal to the bit."""
+    if isinstance(value, dict):
+        return value.keys() == other.keys() and all(same(value[name], other[name]) for name in value)
+    return torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+
+
 def assert_same_one_by_one(pairs, indices):
     """Check that 4x1 = 1x4: what a batch holds of an example does not depend on its neighbours."""
     whole = pairs.batch(indices, keyed_by_id)
@@ -99,5 +106,5 @@ def assert_same_one_by_one(pairs, indices):
         assert len(alone.latent_mean) == k
         for name, value in vars(alone).items():
             other = getattr(part, name)
-            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
+            assert same(value, other), name
     return whole

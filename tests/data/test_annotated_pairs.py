@@ -6,7 +6,7 @@ from diffalign.data import AnnotatedPairs, Annotations, OnlinePairs, UnpairedIma
 from diffalign.data.annotated import score_preference
 from diffalign.errors import DataError
 from tests import golden
-from tests.data.caching import TRANSFORM, assert_same_one_by_one, build, fixed
+from tests.data.caching import TRANSFORM, assert_same_one_by_one, build, fixed, same
 from tests.data.world import TinyEncoder, list_rows, rows, write_parquet
 
 PAIRS = 40
@@ -58,8 +58,7 @@ def test_huge_scores_are_harmless():
 def test_without_anything_pairs_are_as_they_were(cache):
     plain, annotated = whole(cache), whole(AnnotatedPairs(cache))
     for name, value in vars(plain).items():
-        other = getattr(annotated, name)
-        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
+        assert same(value, getattr(annotated, name)), name
     view = AnnotatedPairs(cache)
     assert (len(view), view.images_per_example, view.has_preference, view.scores) == (PAIRS, 2, False, None)
     assert not view.swapped.any()

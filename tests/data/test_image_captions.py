@@ -72,15 +72,14 @@ def test_batches_hold_a_caption_for_every_image(file, tmp_path):
     augment = fixed([False] * 4, [False, False, True, False])
     batch = cache.batch([1, 3, 4, 1], augment)
     assert batch.prompts == ["right 1", "left 3", "", "right 1", "left 1", "left 3", "", "left 1"]
-    embeds, pooled = encoder.encode_prompts(batch.prompts)
-    assert batch.prompt_embeds.tolist() == embeds.tolist()
-    assert batch.pooled_prompt_embeds.tolist() == pooled.tolist()
+    text = {name: column.tolist() for name, column in encoder.encode_prompts(batch.prompts).items()}
+    assert {name: column.tolist() for name, column in batch.text.items()} == text
     assert cache.meta["prompts"] == 1 + 9
     online = OnlinePairs(source, encoder, TRANSFORM).batch(
         [1, 3, 4, 1], fixed([False] * 4, [False, False, True, False])
     )
     assert online.prompts == batch.prompts
-    assert online.prompt_embeds.tolist() == embeds.tolist()
+    assert {name: column.tolist() for name, column in online.text.items()} == text
 
 
 def test_faults_name_row_and_fix(file, tmp_path):

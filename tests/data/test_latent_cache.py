@@ -32,9 +32,8 @@ class TestContent:
                 torch.testing.assert_close(batch.latent_mean[n], mean[0], rtol=1e-5, atol=1e-6)
                 torch.testing.assert_close(batch.latent_std[n], std[0], rtol=1e-5, atol=1e-6)
                 assert tuple(batch.sizes[n].tolist()) == (view.flipped_sizes if flip else view.sizes)
-                embeds, pooled = encoder.encode_prompts([batch.prompts[b]])
-                torch.testing.assert_close(batch.prompt_embeds[n], embeds[0])
-                torch.testing.assert_close(batch.pooled_prompt_embeds[n], pooled[0])
+                text = encoder.encode_prompts([batch.prompts[b]])
+                torch.testing.assert_close({name: column[n : n + 1] for name, column in batch.text.items()}, text)
         assert not torch.equal(batch.latent_mean[0], batch.latent_mean[3])
 
     def test_mirrored_latents_differ_from_straight_ones(self, parquet, tmp_path):
@@ -51,9 +50,8 @@ class TestContent:
         settings = {"flips": [True, False, False, True], "drop_caption": [False, True, False, False]}
         ours, theirs = (x.batch([5, 2, 2, 0], fixed(**settings)) for x in (cache, online))
         for name, value in vars(ours).items():
-            if isinstance(value, torch.Tensor):
-                torch.testing.assert_close(value, getattr(theirs, name), rtol=1e-5, atol=1e-6)
-                assert value.dtype == getattr(theirs, name).dtype
+            if isinstance(value, torch.Tensor | dict):
+                torch.testing.assert_close(value, getattr(theirs, name), rtol=1e-5, atol=1e-6)  # and the dtypes
         assert ours.prompts == theirs.prompts
         assert ours.preference is theirs.preference is None
 
@@ -70,9 +68,9 @@ class TestContent:
         stored = build(parquet, tmp_path, dtype=dtype)
         settings = {"flips": [True] * 6, "drop_caption": [False] * 6}
         ours, theirs = stored.batch(range(6), fixed(**settings)), exact.batch(range(6), fixed(**settings))
-        assert ours.latent_mean.dtype == ours.prompt_embeds.dtype == torch.float32
+        assert ours.latent_mean.dtype == ours.text["prompt_embeds"].dtype == torch.float32
         torch.testing.assert_close(ours.latent_mean, theirs.latent_mean, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(ours.prompt_embeds, theirs.prompt_embeds, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(ours.text, theirs.text, rtol=tolerance, atol=tolerance)
         assert not torch.equal(ours.latent_mean, theirs.latent_mean)
 
     def test_preferences(self, tmp_path):
@@ -87,10 +85,30 @@ class TestContent:
         assert online.batch([0, 1, 2], fixed(**settings)).preference.tolist() == [1.0, 0.75, 1.0]
 
     def test_without_pooled_embeddings_and_without_flips(self, parquet, tmp_path):
-        cache = build(parquet, tmp_path, TinyEncoder(pooled=False), PairTransform(16, random_flip=False))
-        assert cache.batch([0], fixed(flips=[False], drop_caption=[False])).pooled_prompt_embeds is None
+        encoder = TinyEncoder(text_columns=("prompt_embeds",))
+        cache = build(parquet, tmp_path, encoder, PairTransform(16, random_flip=False))
+        assert cache.batch([0], fixed(flips=[False], drop_caption=[False])).text.keys() == {"prompt_embeds"}
         with pytest.raises(DataError, match="holds no mirrored images"):
             cache.batch([0], fixed(flips=[True], drop_caption=[False]))
+
+    def test_masks_of_tokens_stay_bool_whatever_the_precision(self, parquet, tmp_path):
+        encoder = TinyEncoder(text_columns=("prompt_embeds", "prompt_embeds_mask"))
+        settings = {"flips": [False] * 2, "drop_caption": [True, False]}
+        cached = build(parquet, tmp_path, encoder, dtype="bfloat16").batch([0, 1], fixed(**settings)).text
+        online = OnlinePairs(open_pairs(parquet), encoder, TRANSFORM).batch([0, 1], fixed(**settings)).text
+        assert cached["prompt_embeds_mask"].tolist() == 2 * [[False] * 10, [True] * 8 + [False] * 2]
+        assert torch.equal(cached["prompt_embeds_mask"], online["prompt_embeds_mask"])
+        torch.testing.assert_close(cached["prompt_embeds"], online["prompt_embeds"], rtol=8e-3, atol=8e-3)
+
+    @pytest.mark.parametrize("columns", [("prompt_embeds",), ("prompt_embeds", "pooled_prompt_embeds")])
+    def test_caches_from_before_text_columns_had_names_are_read(self, parquet, tmp_path, columns):
+        cache = build(parquet, tmp_path, TinyEncoder(text_columns=columns))
+        augment = fixed(flips=[False], drop_caption=[False])
+        expected = cache.batch([0], augment).text
+        record = json.loads((cache.folder / "complete.json").read_text())
+        assert record.pop("text_columns") == list(columns)
+        (cache.folder / "complete.json").write_text(json.dumps({**record, "pooled": len(columns) == 2}))
+        torch.testing.assert_close(LatentCache.open(cache.folder).batch([0], augment).text, expected, rtol=0, atol=0)
 
     def test_masks_must_fit_the_pairs(self, parquet, tmp_path):
         with pytest.raises(ValueError, match="flips must hold one value for each of the 2 examples"):
@@ -104,9 +122,11 @@ class TestContent:
         torch.testing.assert_close(x0 - batch.latent_mean, batch.latent_std * noise, rtol=1e-4, atol=1e-5)
         winners = batch.winners()
         assert torch.equal(winners.latent_mean, batch.latent_mean[:2])
-        assert winners.prompt_embeds.shape[0] == winners.sizes.shape[0] == winners.pooled_prompt_embeds.shape[0] == 2
+        assert winners.sizes.shape[0] == 2
+        assert {name: len(column) for name, column in winners.text.items()} == dict.fromkeys(batch.text, 2)
         moved = batch.to("meta")
         assert moved.latent_std.device.type == moved.example_ids.device.type == "meta"
+        assert {column.device.type for column in moved.text.values()} == {"meta"}
         assert moved.prompts == batch.prompts
 
     def test_opening_maps_files_and_workers_map_them_anew(self, parquet, tmp_path):

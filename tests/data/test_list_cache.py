@@ -49,7 +49,7 @@ class TestContent:
         augment = fixed([True, False, False], [False, True, False])
         ours, theirs = (x.batch([5, 2, 0], augment) for x in (cache, online))
         for name, value in vars(ours).items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor | dict):
                 torch.testing.assert_close(value, getattr(theirs, name), rtol=1e-5, atol=1e-6)
         assert ours.prompts == theirs.prompts
         assert (ours.preference, theirs.preference) == (None, None)

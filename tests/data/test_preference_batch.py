@@ -7,12 +7,15 @@ from diffalign.data import PreferenceBatch
 def make(examples=3, k=2, pooled=True, preference=True):
     """Return a batch in which every number says which image of which example it belongs to."""
     rows = torch.tensor([10.0 * image + b for image in range(k) for b in range(examples)])
+    text = {
+        "prompt_embeds": rows.view(-1, 1, 1).expand(-1, 5, 6).clone(),
+        "pooled_prompt_embeds": rows.view(-1, 1).expand(-1, 6).clone(),
+    }
     return PreferenceBatch(
         example_ids=torch.arange(examples) + 7,
         latent_mean=rows.view(-1, 1, 1, 1).expand(-1, 4, 2, 2).clone(),
         latent_std=rows.view(-1, 1, 1, 1).expand(-1, 4, 2, 2) + 0.5,
-        prompt_embeds=rows.view(-1, 1, 1).expand(-1, 5, 6).clone(),
-        pooled_prompt_embeds=rows.view(-1, 1).expand(-1, 6).clone() if pooled else None,
+        text={name: column for name, column in text.items() if pooled or name == "prompt_embeds"},
         sizes=rows.view(-1, 1).expand(-1, 6).clone(),
         preference=torch.tensor([0.9, 0.6, 1.0])[:examples] if preference else None,
         prompts=[f"image {int(row) // 10} of {int(row) % 10}" for row in rows],
@@ -24,10 +27,8 @@ def make(examples=3, k=2, pooled=True, preference=True):
 def rows_of(batch):
     """Return the row numbers of a batch after checking that all that belongs to a row went along."""
     rows = batch.sizes[:, 0]
-    for name in ("latent_mean", "prompt_embeds", "pooled_prompt_embeds", "sizes"):
-        value = getattr(batch, name)
-        if value is not None:
-            assert torch.equal(value.flatten(1)[:, 0], rows)
+    for value in (batch.latent_mean, *batch.text.values()):
+        assert torch.equal(value.flatten(1)[:, 0], rows)
     assert torch.equal(batch.latent_std[:, 0, 0, 0], rows + 0.5)
     assert batch.prompts == [f"image {int(row) // 10} of {int(row) % 10}" for row in rows]
     return rows.tolist()
@@ -106,5 +107,6 @@ def test_selecting_nothing_or_what_is_not_there():
 
 def test_moving_to_a_device_moves_every_tensor():
     moved = make().to("meta")
-    assert {v.device.type for v in vars(moved).values() if isinstance(v, torch.Tensor)} == {"meta"}
-    assert sum(isinstance(v, torch.Tensor) for v in vars(moved).values()) == 9
+    tensors = [v for v in (*vars(moved).values(), *moved.text.values()) if isinstance(v, torch.Tensor)]
+    assert {v.device.type for v in tensors} == {"meta"}
+    assert len(tensors) == 9

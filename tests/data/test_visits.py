@@ -38,7 +38,7 @@ class Ids:
     def batch(self, indices, augment):
         ids = self.example_ids[torch.tensor(np.asarray(indices))]
         drawn = augment(ids)
-        return PreferenceBatch(ids, *(drawn.flips for _ in range(5)), None, [""] * len(ids))
+        return PreferenceBatch(ids, drawn.flips, drawn.flips, {}, drawn.flips, None, [""] * len(ids))
 
 
 def test_ids_stand_for_example_and_draw():

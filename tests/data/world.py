@@ -67,14 +67,21 @@ def log_of(path: Path) -> list[dict]:
 class TinyEncoder(nn.Module):
     """Encode images with a strided convolution and prompts with byte embeddings; weights are fixed by the seed."""
 
-    def __init__(self, seed: int = 0, pooled: bool = True, image_delay: float = 0.0, prompt_delay: float = 0.0):
+    def __init__(
+        self,
+        seed: int = 0,
+        text_columns: tuple[str, ...] = ("prompt_embeds", "pooled_prompt_embeds"),
+        image_delay: float = 0.0,
+        prompt_delay: float = 0.0,
+    ):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.moments = nn.Conv2d(3, 8, 4, stride=4)
         self.bytes = nn.Embedding(256, 6)
         for parameter in self.parameters():
             nn.init.normal_(parameter, generator=generator)
-        self.seed, self.pooled, self.image_delay, self.prompt_delay = seed, pooled, image_delay, prompt_delay
+        self.seed, self.text_columns = seed, text_columns
+        self.image_delay, self.prompt_delay = image_delay, prompt_delay
         self.image_batches: list[int] = []
         self.prompt_batches: list[list[str]] = []
 
@@ -87,9 +94,10 @@ class TinyEncoder(nn.Module):
         mean, spread = self.moments(images).chunk(2, dim=1)
         return mean, spread.sigmoid()
 
-    def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         time.sleep(self.prompt_delay)
         self.prompt_batches.append(prompts)
         padded = torch.tensor([list(prompt.encode()[:10].ljust(10, b"\0")) for prompt in prompts])
         embeds = self.bytes(padded)
-        return embeds, embeds.mean(1) if self.pooled else None
+        every = {"prompt_embeds": embeds, "pooled_prompt_embeds": embeds.mean(1), "prompt_embeds_mask": padded > 0}
+        return {name: every[name] for name in self.text_columns}

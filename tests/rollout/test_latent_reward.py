@@ -68,7 +68,8 @@ def test_the_score_is_that_of_the_authors(family, base, tmp_path):
     features = []
     with torch.no_grad():
         for texts in (TEXTS, [""] * 3):
-            embeds, pooled = reward.backbone.encode_prompts(texts)
+            told = reward.backbone.encode_prompts(texts)
+            embeds, pooled = told["prompt_embeds"], told.get("pooled_prompt_embeds")
             sizes = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).repeat(3, 1)
             added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
             features.append(encoder_features(unet.eval(), latents, timesteps, embeds, added, STAGES[family]))
@@ -77,7 +78,7 @@ def test_the_score_is_that_of_the_authors(family, base, tmp_path):
         image = torch.cat([levels, without + 7.5 * (with_prompt - without)], 1)
         image = image @ state["visual_projection"]["weight"].T
         if family == "sdxl":
-            text = reward.backbone.encode_prompts(TEXTS)[1]
+            text = reward.backbone.encode_prompts(TEXTS)["pooled_prompt_embeds"]
         else:
             own = CLIPTextModel.from_pretrained(folder / "text_encoder")
             tokens = base.tokenizers[0](TEXTS, padding="max_length", max_length=77, return_tensors="pt").input_ids

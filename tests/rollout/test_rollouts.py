@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffalign.backbones.base import Conditioning
+from diffalign.backbones.conditioning import Conditioning
 from diffalign.denoising import FrozenDenoiser, guided, transition_likelihoods
 from diffalign.errors import ConfigError
 from diffalign.rollout import PictureScorer, PromptEncoder, StepPairs, Trajectories, TrajectoryPairs
@@ -203,9 +203,9 @@ def test_rollouts_leave_the_network_in_training_mode_and_without_gradient(backbo
 def test_the_empty_prompt_is_that_of_the_pipeline(backbone):
     batch = PromptEncoder(backbone, 64)(["a red circle"], torch.device("cpu"))
     assert isinstance(batch.empty, Conditioning)
-    assert not batch.empty.prompt_embeds.any()
-    assert not batch.empty.pooled_prompt_embeds.any()
-    assert batch.empty.add_time_ids.tolist() == [[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]
+    assert not batch.empty["prompt_embeds"].any()
+    assert not batch.empty["pooled_prompt_embeds"].any()
+    assert batch.empty["add_time_ids"].tolist() == [[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]
 
 
 def test_impossible_rollouts_are_refused(make_sampler):

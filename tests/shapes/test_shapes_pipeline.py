@@ -66,10 +66,10 @@ def test_it_loads_as_a_backbone_of_sdxl(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "tiny")
     backbone = loading.load(str(tmp_path / "tiny"))
     assert backbone.family == "sdxl"
-    embeds, pooled = backbone.encode_prompts(["a red circle on a blue background"])
+    text = backbone.encode_prompts(["a red circle on a blue background"])
     direct = pipeline.encode_prompt("a red circle on a blue background", device="cpu", num_images_per_prompt=1)
-    torch.testing.assert_close(embeds, direct[0].detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(pooled, direct[2].detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text["prompt_embeds"], direct[0].detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text["pooled_prompt_embeds"], direct[2].detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_pretraining_predicts_as_the_pipeline_does(pipeline):

@@ -35,8 +35,10 @@ class Latents:
             example_ids=ids,
             latent_mean=draw(4, 8, 8),
             latent_std=0.1 * torch.ones(k * len(ids), 4, 8, 8),
-            prompt_embeds=draw(1, 48)[: len(ids)].expand(-1, 77, -1).repeat(k, 1, 1),
-            pooled_prompt_embeds=draw(32)[: len(ids)].repeat(k, 1),
+            text={
+                "prompt_embeds": draw(1, 48)[: len(ids)].expand(-1, 77, -1).repeat(k, 1, 1),
+                "pooled_prompt_embeds": draw(32)[: len(ids)].repeat(k, 1),
+            },
             sizes=torch.full((k * len(ids), 6), 64),
             preference=(ids % 3 + 1) / 4,
             prompts=[str(index) for index in indices] * k,

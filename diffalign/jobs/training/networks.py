@@ -66,7 +66,7 @@ def prepare_networks(
     if stored is not None and stored.complete and _has_a_copy(config):
         referenced = False
     if referenced and _has_a_copy(config):
-        frozen = _frozen_copy(config, denoiser, accelerator)
+        frozen = _frozen_copy(config, backbone, accelerator)
     if config.model.tune == "lora":
         adapters.add_lora(
             denoiser,
@@ -94,13 +94,13 @@ def _has_a_copy(config: Config) -> bool:
     return full or config.performance.reference_dtype == "fp8"
 
 
-def _frozen_copy(config: Config, denoiser: nn.Module, accelerator: Accelerator) -> nn.Module:
-    frozen = copy.deepcopy(denoiser).requires_grad_(False).eval()
+def _frozen_copy(config: Config, backbone: Backbone, accelerator: Accelerator) -> nn.Module:
+    frozen = copy.deepcopy(backbone.denoiser).requires_grad_(False).eval()
     if config.performance.reference_dtype == "fp8":
         acceleration.to_float8(frozen.to(torch.bfloat16))
         return frozen
     _store_half(frozen, accelerator.mixed_precision)
-    sharding.shard(frozen, accelerator)
+    sharding.shard(frozen, accelerator, backbone.repeated_blocks)
     return accelerator.prepare_model(frozen, evaluation_mode=True)
 
 

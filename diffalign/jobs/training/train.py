@@ -105,6 +105,7 @@ def build_trainer(config: Config, accelerator: Accelerator, console: Console) ->
         on_step=validation.drawer(config, backbone, accelerator),
         hooks={name: hook for name, hook in hooks.items() if hook is not None},
         static=static.static_step(config, step, backbone.denoiser, accelerator, console),
+        repeated_blocks=backbone.repeated_blocks,
         console=console,
     )
     return trainer, backbone

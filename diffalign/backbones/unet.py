@@ -1,0 +1,42 @@
+"""What the families with a UNet share: DDPM's noise schedule, and text that several images may share."""
+
+from torch import Tensor, nn
+
+from diffalign.backbones.attention import shares_text
+from diffalign.backbones.base import Backbone
+from diffalign.backbones.conditioning import Conditioning
+from diffalign.denoising.paths import DDPMPath
+from diffalign.errors import ModelError
+
+
+class UNetBackbone(Backbone):
+    """Adapt what is made of a UNet2DConditionModel, an AutoencoderKL and CLIP text encoders."""
+
+    repeated_blocks = ("BasicTransformerBlock", "ResnetBlock2D")
+
+    def _noise_path(self) -> DDPMPath:
+        return DDPMPath.from_config(self.scheduler.config)
+
+    def _check_parts(self) -> None:
+        channels = self.denoiser.config.in_channels
+        if channels != self.latent_channels:
+            raise ModelError(
+                f'The UNet of "{self.source}" takes {channels} channels, the VAE makes {self.latent_channels}. '
+                "Inpainting, depth and edit checkpoints cannot be trained here: use the text-to-image model."
+            )
+        schedule = self.scheduler.config
+        if schedule.get("beta_schedule") is None and schedule.get("trained_betas") is None:
+            raise ModelError(
+                f'The {type(self.scheduler).__name__} of "{self.source}" has no DDPM noise schedule (no betas): EDM '
+                "and flow-matching models are not supported yet. Use an SD1.5, SD2.1 or SDXL model."
+            )
+        if getattr(self.vae.config, "latents_mean", None) is not None:
+            raise ModelError(
+                f'The VAE of "{self.source}" normalises each latent channel (latents_mean, as Playground v2.5 does), '
+                "which is not supported. Use an SD1.5, SD2.1 or SDXL model."
+            )
+
+    @staticmethod
+    def _text(denoiser: nn.Module, cond: Conditioning) -> Tensor:
+        """Return the embeddings as `denoiser` takes them: of N entries, or shared ones once (`share_text`)."""
+        return cond.columns["prompt_embeds"] if shares_text(denoiser) else cond["prompt_embeds"]
