@@ -115,21 +115,16 @@ def _faults(found: Any) -> Iterator[str]:
         return
     if _is_reward_model(found):
         yield from (f"it lacks {name}" for name in sorted(found.__abstractmethods__))
-        name = found.cards[0].name if found.cards else None
-        if name is None:
+        if not found.cards:
             yield "it lacks cards, which say its name and weights"
-            return
-    else:
-        score, name = getattr(found, "score", None), getattr(found, "name", None)
-        if not callable(score):
-            yield "it lacks score(images, prompts) -> [N]"
-        elif not _accepts(score, None, [], []):
-            yield f"score must take (images, prompts), got score{inspect.signature(score)}"
-        if not isinstance(name, str) or not name.strip():
-            yield 'it lacks a name of its own, written in the class: name = "brightness"'
-            return
-    if name in reward_models.names():
-        yield f'it calls itself "{name}", as a built-in scorer is called: their scores would be mixed up'
+        return
+    score, name = getattr(found, "score", None), getattr(found, "name", None)
+    if not callable(score):
+        yield "it lacks score(images, prompts) -> [N]"
+    elif not _accepts(score, None, [], []):
+        yield f"score must take (images, prompts), got score{inspect.signature(score)}"
+    if not isinstance(name, str) or not name.strip():
+        yield 'it lacks a name of its own, written in the class: name = "brightness"'
 
 
 def _accepts(function: Any, *arguments: Any) -> bool:

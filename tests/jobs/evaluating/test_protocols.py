@@ -87,7 +87,7 @@ def test_a_judge_of_ones_own(run, tmp_path):
         (("--protocol", "genevall"), 'Did you mean "geneval"'),
         (("--protocol", "hps", "--with", "oracle"), "name hpsv2 or hpsv2.1 with --with"),
         (("--protocol", "hps", "--with", "hpsv2"), "4 styles of 800 prompts"),
-        (("--protocol", "dpg", "--judge", "nowhere:Model"), 'no judge "nowhere:Model"'),
+        (("--protocol", "dpg", "--judge", "nowhere:Model"), 'There is no module "nowhere"'),
         (("--protocol", "dpg", "--judge", "detector"), "MODULE:NAME"),
         (("--protocol", "geneval", "--judge", f"{__name__}:Yes"), "has no detect()"),
         ((), "scorer"),
