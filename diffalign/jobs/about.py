@@ -98,7 +98,7 @@ def describe_objective(name: str) -> str:
     about = inspect.getmodule(found).__doc__
     fields = objectives.fields(name)
     lines = [f"  {key} = {field.default!r}" for key, field in fields.items()] or ["  none"]
-    needs = ", ".join(sorted(found.needs)) or "nothing"
+    needs = ", ".join(sorted(objectives.load(name).needs)) or "nothing"  # KTO's follow from its hyperparameters
     kinds = {"pair": "pairs", "transition": "steps that it samples", "reward": "images that it draws"}
     trains_on = "the chosen images of pairs" if found.chosen_only else kinds.get(found.layout, found.layout)
     return "\n".join(

@@ -25,12 +25,12 @@ __all__ = [
     "objective_class",
     "plugin",
 ]
-OTHER_FILES = ("base", "plugged")
+NO_OBJECTIVES = {"base", "plugged"}  # files with what objectives share, and what is asked of a user's own
 
 
 def built_in() -> list[str]:
-    """List the objectives of this package in alphabetical order: its files other than OTHER_FILES."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in OTHER_FILES)
+    """List the objectives of this package in alphabetical order: its files without those that hold none."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in NO_OBJECTIVES)
 
 
 def names() -> list[str]:

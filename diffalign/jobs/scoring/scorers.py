@@ -84,10 +84,10 @@ def parse(wanted: str | Sequence[str]) -> dict[str, str | None]:
             continue
         name, sign, path = part.partition("=")
         if (address := plugin(name)) is not None:
-            if plugged.name_of(address) in built_in():
+            if (own := plugged.name_of(address)) in built_in():
                 raise UserError(
-                    f'{address} calls itself "{plugged.name_of(address)}", as a built-in scorer is called: their scores '
-                    "would be mixed up. Give it a name of its own."
+                    f'{address} calls itself "{own}", as a built-in scorer is called: their scores would be mixed up. '
+                    "Give it a name of its own."
                 )
         elif name not in names():
             raise UserError(_unknown(name))

@@ -4,13 +4,13 @@ import json
 
 import pandas as pd
 import pytest
-from tests.jobs.test_grid_columns import PROMPTS, draw_folder
 
 from diffalign.evaluation import Manifest
 from diffalign.evaluation.scoring import open_image
 from diffalign.shapes import benchmarks
 from diffalign.shapes.captions import parse
 from diffalign.shapes.oracle import measure
+from tests.jobs.drawing.test_grid_columns import PROMPTS, draw_folder
 
 MODELS = ("right", "wrong")
 
@@ -79,6 +79,14 @@ def test_a_judge_of_ones_own(run, tmp_path):
     assert run("--protocol", "dpg", "--judge", f"{__name__}:Yes")[0] == 0
     found = json.loads((tmp_path / "out" / "summary.json").read_text())["dpg"]["models"]
     assert found["wrong"]["overall"] == 100
+
+
+def test_a_judge_in_a_file(run, tmp_path, own_folder):
+    code = "class No:\n    def answer(self, image, questions):\n        return [False] * len(questions)\n"
+    (own_folder / "judges.py").write_text(code)
+    assert run("--protocol", "dpg", "--judge", "judges.py:No")[0] == 0
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["dpg"]["models"]
+    assert found["right"]["overall"] == 0
 
 
 @pytest.mark.parametrize(
