@@ -4,7 +4,7 @@
                                     {"name": "aesthetic", "weight": 0.5, "path": "folder beside this file"}]}
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -69,18 +69,20 @@ class Composite(Scorer):
         self._shapes = [scorer.preprocess(dummy).shape for scorer in scorers]
 
     @classmethod
-    def from_pretrained(cls, card: ScorerCard, path_or_id: str, *, dtype: torch.dtype = torch.float32) -> Self:
-        """Load a recipe file, or a folder with composite.json, and every scorer it names."""
-        from reward_models.registry import load
+    def from_pretrained(
+        cls,
+        card: ScorerCard,
+        path_or_id: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        load: Callable[..., Scorer] | None = None,
+    ) -> Self:
+        """Load a recipe file, or a folder with composite.json, and every scorer it names; `load` finds those."""
+        from reward_models import registry
 
-        file = Path(path_or_id)
-        file = file / RECIPE_FILE if file.is_dir() else file
-        if not file.is_file():
-            raise ScorerError(
-                f"There is no recipe {file}. Give a JSON file such as {__doc__.strip().splitlines()[2]}..."
-            )
-        normalise, parts = _read_recipe(file)
-        scorers = [load(part.name, _resolved(part.path, file), dtype=dtype) for part in parts]
+        load, file = load or registry.load, recipe_file(path_or_id)
+        normalise, parts = read_recipe(file)
+        scorers = [load(part.name, resolved(part.path, file), dtype=dtype) for part in parts]
         return cls(card, scorers, parts, normalise, source=path_or_id)
 
     @property
@@ -207,7 +209,19 @@ def normalised(scores: Tensor, how: str, centre: float = 0.0, scale: float = 1.0
     return torch.where(spread > 0, centred / spread.clamp(min=torch.finfo(scores.dtype).tiny), torch.zeros_like(scores))
 
 
-def _read_recipe(file: Path) -> tuple[str, list[Part]]:
+def recipe_file(path: str) -> Path:
+    """Return the recipe at a path: the file itself, or composite.json in a folder."""
+    return Path(path) / RECIPE_FILE if Path(path).is_dir() else Path(path)
+
+
+def read_recipe(file: Path) -> tuple[str, list[Part]]:
+    """Return how the scores are normalised, and the parts.
+
+    Raises:
+        ScorerError: there is no recipe, or it is no recipe.
+    """
+    if not file.is_file():
+        raise ScorerError(f"There is no recipe {file}. Give a JSON file such as {__doc__.strip().splitlines()[2]}...")
     content = read_json(file)
     try:
         normalise = content.get("normalise", "affine")
@@ -225,6 +239,7 @@ def _read_recipe(file: Path) -> tuple[str, list[Part]]:
     return normalise, parts
 
 
-def _resolved(path: str | None, recipe: Path) -> str | None:
+def resolved(path: str | None, recipe: Path) -> str | None:
+    """Return where the weights of a part are: beside the recipe if they are there."""
     beside = None if path is None else recipe.parent / path
     return str(beside) if beside is not None and beside.exists() else path

@@ -6,6 +6,7 @@ import importlib
 import os
 import pkgutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +40,7 @@ def load(
     path_or_id: str | os.PathLike | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> Scorer:
     """Load a scorer once, for any number of calls.
 
@@ -47,6 +49,7 @@ def load(
         path_or_id: a weights file, a folder or a Hugging Face id; the official weights when None.
         device: where the network runs.
         dtype: of the network; scores are computed in float32 from its embeddings on.
+        options: what else `from_pretrained` of this scorer takes.
 
     Raises:
         ScorerError: for an unknown name, and for weights that are missing, unsafe, damaged or of other shapes.
@@ -55,7 +58,7 @@ def load(
     if path_or_id is None and scorer_card.weights == UNPUBLISHED:
         raise ScorerError(f"Nobody has published weights for {name}: give the path of your own.")
     path_or_id = scorer_card.weights if path_or_id is None else os.fspath(path_or_id)
-    return scorer_class.from_pretrained(scorer_card, path_or_id, dtype=dtype).to(device)
+    return scorer_class.from_pretrained(scorer_card, path_or_id, dtype=dtype, **options).to(device)
 
 
 def convert(name: str, path_or_id: str | os.PathLike, directory: str | os.PathLike) -> Path:

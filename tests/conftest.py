@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from diffalign.denoising import FrozenDenoiser
+from tests.plugged import forget
 from tests.tiny import build_tiny_sd15, build_tiny_sdxl
 
 LOCAL = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
@@ -73,6 +74,16 @@ def diffalign(monkeypatch, capsys):
         return stopped.value.code or 0, " ".join((captured.out + captured.err).split())
 
     return run
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """Return the current folder, empty, where plug-ins may be written; what is loaded from it is forgotten."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield folder
+    forget(folder)
 
 
 @pytest.fixture

@@ -28,7 +28,9 @@ def list_(kind: Annotated[str, typer.Argument(metavar="KIND", help="objectives, 
 
 def show(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="objective, scorer or config.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Such as dpo, pickscore, configs/tiny/dpo.yaml.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Such as dpo, pickscore, my_losses.py:Mine, configs/tiny/dpo.yaml.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For a config: changes to the file.")
     ] = None,

@@ -21,7 +21,8 @@ PROMPTS_HELP = (
     "dpg=, pickapic=."
 )
 JUDGE_HELP = (
-    "Of --protocol geneval and dpg: oracle (the embedded world), or MODULE:NAME of a detector or answerer of your own."
+    "Of --protocol geneval and dpg: oracle (the embedded world), or a detector or answerer of your own, MODULE:NAME or "
+    "FILE.py:NAME."
 )
 
 

@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 MODEL_HELP = "A hub id, folder, .safetensors file, LoRA, or training run such as runs/demo. dpo=runs/demo names it dpo."
-SCORERS_HELP = "Scorers: pickscore,hpsv2.1,oracle. Own weights: pickscore=assets/tiny-pickscore."
+SCORERS_HELP = (
+    "Scorers: pickscore,hpsv2.1,oracle. Weights of your own: pickscore=FOLDER. Code of your own: my_judges.py:Mine."
+)
 
 PromptFile = Annotated[Path | None, typer.Option(help="A text file with one prompt a line, or a table (csv, parquet).")]
 PromptTexts = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; may be repeated.")]

@@ -1,7 +1,7 @@
 """Combinations of settings, each valid alone, that cannot work together."""
 
 from diffalign.config.config import Config
-from diffalign.denoising import INVERSIONS
+from diffalign.denoising import INVERSIONS, NOISINGS
 from diffalign.errors import ConfigError
 from diffalign.objectives.base import BACKPROPAGATIONS
 
@@ -13,6 +13,9 @@ def check(config: Config) -> None:
     objective, name = config.build_objective(), config.objective_name
     referenced = "reference" in objective.needs
     faults = {
+        f'"{name}" is noised by "{config.noising}", expected one of {", ".join(NOISINGS)}.': (
+            config.noising not in NOISINGS
+        ),
         f'"{name}" gives each image a caption of its own: name their columns in data.image_caption_columns, e.g. '
         "[caption_0, caption_1].": "image_captions" in objective.needs and config.data.image_caption_columns is None,
         f'reference.update "{config.reference.update}" needs an objective with a reference, "{name}" has none. Use '

@@ -86,7 +86,7 @@ def check(content: dict[str, Any]) -> Config:
 def _hyperparameters(config: Config) -> dict[str, Any]:
     """Return all hyperparameters of the objective, defaults included; `beta=500` means 500.0."""
     given, known = dataclasses.asdict(config.build_objective()), objectives.fields(config.objective_name)
-    return {name: float(value) if known[name].type is float else value for name, value in given.items()}
+    return {name: float(value) if known[name].type in (float, "float") else value for name, value in given.items()}
 
 
 def dump(config: Config) -> str:
@@ -172,7 +172,7 @@ def _keys(content: dict[str, Any]) -> dict[str, list[str]]:
     """List the keys of every section; those of `objective` are the hyperparameters of the one that is configured."""
     block = content.get("objective")
     name = block.get("name") if isinstance(block, dict) else None
-    hyperparameters = objectives.fields(name) if name in objectives.names() else []
+    hyperparameters = objectives.fields(name) if objectives.is_known(name) else []
     return {
         **{section: list(model.model_fields) for section, model in _sections().items()},
         "objective": ["name", *hyperparameters],

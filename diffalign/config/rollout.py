@@ -22,6 +22,7 @@ class RolloutSettings(Settings):
     one_step, whose prediction is judged (ReFL), the last_steps (DRaFT), or random_steps (AlignProp)."""
     scorer: str | None = None
     """Reward model, NAME or NAME=PATH, of decoded pictures; for trajectory_pairs also several, separated by commas.
+    NAME may be code of your own, e.g. my_judges.py:Brightness (docs/plugins.md).
     lrm=FOLDER is LPO's, which reads the noisy latents of step_pairs. labels=FOLDER: people's votes on the pictures that
     `diffalign rollout` drew there (trajectory_pairs)."""
     num_inference_steps: int = Field(20, ge=1)

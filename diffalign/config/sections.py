@@ -81,7 +81,8 @@ class DataSettings(Settings):
     annotations_file: str | None = None
     """A parquet with scores (as `diffalign score` writes for pairs) or weights, joined by example_id."""
     scorer: str | None = None
-    """A reward model, NAME or NAME=PATH, that scores all pairs before training; with annotations_file, whose scores."""
+    """A reward model, NAME or NAME=PATH, that scores all pairs before training; with annotations_file, whose scores.
+    NAME may be code of your own, e.g. my_judges.py:Brightness (docs/plugins.md)."""
     preference_from: Literal["label", "scores"] = "label"
     """scores: P(winner preferred) = sigmoid((s_w - s_l) / (max - min)), as in SmPO."""
     score_range: list[float] | None = Field(None, min_length=2, max_length=2)

@@ -20,9 +20,9 @@ from rich.text import Text
 import diffalign
 import reward_models
 from diffalign import config as configuration
-from diffalign import objectives
+from diffalign import objectives, plugins
 from diffalign.errors import UserError, suggestion
-from diffalign.jobs.scoring import scorers
+from diffalign.jobs.scoring import plugged, scorers
 from diffalign.shapes import oracle
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "datasets", "open_clip_torch")
@@ -94,15 +94,15 @@ def show(kind: str, name: str, overrides: list[str], console: Console) -> None:
 def describe_objective(name: str) -> str:
     """Return paper, equation, hyperparameters with their defaults, and what the objective needs."""
     found = objectives.objective_class(name)
-    module = inspect.getmodule(found)
+    about = inspect.getmodule(found).__doc__
     fields = objectives.fields(name)
     lines = [f"  {key} = {field.default!r}" for key, field in fields.items()] or ["  none"]
-    needs = ", ".join(sorted(found.needs)) or "nothing"
+    needs = ", ".join(sorted(objectives.load(name).needs)) or "nothing"  # KTO's follow from its hyperparameters
     kinds = {"pair": "pairs", "transition": "steps that it samples", "reward": "images that it draws"}
     trains_on = "the chosen images of pairs" if found.chosen_only else kinds.get(found.layout, found.layout)
     return "\n".join(
         [
-            f"{name}: {inspect.cleandoc(module.__doc__)}",
+            f"{name}: {inspect.cleandoc(about)}" if about else name,
             "",
             inspect.cleandoc(found.__doc__),
             "",
@@ -127,6 +127,8 @@ def describe_scorer(name: str) -> str:
 
         return CARD
     scorers.parse(name)
+    if (address := scorers.plugin(name)) is not None:
+        return plugged.describe(address)
     card = reward_models.card(name)
     low, high = card.usual_range
     rows = {
@@ -191,13 +193,13 @@ def _installed(package: str) -> str | None:
 
 
 def _objectives() -> Iterator[tuple[str, str]]:
-    for name in objectives.names():
-        module = inspect.getmodule(objectives.objective_class(name))
-        yield name, inspect.cleandoc(module.__doc__).partition("\n")[0]
+    for name in objectives.built_in():
+        yield name, plugins.summary(inspect.getmodule(objectives.objective_class(name)))
+    yield from plugins.listed(plugins.OBJECTIVES, objectives.built_in())
 
 
 def _scorers() -> Iterator[tuple[str, str]]:
-    for name in scorers.names():
+    for name in scorers.built_in():
         if name == scorers.ORACLE:
             yield name, "Measures pictures of the embedded world exactly; needs no weights."
         elif name == scorers.IMPLICIT:
@@ -205,6 +207,7 @@ def _scorers() -> Iterator[tuple[str, str]]:
         else:
             card = reward_models.card(name)
             yield name, f"{card.weights}, {card.scale}, {card.licence}"
+    yield from plugins.listed(plugins.SCORERS, scorers.built_in())
 
 
 def _configs() -> Iterator[tuple[str, str]]:

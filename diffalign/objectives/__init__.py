@@ -1,10 +1,12 @@
-"""Preference objectives. One paper a file; adding a file adds an objective."""
+"""Preference objectives. One paper a file; adding a file adds an objective, and so does a plug-in of one's own."""
 
 import dataclasses
 import importlib
 import pkgutil
+from types import ModuleType
 from typing import Any
 
+from diffalign import plugins
 from diffalign.errors import ConfigError, suggestion
 from diffalign.objectives.base import ListErrors, Objective, PairErrors, Rewards, SingleErrors, Transitions
 
@@ -15,22 +17,51 @@ __all__ = [
     "Rewards",
     "SingleErrors",
     "Transitions",
+    "built_in",
     "fields",
+    "is_known",
     "load",
     "names",
     "objective_class",
+    "plugin",
 ]
+NO_OBJECTIVES = {"base", "plugged"}  # files with what objectives share, and what is asked of a user's own
+
+
+def built_in() -> list[str]:
+    """List the objectives of this package in alphabetical order: its files without those that hold none."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in NO_OBJECTIVES)
 
 
 def names() -> list[str]:
-    """List the objectives in alphabetical order: the files of this package other than `base`."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    """List the objectives that have a name: the built-in ones, then those that installed packages publish."""
+    own = built_in()
+    return [*own, *(name for name in plugins.published(plugins.OBJECTIVES) if name not in own)]
+
+
+def is_known(name: Any) -> bool:
+    """Tell whether a name is that of an objective, or the address of one, which may yet turn out to be wrong."""
+    return isinstance(name, str) and (":" in name or name in names())
+
+
+def plugin(name: str) -> plugins.Plugin | None:
+    """Return the code of an objective of a user's own; None for any other name."""
+    address = plugins.address(name, plugins.OBJECTIVES, built_in())
+    return None if address is None else plugins.load(address)
 
 
 def objective_class(name: str) -> type[Objective[Any]]:
-    """Return the one objective that the file `name` defines. Raises ConfigError if there is no such file."""
-    available = names()
-    if name not in available:
+    """Return the one objective that the file `name` defines, or a plug-in by its name or address.
+
+    Raises:
+        ConfigError: there is none, or the plug-in is no objective.
+    """
+    if own := plugin(name):
+        return _plugged().objective_class(own.address)
+    if name not in built_in():
+        if name.endswith(".py"):
+            raise ConfigError(f'"{name}" is a file: say which class of it, {name}:NAME. See {plugins.PAGE}.')
+        available = names()
         hint = suggestion(name, available)
         raise ConfigError(f'Unknown objective "{name}".{hint} Available: {", ".join(available)}.')
     module = importlib.import_module(f"{__name__}.{name}")
@@ -61,4 +92,12 @@ def load(name: str, **hyperparameters: Any) -> Objective[Any]:
         if key not in known:
             takes = ", ".join(known) or "no hyperparameters"
             raise ConfigError(f'Unknown key "objective.{key}".{suggestion(key, known)} "{name}" takes: {takes}.')
+    if own := plugin(name):
+        return _plugged().build(own, hyperparameters)
     return objective_class(name)(**hyperparameters)
+
+
+def _plugged() -> ModuleType:
+    from diffalign.objectives import plugged  # takes torch, which a name does not need
+
+    return plugged

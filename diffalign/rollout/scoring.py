@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.backbones.base import Backbone
+from diffalign.errors import DataError
 from diffalign.rollout.sampler import Evaluations
 
 
@@ -72,7 +73,14 @@ def pictures(images: Tensor) -> list[Image.Image]:
 
 def _score(scorer: Any, images: Tensor, prompts: list[str], timesteps: Tensor) -> Tensor:
     if not hasattr(scorer, "score_tensor"):
-        return scorer.score(pictures(images), prompts).float().to(images.device)
-    if "timesteps" in inspect.signature(scorer.score_tensor).parameters:
-        return scorer.score_tensor(images, prompts, timesteps=timesteps).float()
-    return scorer.score_tensor(images, prompts).float()
+        scores = torch.as_tensor(scorer.score(pictures(images), prompts)).float().to(images.device)
+    elif "timesteps" in inspect.signature(scorer.score_tensor).parameters:
+        scores = scorer.score_tensor(images, prompts, timesteps=timesteps).float()
+    else:
+        scores = scorer.score_tensor(images, prompts).float()
+    if scores.shape != (len(images),):
+        raise DataError(
+            f'Scorer "{scorer.name}" returned shape {list(scores.shape)} for {len(images)} pictures, expected '
+            f"[{len(images)}]."
+        )
+    return scores

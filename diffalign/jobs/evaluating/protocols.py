@@ -8,7 +8,6 @@ The scores of pictures go through the same paired statistics as those of any sco
 on top of that.
 """
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
+from diffalign import plugins
 from diffalign.errors import DataError, UserError, suggestion
 from diffalign.evaluation import Evaluation, Manifest, dpg, geneval, hps_benchmark
 from diffalign.evaluation.manifest import atomic_write
@@ -87,8 +87,8 @@ def examiner(protocol: str | None, prompts: PromptSet, judge: str) -> Examiner |
     Args:
         protocol: geneval, dpg, hps or None.
         prompts: with GenEval's records or DPG's questions, or captions of the embedded world.
-        judge: "oracle" for the embedded world, or module:name of a detector (`geneval.Detector`) or an answerer
-            (`dpg.Answerer`): an object, or something that is called without arguments to make one.
+        judge: "oracle" for the embedded world, or module:Name or file.py:Name of a detector (`geneval.Detector`) or an
+            answerer (`dpg.Answerer`): an object, or something that is called without arguments to make one.
 
     Raises:
         UserError: no such module or name, or it lacks what the protocol calls.
@@ -167,18 +167,15 @@ def _asked(protocol: str, prompts: PromptSet) -> dict[int, Any]:
 def _load(judge: str, protocol: str) -> Any:
     if judge == ORACLE:
         return _ORACLES[protocol]()
-    module, sign, name = judge.partition(":")
-    if not sign:
-        raise UserError(f'--judge is {ORACLE} or MODULE:NAME, such as my_models.detect:Detector; got "{judge}".')
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f'There is no judge "{judge}" ({error}). Is its folder on PYTHONPATH?') from error
-    made = (
-        found
-        if all(hasattr(found, method) for method in _METHODS[protocol]) and not isinstance(found, type)
-        else found()
-    )
+    if ":" not in judge:
+        raise UserError(
+            f'--judge is {ORACLE}, MODULE:NAME or FILE.py:NAME, such as my_models.detect:Detector; got "{judge}".'
+        )
+    plugin = plugins.load(judge)
+    made = plugin.value
+    if isinstance(made, type) or not all(hasattr(made, method) for method in _METHODS[protocol]):
+        with plugins.told(f"{judge} cannot be built", plugin.file.parent):
+            made = made()
     if lacking := [method for method in _METHODS[protocol] if not hasattr(made, method)]:
         raise UserError(f'The judge "{judge}" has no {lacking[0]}(), which {protocol} calls. See docs/evaluation.md.')
     return made

@@ -12,9 +12,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from diffalign.errors import DataError
-from diffalign.jobs.scoring.decode import Decoder, Prepared, Recipe
+from diffalign.jobs.scoring.decode import Decoder, Prepared
 from diffalign.jobs.scoring.items import Item
 from diffalign.jobs.scoring.store import Identity, Known
+from reward_models.recipes import JoinedRecipe, Recipe
 
 AHEAD = 2  # chunks that each worker prepares in advance: what bounds the memory
 CHUNK = 32  # pictures; on a GPU CHUNK_ON_GPU
@@ -31,13 +32,19 @@ class Judge:
 
     scorer: Any
     identity: Identity
-    recipe: Recipe  # None: it takes pictures
+    recipe: Recipe | JoinedRecipe | None  # None: it takes pictures
 
     @classmethod
-    def of(cls, scorer: Any) -> "Judge":
-        """Wrap a reward model, or anything with `name` and `score`, such as the oracle."""
+    def of(cls, scorer: Any, source: str | None = None) -> "Judge":
+        """Wrap a reward model, or anything with `name` and `score`, such as the oracle.
+
+        source: a hash of what the scores depend on beside what the scorer says: its code, if it is a user's own.
+        """
         recipe = getattr(scorer, "recipe", None)
-        return cls(scorer, Identity(scorer.name, getattr(scorer, "identity", "none"), str(recipe or "rgb")), recipe)
+        depends_on = "-".join(filter(None, (getattr(scorer, "identity", None), source))) or "none"
+        identity = Identity(scorer.name, depends_on, str(recipe or "rgb"))
+        # A recipe of a user's own class might not be found by a spawned worker: such a scorer is handed pictures.
+        return cls(scorer, identity, recipe if isinstance(recipe, Recipe | JoinedRecipe) else None)
 
     def score(self, prepared: Prepared, rows: Sequence[int]) -> np.ndarray:
         """Return the scores [len(rows)] float32. Raises ScorerError or DataError for numbers that are not finite."""

@@ -121,7 +121,8 @@ def _made_from(part: str, request: Request, memo: Path) -> dict[str, Any]:
         return {"file": _digest(request.scores), "scorer": request.scorer}
     if part == "scores":
         [(name, path)] = scorers.parse(request.scorer).items()
-        return {"scorer": name, "weights": None if path is None else weights_identity(path, memo)}
+        weights, own = None if path is None else weights_identity(path, memo), scorers.sources(request.scorer)
+        return {"scorer": scorers.name_of(name), "weights": weights} | ({"own_code": own} if own else {})
     if part == "text_quality" and request.text_quality:
         return {"file": _digest(request.text_quality)}
     if part == "text_quality":

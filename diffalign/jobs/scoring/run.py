@@ -65,7 +65,8 @@ def load_judges(wanted: Sequence[str], options: Options) -> list[Judge]:
     device, local = options.device, int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{local % torch.cuda.device_count()}"
-    judges = [Judge.of(scorer) for scorer in scorers.load(wanted, device)]
+    names, loaded, sources = scorers.parse(wanted), scorers.load(wanted, device), scorers.sources(wanted)
+    judges = [Judge.of(scorer, sources.get(name)) for name, scorer in zip(names, loaded, strict=True)]
     for judge in judges:
         if judge.recipe is not None:
             judge.scorer.set_batch_size(options.batch_size)

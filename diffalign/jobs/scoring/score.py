@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-import reward_models
 from diffalign.data import PairSource, RowError, open_pairs
 from diffalign.errors import DataError
 from diffalign.evaluation.progress import progress_bar
@@ -68,7 +67,7 @@ def score_images(
         DataError: no pictures, no prompts, or with `options.strict` a broken picture.
     """
     tables.check_suffix(out)
-    reads = _reads_prompts(scorers.parse(wanted))
+    reads = any(map(scorers.reads_prompt, scorers.parse(wanted)))
     columns = {"image_column": image_column, "caption_column": caption_column}
     source = open_places(places, prompts_file=prompts_file, prompt=prompt, with_prompts=reads, **columns)
     if prompts_file is not None:
@@ -228,8 +227,3 @@ def _tell_cut(outcome: Outcome, console: Console) -> None:
                 f"cut, the longest has {longest}.",
                 highlight=False,
             )
-
-
-def _reads_prompts(names: Sequence[str]) -> bool:
-    """Tell whether any of the scorers reads prompts."""
-    return any(name in scorers.OWN or reward_models.card(name).text_length is not None for name in names)

@@ -1,4 +1,4 @@
-"""What `--with pickscore,hpsv2.1,oracle` stands for."""
+"""What `--with pickscore,hpsv2.1,oracle` stands for, and `--with my_judges.py:Brightness`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 import reward_models
+from diffalign import plugins
 from diffalign.errors import ConfigError, UserError, suggestion
 from diffalign.jobs.devices import pick_device
+from diffalign.jobs.scoring import plugged
 from diffalign.places import find, looks_local
 from diffalign.shapes.oracle import Oracle
 
@@ -17,9 +19,40 @@ IMPLICIT = "implicit"
 OWN = (ORACLE, IMPLICIT)  # scorers that are no reward models
 
 
-def names() -> list[str]:
-    """Return the scorers one can name: the reward models, the implicit reward and the oracle of the embedded world."""
+def built_in() -> list[str]:
+    """Return the scorers that are here: the reward models, the implicit reward and the oracle of the embedded world."""
     return sorted([*reward_models.names(), *OWN])
+
+
+def names() -> list[str]:
+    """Return the scorers one can name: the built-in ones, then those that installed packages publish."""
+    own = built_in()
+    return [*own, *(name for name in plugins.published(plugins.SCORERS) if name not in own)]
+
+
+def plugin(name: str) -> str | None:
+    """Return the address of a user's own scorer by its address or published name; None for any other name."""
+    return plugins.address(name, plugins.SCORERS, built_in())
+
+
+def name_of(name: str) -> str:
+    """Return what a scorer is called in tables and figures: as it is named, or as a user's own calls itself."""
+    address = plugin(name)
+    return name if address is None else plugged.name_of(address)
+
+
+def reads_prompt(name: str) -> bool:
+    """Tell whether the scores of a scorer depend on the prompt."""
+    address = plugin(name)
+    if address is not None:
+        return plugged.reads_prompt(address)
+    return name in OWN or reward_models.card(name).text_length is not None
+
+
+def sources(wanted: str | Sequence[str]) -> dict[str, str]:
+    """Return by scorer, as `parse` names it, a hash of the code and weights that are a user's own; no built-in ones."""
+    found = {name: plugged.source(name, path) for name, path in parse(wanted).items()}
+    return {name: source for name, source in found.items() if source}
 
 
 def folder(judge: str | None, name: str, what: str) -> Path | None:
@@ -39,10 +72,11 @@ def folder(judge: str | None, name: str, what: str) -> Path | None:
 def parse(wanted: str | Sequence[str]) -> dict[str, str | None]:
     """Return by scorer where its weights are; None for the published ones.
 
-    wanted: names separated by commas, each alone or as name=path, e.g. "oracle,pickscore=assets/tiny-pickscore".
+    wanted: names separated by commas, each alone or as name=path, e.g. "oracle,pickscore=assets/tiny-pickscore". A
+        name may be the address of a user's own scorer: "my_judges.py:Brightness" or "my_judges:Brightness=weights".
 
     Raises:
-        UserError: an unknown or repeated scorer, a path without a name, or none at all.
+        UserError: an unknown or repeated scorer, a path without a name, a user's own that is none, or none at all.
     """
     entries = [wanted] if isinstance(wanted, str) else list(wanted)
     found: dict[str, str | None] = {}
@@ -50,7 +84,13 @@ def parse(wanted: str | Sequence[str]) -> dict[str, str | None]:
         if not part:
             continue
         name, sign, path = part.partition("=")
-        if name not in names():
+        if (address := plugin(name)) is not None:
+            if (own := plugged.name_of(address)) in built_in():
+                raise UserError(
+                    f'{address} calls itself "{own}", as a built-in scorer is called: their scores would be mixed up. '
+                    "Give it a name of its own."
+                )
+        elif name not in names():
             raise UserError(_unknown(name))
         if sign and not path:
             raise UserError(f'"{part}" names no path. Write {name}=FOLDER, or {name} alone for the published weights.')
@@ -61,6 +101,9 @@ def parse(wanted: str | Sequence[str]) -> dict[str, str | None]:
         if name in found:
             raise UserError(f'Scorer "{name}" is given twice. Use one set of weights at a time.')
         found[name] = path or None
+    called = [name_of(name) for name in found]
+    if twice := sorted({name for name in called if called.count(name) > 1}):
+        raise UserError(f'Several scorers are called "{twice[0]}": {", ".join(found)}. Use one of them at a time.')
     if not found:
         raise UserError(f"No scorer is given. Name one of {', '.join(names())}, e.g. --with pickscore,hpsv2.1.")
     return found
@@ -72,24 +115,26 @@ def load(wanted: str | Sequence[str], device: str = "auto", dtype: torch.dtype =
     Raises:
         UserError: as `parse`, and for weights that are missing or broken.
     """
-    places = parse(wanted)
-    where = pick_device(device)
-    loaded: list[Any] = []
-    for name, path in places.items():
-        if name == ORACLE:
-            loaded.append(Oracle())
-            continue
-        if name == IMPLICIT:
-            from diffalign.jobs.scoring.implicit import ImplicitReward  # a diffusion model: slow to import
+    places, where = parse(wanted), pick_device(device)
+    return [_load(name, path, where, dtype) for name, path in places.items()]
 
-            loaded.append(ImplicitReward(path, str(where), str(dtype).removeprefix("torch.")))
-            continue
-        try:
-            loaded.append(reward_models.load(name, path and _located(name, path), where, dtype))
-        except reward_models.ScorerError as error:
-            fix = "" if path else f" With weights of your own, write {name}=PATH."
-            raise UserError(f"Cannot load {name}: {error}{fix}") from error
-    return loaded
+
+def _load(name: str, path: str | None, device: torch.device, dtype: torch.dtype) -> Any:
+    if name == ORACLE:
+        return Oracle()
+    if name == IMPLICIT:
+        from diffalign.jobs.scoring.implicit import ImplicitReward  # a diffusion model: slow to import
+
+        return ImplicitReward(path, str(device), str(dtype).removeprefix("torch."))
+    address = plugin(name)
+    try:
+        if address is not None:
+            return plugged.build(address, path, device, dtype)
+        own_parts = {"load": plugged.part} if name == plugged.COMPOSITE else {}
+        return reward_models.load(name, path and _located(name, path), device, dtype, **own_parts)
+    except reward_models.ScorerError as error:
+        fix = "" if path else f" With weights of your own, write {name}=PATH."
+        raise UserError(f"Cannot load {name}: {error}{fix}") from error
 
 
 def _located(name: str, path: str) -> str:
@@ -102,6 +147,8 @@ def _located(name: str, path: str) -> str:
 
 def _unknown(name: str) -> str:
     available = names()
+    if name.endswith(".py"):
+        return f'"{name}" is a file: say which class of it, {name}:NAME. See {plugins.PAGE}.'
     if "/" in name or name.startswith("."):
         return f'"{name}" is a path: say whose weights it holds, e.g. pickscore={name}.'
     return f'Unknown scorer "{name}".{suggestion(name, available)} Available: {", ".join(available)}.'

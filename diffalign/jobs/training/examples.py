@@ -133,7 +133,7 @@ def annotated(
             f"Scores, weights and flipped labels are for pairs; {source.name} has {examples.images_per_example} "
             "image(s) an example. Clear data.scorer, data.annotations_file and data.flip_labels."
         )
-    name = next(iter(scoring.parse(data.scorer))) if data.scorer else None
+    name = scoring.name_of(next(iter(scoring.parse(data.scorer)))) if data.scorer else None
     return AnnotatedPairs(
         examples,
         Annotations.read(file, name) if file else None,
@@ -149,6 +149,8 @@ def scores_file(config: Config, source: PairSource, console: Console) -> Path:
     """Score all pairs with data.scorer and return the file; done once per data set and scorer."""
     directory = Path(config.data.cache_dir)
     key = {"data": source.identify(directory / "content_hashes.sqlite"), "scorer": portable(config).data.scorer}
+    if own := scoring.sources(config.data.scorer):
+        key["own_code"] = own
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     file = directory / f"scores-{digest}.parquet"
     with exclusive(directory / f"scores-{digest}"):  # every rank asks; one scores while the others wait

@@ -121,10 +121,16 @@ def reward_step(config: Config, backbone: Backbone, prompts: PromptSource, devic
     rollout = config.rollout
     _prepare_vae(config, backbone)
     sampler = make_sampler(config, backbone)
+    scorer = online_judges.judge(config, backbone, device, sampler)
+    if not scorer.is_differentiable:
+        raise ConfigError(
+            f'"{config.objective_name}" follows the gradient of a reward model with score_tensor(images, prompts); '
+            f"rollout.scorer {rollout.scorer} has none. Use e.g. pickscore."
+        )
     gradients = RewardGradients(
         sampler=sampler,
         predict=backbone.predict,
-        scorer=online_judges.judge(config, backbone, device, sampler),
+        scorer=scorer,
         kind=config.collect,
         one_step_range=tuple(rollout.one_step_range) if rollout.one_step_range else None,
         backprop_steps=rollout.backprop_steps,

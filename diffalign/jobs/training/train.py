@@ -29,6 +29,7 @@ from diffalign.jobs.training import (
     model_card,
     networks,
     online,
+    own_code,
     reference_errors,
     static,
     validation,
@@ -80,6 +81,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
 def build_trainer(config: Config, accelerator: Accelerator, console: Console) -> tuple[Trainer, Backbone]:
     """Load model and data of a run and return what trains, with the model."""
     output_dir = Path(config.train.output_dir)
+    code = own_code.sources(config)  # before anything is loaded: a plug-in may be broken
     set_seed(config.train.seed)  # only what is not keyed by example: LoRA dropout
     plan = BatchPlan.of(config.train, accelerator.num_processes)
     backbone = assemble.load_backbone(config)
@@ -88,7 +90,7 @@ def build_trainer(config: Config, accelerator: Accelerator, console: Console) ->
     else:
         source = examples.open_source(config, output_dir / ERRORS)
     console.print(f"Data: {source.name}: {source.counts}.")
-    identity = run_identity(config, plan, backbone, source)
+    identity = run_identity(config, plan, backbone, source) | code
     step, sampler, reference = learning(config, backbone, source, plan, accelerator, console)
     hooks = {"step": step, "reference": reference and reference.moving, "auto_beta": step.auto_beta}
     hooks["behavior"] = getattr(step, "behavior", None)

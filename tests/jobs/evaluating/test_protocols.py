@@ -81,13 +81,21 @@ def test_a_judge_of_ones_own(run, tmp_path):
     assert found["wrong"]["overall"] == 100
 
 
+def test_a_judge_in_a_file(run, tmp_path, own_folder):
+    code = "class No:\n    def answer(self, image, questions):\n        return [False] * len(questions)\n"
+    (own_folder / "judges.py").write_text(code)
+    assert run("--protocol", "dpg", "--judge", "judges.py:No")[0] == 0
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["dpg"]["models"]
+    assert found["right"]["overall"] == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--protocol", "genevall"), 'Did you mean "geneval"'),
         (("--protocol", "hps", "--with", "oracle"), "name hpsv2 or hpsv2.1 with --with"),
         (("--protocol", "hps", "--with", "hpsv2"), "4 styles of 800 prompts"),
-        (("--protocol", "dpg", "--judge", "nowhere:Model"), 'no judge "nowhere:Model"'),
+        (("--protocol", "dpg", "--judge", "nowhere:Model"), 'There is no module "nowhere"'),
         (("--protocol", "dpg", "--judge", "detector"), "MODULE:NAME"),
         (("--protocol", "geneval", "--judge", f"{__name__}:Yes"), "has no detect()"),
         ((), "scorer"),
