@@ -6,14 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/sdxl/dpo.yaml.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Changes to the file: objective.beta=2000. A key that is unique needs no section: learning_rate=1e-6.",
-    ),
-]
+from diffalign.cli.settings import ConfigFile, Overrides, WithSettings
 
 
 def train(
@@ -73,5 +66,6 @@ def demo(
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (train, precompute, demo):
-        app.command()(command)
+    for command in (train, precompute):
+        app.command(cls=WithSettings)(command)
+    app.command()(demo)
