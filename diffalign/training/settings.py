@@ -88,7 +88,7 @@ class TrainSettings(Settings):
     global_batch_size: int | None = Field(None, ge=1)
     """Pairs in one optimizer step over all devices. If given, gradient_accumulation_steps follows from it."""
     max_train_steps: int = Field(1000, ge=1)
-    """Optimizer steps."""
+    """Optimizer steps of the whole run."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast for the networks; weights that train, errors and losses stay float32."""
     gradient_checkpointing: bool | Literal["auto", "selective"] = "auto"
