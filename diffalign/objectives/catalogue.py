@@ -218,6 +218,8 @@ class _Found:
 @functools.cache
 def _module(name: str) -> _Module:
     file = FOLDER / f"{name}.py"
+    if not file.is_file():
+        raise Unreadable(f"{name} is no file of this package")
     return _Module(file, ast.parse(file.read_text(encoding="utf8")))
 
 
