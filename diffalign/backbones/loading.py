@@ -77,6 +77,28 @@ def load(
     )
 
 
+def check(source: str, *, vae: str | None = None, unet_init: str | None = None, variant: str | None = None) -> None:
+    """Refuse what `load` would refuse, as far as paths, configurations and the headers of weights say; loads nothing.
+
+    What is on the hub is not looked at.
+
+    Raises:
+        ModelError: as `load` raises it.
+    """
+    for place in (source, vae, unet_init):
+        if place is not None:
+            _check_location(place)
+    folder = Path(source)
+    if folder.is_file():
+        single_file.family_of(folder)
+    elif folder.is_dir():
+        replaced = {name for name, given in (("vae", vae), ("unet", unet_init)) if given is not None}
+        for name in read_index(source).keys() & {"unet", "vae", "text_encoder", "text_encoder_2"} - replaced:
+            check_weights(folder / name, variant)
+    elif source.count("/") != 1:
+        raise ModelError(f'There is no model at "{source}". Give a diffusers folder, a .safetensors file or a hub id.')
+
+
 def load_unet(source: str | Path, torch_dtype: torch.dtype) -> UNet2DConditionModel:
     """Load a UNet from a UNet folder, a folder with `unet/`, or a hub id of either kind.
 

@@ -24,7 +24,14 @@ def train(
         typer.Option(help='Continue from a checkpoint: "latest" or its folder. Starts afresh if there is no latest.'),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration, batch arithmetic and memory, and stop.")
+        bool, typer.Option("--dry-run", help="Say what would be done, whether it fits and what is wrong, and stop.")
+    ] = False,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=0.1, help="Of --dry-run: GiB of the GPU to plan for; by default this machine's.")
+    ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Of --dry-run: print all keys, not only those that are changed."),
     ] = False,
 ) -> None:
     """Align a model with preference pairs.
@@ -38,7 +45,7 @@ def train(
     if dry_run:
         from diffalign.jobs.training import plan
 
-        plan.show(resolved, Console())
+        plan.dry_run(resolved, Console(), gpu_memory, full)
         return
     from diffalign.jobs.training.train import train as run
 
