@@ -12,6 +12,7 @@ from rich.console import Console
 from diffalign import config as configuration
 from diffalign import objectives
 from diffalign.backbones.files import read_header
+from diffalign.config.changes import changed, dump_changed
 from diffalign.errors import ModelError
 from diffalign.jobs.training import memory, meta_model, plan, preflight
 from diffalign.objectives.base import UNITS
@@ -73,6 +74,16 @@ def test_its_resolved_form_loads_again(name, tmp_path):
     config = configuration.load(CONFIGS / name)
     (tmp_path / "config.yaml").write_text(configuration.dump(config), encoding="utf8")
     assert configuration.load(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_changed_keys_are_the_whole_of_it(name, tmp_path):
+    config = configuration.load(CONFIGS / name)
+    (tmp_path / "config.yaml").write_text(dump_changed(config), encoding="utf8")
+    assert configuration.load(tmp_path / "config.yaml") == config
+    sections = changed(config)
+    defaults = configuration.check({**sections, "lora": {}}).lora.model_dump(mode="json")
+    assert not [key for key, value in sections.get("lora", {}).items() if value == defaults[key]]
 
 
 def test_runs_write_into_folders_of_their_own():
