@@ -1,5 +1,6 @@
 """Commands that train: train, precompute, demo."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,7 +96,7 @@ def train(
     if dry.dry_run:
         from diffalign.jobs.training import plan
 
-        plan.dry_run(resolved, Console(), **dry.how)
+        plan.dry_run(resolved, _console(), **dry.how)
         return
     from diffalign.jobs.training.train import train as run
 
@@ -110,9 +111,14 @@ def _sweep(file: Path, overrides: list[str], sweep: Sweep, resume: str | None, d
     judging = sweep.judging()
     runs = job.runs_of(file, overrides, sweep.sweep, resume=resume is not None)
     if dry.dry_run:
-        job.dry_run(runs, Console(), **dry.how)
+        job.dry_run(runs, _console(), **dry.how)
     else:
-        job.sweep(runs, Console(), judging)
+        job.sweep(runs, _console(), judging)
+
+
+def _console() -> Console:
+    """Return where to print; of several processes only the first does."""
+    return Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def precompute(config: ConfigFile, overrides: Overrides = None) -> None:
