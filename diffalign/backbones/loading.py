@@ -76,6 +76,26 @@ def load(
     )
 
 
+def check(source: str, *, vae: str | None = None, unet_init: str | None = None, variant: str | None = None) -> None:
+    """Refuse what `load` would refuse, as far as paths, configurations and the headers of weights say; loads nothing.
+
+    What is on the hub is not looked at.
+
+    Raises:
+        ModelError: as `load` raises it.
+    """
+    for place in (vae, unet_init):
+        if place is not None:
+            located(place)
+    folder = Path(located(source))
+    if folder.is_file():
+        single_file.family_of(folder)
+    elif folder.is_dir():
+        replaced = {name for name, given in (("vae", vae), ("unet", unet_init)) if given is not None}
+        for name in read_index(str(folder)).keys() & {"unet", "vae", "text_encoder", "text_encoder_2"} - replaced:
+            check_weights(folder / name, variant)
+
+
 def load_unet(source: str | Path, torch_dtype: torch.dtype) -> UNet2DConditionModel:
     """Load a UNet from a UNet folder, a folder with `unet/`, or a hub id of either kind.
 

@@ -95,6 +95,29 @@ COMPONENTS: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
         "tokenizer_2": ("transformers", "CLIPTokenizer", {"pad_token": "!"}),
     },
 }
+# Parameters of what is downloaded; a test counts them.
+PARAMETERS = {
+    "sd15": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+    "sdxl": {
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+    },
+}
+# Hub ids of models that have just these shapes.
+MODELS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "runwayml/stable-diffusion-v1-5": "sd15",
+    "CompVis/stable-diffusion-v1-4": "sd15",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+}
+VAES = (
+    "madebyollin/sdxl-vae-fp16-fix",
+    "stabilityai/sdxl-vae",
+    "stabilityai/sd-vae-ft-mse",
+    "stabilityai/sd-vae-ft-ema",
+)
 CLIP_MERGES = 48894  # with 256 letters, 256 final letters and 2 marks they make the 49,408 tokens
 PIPELINE_NAMES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
