@@ -61,6 +61,26 @@ def dump(config: Config) -> str:
     return dump_yaml(content)
 
 
+def changed(config: Config) -> dict[str, dict[str, Any]]:
+    """Return the keys of a configuration that differ from the defaults, by section; `load` makes the rest of them."""
+    content = config.model_dump(mode="json")
+    defaults = {name: _defaults(model) for name, model in _sections().items()}
+    known = objectives.fields(config.objective_name)
+    defaults["objective"] = {name: field.default for name, field in known.items()}
+    different = {
+        section: {key: value for key, value in keys.items() if key not in below or below[key] != value}
+        for section, keys in content.items()
+        for below in [defaults[section]]
+    }
+    return {section: keys for section, keys in different.items() if keys}
+
+
+def _defaults(section: type[BaseModel]) -> dict[str, Any]:
+    """Return the defaults of the keys that have one."""
+    fields = section.model_fields.items()
+    return {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf8")

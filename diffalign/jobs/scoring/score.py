@@ -13,7 +13,6 @@ from rich.console import Console
 import reward_models
 from diffalign.data import PairSource, RowError, open_pairs
 from diffalign.errors import DataError
-from diffalign.evaluation.progress import progress_bar
 from diffalign.jobs.scoring import pairs as paired
 from diffalign.jobs.scoring import scorers, tables
 from diffalign.jobs.scoring.engine import Judge, scan
@@ -23,6 +22,7 @@ from diffalign.jobs.scoring.places import open_places
 from diffalign.jobs.scoring.run import Options, Outcome, load_judges, parts_folder, run
 from diffalign.jobs.scoring.shares import Index
 from diffalign.jobs.scoring.store import Known
+from diffalign.progress import progress_bar
 
 __all__ = [
     "Options",

@@ -1,13 +1,12 @@
 """`diffalign train`: from a configuration to an aligned model that diffusers loads."""
 
-import hashlib
 import json
 import platform
 import sys
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,13 +17,15 @@ from torch import Tensor
 from diffalign import config as configuration
 from diffalign.backbones import export
 from diffalign.backbones.base import Backbone
+from diffalign.backbones.files import LORA_FILE
 from diffalign.config import Config
-from diffalign.data.fingerprints import digest_files
 from diffalign.errors import ConfigError
 from diffalign.jobs.training import (
     assemble,
     distributed,
     examples,
+    hub,
+    identity,
     memory,
     model_card,
     networks,
@@ -36,19 +37,11 @@ from diffalign.jobs.training import (
 from diffalign.objectives.base import UNITS
 from diffalign.training import zero
 from diffalign.training.batching import BatchPlan
+from diffalign.training.checkpoint import WeightsFile
 from diffalign.training.trainer import Sampler, Trainer
 
 ERRORS = "unusable_rows.jsonl"
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "bitsandbytes")
-
-
-class Source(Protocol):
-    """Say what a run learns from."""
-
-    name: str
-
-    def identify(self, cache: Path) -> Any:
-        """Return what the content is; `cache` keeps hashes that are expensive."""
 
 
 def train(config: Config, console: Console | None = None) -> dict[str, float]:
@@ -61,6 +54,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
     accelerator = make_accelerator(config)
     distributed.check(config, accelerator)
     console = console or Console(quiet=not accelerator.is_main_process)
+    repo = hub.check(config) if accelerator.is_main_process else None
     trainer, backbone = build_trainer(config, accelerator, console)
     unit = UNITS[config.build_objective().layout]
     console.print(f"Batch: {trainer.plan.describe(unit)}. Learning rate {trainer.peak:.3g}.")
@@ -71,8 +65,12 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
     line = trainer.fit()
     weights = trainer.weights()  # on every process: those of FSDP2 hold parts
     if accelerator.is_main_process:
-        export_model(config, backbone, output_dir, line, weights)
+        export_model(config, backbone, output_dir, weights)
+        card = model_card.render(config, backbone.family, line, repo=repo, processes=accelerator.num_processes)
+        (output_dir / "README.md").write_text(card, encoding="utf8")
         console.print(f"Done: {output_dir}")
+        if repo is not None:
+            hub.push(config, repo, console)
     accelerator.end_training()
     return line
 
@@ -88,7 +86,7 @@ def build_trainer(config: Config, accelerator: Accelerator, console: Console) ->
     else:
         source = examples.open_source(config, output_dir / ERRORS)
     console.print(f"Data: {source.name}: {source.counts}.")
-    identity = run_identity(config, plan, backbone, source)
+    known = identity.run_identity(config, plan, backbone, source)
     step, sampler, reference = learning(config, backbone, source, plan, accelerator, console)
     hooks = {"step": step, "reference": reference and reference.moving, "auto_beta": step.auto_beta}
     hooks["behavior"] = getattr(step, "behavior", None)
@@ -101,7 +99,8 @@ def build_trainer(config: Config, accelerator: Accelerator, console: Console) ->
         train=config.train,
         optimizer=config.optimizer,
         logging=config.logging,
-        identity=identity,
+        identity=known,
+        weights_file=weights_file(config, backbone),
         on_step=validation.drawer(config, backbone, accelerator),
         hooks={name: hook for name, hook in hooks.items() if hook is not None},
         static=static.static_step(config, step, backbone.denoiser, accelerator, console),
@@ -141,6 +140,20 @@ def _checkpointing(config: Config, plan: BatchPlan, backbone: Backbone, console:
     return decided.kind
 
 
+def weights_file(config: Config, backbone: Backbone) -> WeightsFile:
+    """Return how checkpoints keep what is trained: a LoRA as diffusers loads it, all weights by their names."""
+    if config.model.tune == "full":
+        return WeightsFile()
+    base, metadata = config.model.pretrained_model_name_or_path, lora_metadata(config, backbone)
+    header = export.lora_header(backbone.denoiser, base, metadata)
+    return WeightsFile(LORA_FILE, export.lora_keys(backbone.denoiser), header)
+
+
+def lora_metadata(config: Config, backbone: Backbone) -> dict[str, Any]:
+    """Return what the files of a run say about it, besides the number of steps."""
+    return {"objective": config.objective_name, "prediction_type": backbone.path.prediction_type}
+
+
 def make_accelerator(config: Config) -> Accelerator:
     """Create the accelerator; `accelerate launch` decides about devices and processes.
 
@@ -174,30 +187,6 @@ def start_trackers(config: Config, accelerator: Accelerator) -> None:
     accelerator.init_trackers(config.logging.tracker_name, config=plain)
 
 
-def run_identity(config: Config, plan: BatchPlan, backbone: Backbone, source: Source) -> dict[str, Any]:
-    """Return everything the weights of a run depend on: a resumed run must agree with its checkpoint on all of it."""
-    sections = config.model_dump(mode="json")
-    train = {key: sections["train"][key] for key in ("seed", "mixed_precision")}
-    train["global_batch_size"] = plan.global_batch_size
-    train["precision"] = [config.pure_bf16, config.performance.reference_dtype, config.performance.sampling_dtype]
-    if config.optimizer.lr_scheduler in ("linear", "cosine"):
-        train["max_train_steps"] = config.train.max_train_steps
-    where = ("cache_dir", "train_data_dir", "dataset_name", "prompts_file", "vae_encode_batch_size", "annotations_file")
-    data = {key: value for key, value in sections["data"].items() if key not in where}
-    if config.data.annotations_file:
-        data["annotations"] = digest_files([Path(config.data.annotations_file)], None)[0]
-    model = {"tune": config.model.tune, "denoiser": backbone.denoiser_fingerprint(), "encoders": backbone.fingerprint()}
-    adapter = {"lora": sections["lora"]} if config.model.tune == "lora" else {}
-    content = source.identify(Path(config.data.cache_dir) / "content_hashes.sqlite")
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    asked = ["objective", "denoising", "inversion", "reference", "loss", "optimizer"]
-    if config.is_online:
-        asked.append("rollout")
-        sections["rollout"] = {key: value for key, value in sections["rollout"].items() if "batch_size" not in key}
-    sections = {name: sections[name] for name in asked}
-    return {**sections, **adapter, "train": train, "model": model, "data": {**data, "content": digest}}
-
-
 def write_provenance(output_dir: Path, config: Config, identity: dict[str, Any]) -> None:
     """Write down what this run is: resolved configuration, versions, command, identity of data and model."""
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -223,12 +212,10 @@ def _installed(package: str) -> bool:
     return True
 
 
-def export_model(
-    config: Config, backbone: Backbone, output_dir: Path, metrics: dict[str, float], weights: dict[str, Tensor]
-) -> None:
-    """Write the trained `weights` in the formats of diffusers (and kohya, if asked for) and the model card."""
+def export_model(config: Config, backbone: Backbone, output_dir: Path, weights: dict[str, Tensor]) -> None:
+    """Write the trained `weights` in the formats of diffusers (and kohya, if asked for)."""
     base = config.model.pretrained_model_name_or_path
-    metadata = {"objective": config.objective_name, "training_steps": config.train.max_train_steps}
+    metadata = lora_metadata(config, backbone) | {"training_steps": config.train.max_train_steps}
     if config.model.tune == "full":
         export.save_full_unet(backbone.denoiser, output_dir, state_dict=weights)
     else:
@@ -239,4 +226,3 @@ def export_model(
             export.save_kohya_lora(
                 backbone.denoiser, file, base, metadata, prediction_type=prediction_type, state_dict=weights
             )
-    (output_dir / "README.md").write_text(model_card.render(config, backbone.family, metrics), encoding="utf8")

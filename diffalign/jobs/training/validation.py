@@ -4,8 +4,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import nn
 
 from diffalign.backbones.base import Backbone
@@ -63,5 +65,15 @@ def drawer(config: Config, backbone: Backbone, accelerator: Accelerator) -> Call
             [prompt for prompt, _ in rows],
         )
         save_grid(grid, Path(config.train.output_dir) / "validation" / f"step-{step:06d}.png")
+        send(grid, step, accelerator)
 
     return draw
+
+
+def send(grid: Image.Image, step: int, accelerator: Accelerator) -> None:
+    """Hand a grid to the trackers of a run."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+        else:
+            tracker.log_images({"validation": [grid]}, step=step)
