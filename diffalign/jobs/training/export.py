@@ -74,10 +74,10 @@ class Trained:
             return self.config.train.max_train_steps
         return checkpoint.steps_of(self.place)
 
-    def weights(self, denoiser: nn.Module) -> dict[str, Tensor]:
+    def weights(self, denoiser: nn.Module, shape: str = "from its config") -> dict[str, Tensor]:
         """Return the trained weights by the names of the parameters of `denoiser`: what the run's end exports or would.
 
-        That is the moving average where the run keeps one.
+        That is the moving average where the run keeps one. `shape` says where that of `denoiser` is from.
         """
         names = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
         keys = export.lora_keys(denoiser) if self.is_lora else None
@@ -86,7 +86,10 @@ class Trained:
         if self.place != self.run and self.config.optimizer.use_ema:
             found = dict(zip(names, checkpoint.averages(self.place), strict=True))
         if found.keys() != set(names):
-            raise ModelError(f"{self.place} does not fit {self.run / models.RUN_FILE}: it holds other weights.")
+            raise ModelError(
+                f"{self.place} holds other weights than {self.run / models.RUN_FILE} says, on the base model "
+                f'"{self.config.model.pretrained_model_name_or_path}" ({shape}). Say with --base where that is.'
+            )
         return found
 
 
@@ -126,12 +129,12 @@ def run(place: Path, form: str, out: Path | None, dtype: str, console: Console, 
 def _write_lora(trained: Trained, form: str, folder: Path, dtype: torch.dtype) -> Path:
     """Write the LoRA; the weights of the base are not needed for that, only its shape."""
     config = trained.config
-    denoiser, _, _ = plan.skeleton(config)
+    denoiser, _, shape = plan.skeleton(config)
     networks.add_adapters(config, denoiser)
     prediction_type = _prediction_type(trained)
     base = config.model.pretrained_model_name_or_path
     metadata = {"objective": config.objective_name, "prediction_type": prediction_type, "training_steps": trained.step}
-    given = {"state_dict": trained.weights(denoiser), "dtype": dtype}
+    given = {"state_dict": trained.weights(denoiser, shape), "dtype": dtype}
     if form == "diffusers":
         return export.save_lora(denoiser, folder, base, metadata, **given)
     file = folder if folder.suffix == ".safetensors" else folder / f"{trained.name}.safetensors"
