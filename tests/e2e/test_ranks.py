@@ -69,6 +69,7 @@ def test_two_ranks_equal_one(content, run, tmp_path, kind, tune):
     run(one)
     printed = launch_train(kind, two, tmp_path / "two.yaml")
     assert "2 pairs x 1 accumulation steps x 2 processes = 4 pairs" in printed
+    assert printed.count("step 2/2 loss") == 1  # by one of the processes
     assert PARTS[kind] in printed
     assert ("in 2 parts" in printed) == (kind != "ddp")
     start = loading.load(content["model"]["pretrained_model_name_or_path"]).denoiser.state_dict()
