@@ -45,7 +45,7 @@ class WeightsFile:
         """Write the weights as they are, bit for bit."""
         keys = self.keys or {name: name for name in parameters}
         tensors = {keys[name]: value.detach().cpu().contiguous() for name, value in parameters.items()}
-        save_file(tensors, folder / self.name, {**self.metadata, "training_steps": str(step)})
+        save_file(tensors, folder / self.name, metadata={**self.metadata, "training_steps": str(step)})
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         """Return the weights by the names of the parameters. Checkpoints before 2026-12 have WEIGHTS instead."""

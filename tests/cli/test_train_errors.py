@@ -138,7 +138,7 @@ def test_disk_full_during_a_checkpoint_keeps_the_one_before(fails, tmp_path, mon
     saved = []
     real = checkpoint.save_file
 
-    def fill_up(tensors, path, **options, *_metadata):
+    def fill_up(tensors, path, **options):
         if saved:
             raise OSError(28, "No space left on device")
         saved.append(path)

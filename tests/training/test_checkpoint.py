@@ -130,7 +130,7 @@ def full_disk(kind):
         "os.replace": OSError(errno.ENOSPC, "No space left on device"),
     }[kind]
 
-    def fail(_, path, *_metadata):
+    def fail(_, path, **_options):
         if Path(path).parent.name.endswith(".partial"):
             Path(path).write_bytes(b"half")
         raise error
