@@ -18,6 +18,7 @@ from diffalign.backbones.loading import load, load_unet
 from diffalign.errors import ModelError
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"
+PREFIX = "unet."  # of the UNet's tensors and settings in a LoRA file of diffusers
 
 
 def save_lora(
@@ -42,7 +43,17 @@ def save_lora(
     Raises:
         ModelError: there are no adapters, or the file cannot be written (a previous one is intact).
     """
-    lora, config = _adapter(denoiser, state_dict, dtype)
+    lora, _ = _adapter(denoiser, state_dict, dtype)
+    header = lora_header(denoiser, base_model, metadata)
+    tensors = {f"{PREFIX}{key}": tensor for key, tensor in lora.items()}
+    return write_atomically(Path(directory) / LORA_FILE, lambda path: save_file(tensors, path, metadata=header))
+
+
+def lora_header(
+    denoiser: nn.Module, base_model: str | None = None, metadata: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Return the metadata of the file that `save_lora` writes."""
+    config = denoiser.peft_config[ADAPTER]
     # Only what decides the result, so that other versions of peft accept it.
     settings = {
         "r": config.r,
@@ -53,9 +64,16 @@ def save_lora(
     if config.exclude_modules:  # of lora.blocks: else peft warns that the file lacks the other blocks
         settings["exclude_modules"] = config.exclude_modules
     header = _strings(base_model, metadata)
-    header[LORA_ADAPTER_METADATA_KEY] = json.dumps({f"unet.{key}": value for key, value in settings.items()})
-    tensors = {f"unet.{key}": tensor for key, tensor in lora.items()}
-    return write_atomically(Path(directory) / LORA_FILE, lambda path: save_file(tensors, path, metadata=header))
+    header[LORA_ADAPTER_METADATA_KEY] = json.dumps({f"{PREFIX}{key}": value for key, value in settings.items()})
+    return header
+
+
+def lora_keys(denoiser: nn.Module) -> dict[str, str]:
+    """Return how the file that `save_lora` writes calls the adapters' parameters, by their names in the network."""
+    parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    named = get_peft_model_state_dict(denoiser, state_dict=parameters, adapter_name=ADAPTER)
+    keys = {id(parameter): key for key, parameter in named.items()}  # peft names what it is given, and copies nothing
+    return {name: f"{PREFIX}{keys[id(parameter)]}" for name, parameter in parameters.items()}
 
 
 def save_kohya_lora(

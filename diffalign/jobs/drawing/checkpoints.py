@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign import config as configuration
 from diffalign.backbones import adapters
 from diffalign.backbones.export import load_adapter_into
-from diffalign.backbones.files import load_errors, quiet_diffusers
+from diffalign.backbones.files import LORA_FILE, load_errors, quiet_diffusers
 from diffalign.config.sections import LoraSettings
 from diffalign.errors import ModelError
 from diffalign.training.checkpoint import STATE, WEIGHTS
@@ -20,7 +20,8 @@ from diffalign.training.checkpoint import STATE, WEIGHTS
 
 def is_checkpoint(folder: str | Path) -> bool:
     """Tell whether `folder` is the checkpoint of a run."""
-    return all((Path(folder) / name).is_file() for name in (STATE, WEIGHTS))
+    folder = Path(folder)
+    return (folder / STATE).is_file() and any((folder / name).is_file() for name in (LORA_FILE, WEIGHTS))
 
 
 def load_weights(pipeline: DiffusionPipeline, weights: str) -> DiffusionPipeline:
@@ -38,22 +39,20 @@ def load_into(pipeline: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
     Raises:
         ModelError: the checkpoint is damaged or its run trained something else.
     """
+    if (folder / LORA_FILE).is_file():
+        return load_adapter_into(pipeline, folder)
     config = configuration.load(folder.parent / "config.yaml")
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder} is damaged ({error}). Use another checkpoint.") from error
-    if config.model.tune == "lora":
-        lora = config.lora
-        if adapters.has_adapters(pipeline.unet):
-            return _load_beside(pipeline, folder, tensors, lora)
-        adapters.add_lora(pipeline.unet, lora.rank, lora.lora_alpha, lora.lora_target_modules)
-    else:
-        unet = copy.deepcopy(pipeline.unet)
-        if adapters.has_adapters(unet):
-            unet.unload_lora()
-        pipeline.register_modules(unet=unet.requires_grad_(True))
-    parameters = {name: value for name, value in pipeline.unet.named_parameters() if value.requires_grad}
+    if config.model.tune == "lora":  # written before 2026-12
+        return _load_named(pipeline, folder, tensors, config.lora)
+    unet = copy.deepcopy(pipeline.unet)
+    if adapters.has_adapters(unet):
+        unet.unload_lora()
+    pipeline.register_modules(unet=unet)
+    parameters = dict(pipeline.unet.named_parameters())
     if parameters.keys() != tensors.keys() or any(tensors[name].shape != p.shape for name, p in parameters.items()):
         raise ModelError(f"{folder} does not fit {folder.parent / 'config.yaml'}: it holds other weights.")
     with torch.no_grad():
@@ -63,7 +62,7 @@ def load_into(pipeline: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
     return pipeline
 
 
-def _load_beside(
+def _load_named(
     pipeline: DiffusionPipeline, folder: Path, tensors: dict[str, Tensor], lora: LoraSettings
 ) -> DiffusionPipeline:
     settings = {"r": lora.rank, "lora_alpha": lora.lora_alpha or lora.rank, "lora_dropout": 0.0}

@@ -10,7 +10,6 @@ from torch import nn
 
 from diffalign.backbones import adapters, loading, published, single_file
 from diffalign.config import Config
-from diffalign.errors import ModelError
 
 TEXT_LENGTH = 77  # tokens, of CLIP's text encoders
 
@@ -47,7 +46,7 @@ def read(config: Config) -> MetaModel:
     Raises:
         ModelError: a path that does not exist, or a folder that is no pipeline of a supported family.
     """
-    name, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    name, revision = loading.located(config.model.pretrained_model_name_or_path), config.model.revision
     if Path(name).is_dir():
         family = loading.PIPELINES[loading.read_index(name)["_class_name"]].family
         shape = Path(name) / "unet" / "config.json"
@@ -55,8 +54,6 @@ def read(config: Config) -> MetaModel:
     if Path(name).is_file():
         family = "sdxl" if single_file.family_of(Path(name)) == "sdxl" else "sd15"
         return MetaModel(published.random_unet(family, device="meta"), family, f"counted as the published {family}")
-    if name.count("/") != 1:
-        raise ModelError(f'There is no model at "{name}". Give a diffusers folder, a .safetensors file or a hub id.')
     family = published.MODELS.get(name) or ("sdxl" if "xl" in name.lower() else "sd15")
     cached = try_to_load_from_cache(name, "unet/config.json", revision=revision)
     if isinstance(cached, str):

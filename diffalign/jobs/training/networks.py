@@ -57,7 +57,7 @@ def prepare_networks(
     checkpointing: which activations are recomputed, "none", "selective" or "full".
     stored: errors of the reference; once they are complete, no copy is made of what would never run.
     """
-    denoiser, lora, performance = backbone.denoiser.to(accelerator.device), config.lora, config.performance
+    denoiser, performance = backbone.denoiser.to(accelerator.device), config.performance
     kernels.use(performance.kernels)
     acceleration.channels_last(denoiser, performance.channels_last)
     choose_attention(config, backbone)  # before it is copied: both must run the same kernels
@@ -68,15 +68,7 @@ def prepare_networks(
     if referenced and _has_a_copy(config):
         frozen = _frozen_copy(config, backbone, accelerator)
     if config.model.tune == "lora":
-        adapters.add_lora(
-            denoiser,
-            lora.rank,
-            lora.lora_alpha,
-            lora.lora_target_modules,
-            lora.lora_dropout,
-            seed=config.train.seed,
-            blocks=lora.blocks,
-        )
+        add_adapters(config, denoiser)
         if performance.fused_lora:
             fuse_lora(denoiser)
     else:
@@ -86,6 +78,20 @@ def prepare_networks(
     for network in [denoiser] if frozen is None else [denoiser, frozen]:
         acceleration.compile_network(network, performance.compile, performance.cuda_graphs == "passes")
     return reference
+
+
+def add_adapters(config: Config, denoiser: nn.Module) -> None:
+    """Freeze `denoiser` and add the adapters of a run, as they are before the first step."""
+    lora = config.lora
+    adapters.add_lora(
+        denoiser,
+        lora.rank,
+        lora.lora_alpha,
+        lora.lora_target_modules,
+        lora.lora_dropout,
+        seed=config.train.seed,
+        blocks=lora.blocks,
+    )
 
 
 def _has_a_copy(config: Config) -> bool:

@@ -14,11 +14,11 @@ from rich.text import Text
 from diffalign import config as configuration
 from diffalign.config import Config
 from diffalign.config.changes import dump_changed
-from diffalign.data.readers import is_hub_id
 from diffalign.denoising import INVERSIONS, STABLE_DIFFUSION, DDPMPath, inversion
 from diffalign.errors import UserError
 from diffalign.jobs.training import assemble, memory, meta_model, online_costs, preflight, storage, survey
 from diffalign.objectives.base import UNITS
+from diffalign.places import is_hub_id
 from diffalign.training import optimizer
 from diffalign.training.batching import BatchPlan
 
