@@ -7,8 +7,10 @@ included, may be written without it. Unknown keys, wrong types and impossible co
 expected.
 """
 
+import copy
 import dataclasses
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -20,16 +22,37 @@ from diffalign.errors import ConfigError, suggestion
 from diffalign.yaml_text import dump_yaml, parse_yaml
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Load a configuration file, lay it over its `base:`, apply `key=value` overrides and check the result.
+def load(path: str | Path, overrides: Iterable[str] | None = None, values: Mapping[str, Any] | None = None) -> Config:
+    """Load a configuration file, lay it over its `base:`, change values and check the result.
+
+    Args:
+        path: the YAML file.
+        overrides: key=value, as on a command line.
+        values: as of `change`.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, or a value has the wrong type or range.
     """
-    content = _with_base(Path(path))
+    return change(_with_base(Path(path)), overrides, values)
+
+
+def change(
+    config: Config | Mapping[str, Any],
+    overrides: Iterable[str] | None = None,
+    values: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return a configuration, or what a file of it would hold, with other values, all checked anew.
+
+    Args:
+        config: stays as it is.
+        overrides: key=value, as on a command line.
+        values: by key, {"train.seed": 1}, or by section, {"train": {"seed": 1}}; they win over `overrides`.
+    """
+    content = config.model_dump(exclude_unset=True) if isinstance(config, Config) else copy.deepcopy(dict(config))
+    changes = [*map(_parsed, overrides or []), *_flat(values or {})]
     # The objective's name first: it clears the block of another objective and decides which keys there are.
-    for override in sorted(overrides or [], key=lambda text: text.partition("=")[0].strip() != "objective.name"):
-        _apply(content, override)
+    for key, value in sorted(changes, key=lambda change: change[0] != "objective.name"):
+        _apply(content, key, value)
     return check(content)
 
 
@@ -99,12 +122,28 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def _parsed(override: str) -> tuple[str, Any]:
+    """Return key and value of an override."""
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f'An override is written key=value, e.g. objective.beta=2000; got "{override}".')
-    section, _, leaf = _qualify(key.strip(), content).rpartition(".")
-    value, block = parse_yaml(text, f'The override "{override}"'), content.setdefault(section, {})
+    return key.strip(), parse_yaml(text, f'The override "{override}"')
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield keys and values, of sections too, in the types that YAML has."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat({f"{key}.{leaf}": inner for leaf, inner in value.items()})
+        elif isinstance(value, PurePath):
+            yield key, str(value)
+        else:
+            yield key, list(value) if isinstance(value, tuple) else value
+
+
+def _apply(content: dict[str, Any], key: str, value: Any) -> None:
+    section, _, leaf = _qualify(key, content).rpartition(".")
+    block = content.setdefault(section, {})
     if not isinstance(block, dict):
         raise ConfigError(f'"{section}" must hold keys, got {block!r}.')
     if (section, leaf) == ("objective", "name") and block.get("name") != value:

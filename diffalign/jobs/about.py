@@ -32,6 +32,7 @@ OPTIONAL = {
     "bitsandbytes": ("optimizer.name adamw_8bit", "diffalign[gpu]"),
     "torchao": ("low-precision frozen passes", "diffalign[gpu]"),
     "wandb": ("logging.report_to wandb", "diffalign[wandb]"),
+    "ipywidgets": ("progress bars in notebooks", "diffalign[notebook]"),
 }
 KINDS = ("objectives", "scorers", "configs")
 CHECKOUT = Path(diffalign.__file__).parent.parent

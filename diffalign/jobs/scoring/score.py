@@ -68,7 +68,7 @@ def score_images(
         DataError: no pictures, no prompts, or with `options.strict` a broken picture.
     """
     tables.check_suffix(out)
-    reads = _reads_prompts(scorers.parse(wanted))
+    reads = reads_prompts(scorers.parse(wanted))
     columns = {"image_column": image_column, "caption_column": caption_column}
     source = open_places(places, prompts_file=prompts_file, prompt=prompt, with_prompts=reads, **columns)
     if prompts_file is not None:
@@ -230,6 +230,6 @@ def _tell_cut(outcome: Outcome, console: Console) -> None:
             )
 
 
-def _reads_prompts(names: Sequence[str]) -> bool:
+def reads_prompts(names: Sequence[str]) -> bool:
     """Tell whether any of the scorers reads prompts."""
     return any(name in scorers.OWN or reward_models.card(name).text_length is not None for name in names)
