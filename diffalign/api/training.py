@@ -60,10 +60,7 @@ def load_config(config: ConfigLike, *overrides: str | Mapping[str, Any], **value
         ConfigError: there is no such configuration, a key is unknown, or a value has the wrong type or range.
 
     Example:
-        >>> import diffalign
-        >>> config = diffalign.load_config("tiny/dpo", "train.seed=1", max_train_steps=20)
-        >>> config.train.max_train_steps, config.objective
-        (20, {'name': 'dpo', 'beta': 5000.0, 'label_smoothing': 0.0})
+        config = diffalign.load_config("tiny/dpo", "train.seed=1", max_train_steps=20)
     """
     words = [override for override in overrides if isinstance(override, str)]
     tables = [override for override in overrides if not isinstance(override, str)]
