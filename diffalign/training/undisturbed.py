@@ -1,6 +1,5 @@
 """Training inside a process that does other things too: a notebook, a program that trains twice."""
 
-import gc
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,20 +18,9 @@ def undisturbed() -> Iterator[None]:
     devices and processes themselves (`PartialState`) is left alone: it is the same for every run.
     """
     with ExitStack() as stack:
-        for context in (_own_memory(), _own_accelerate(), _own_generators(), _own_precision()):
+        for context in (_own_accelerate(), _own_generators(), _own_precision()):
             stack.enter_context(context)
         yield
-
-
-@contextmanager
-def _own_memory() -> Iterator[None]:
-    """Free the networks at once: they are in circles, which Python breaks when it sees fit."""
-    try:
-        yield
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 @contextmanager
