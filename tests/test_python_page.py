@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "python.md"
 CELL = re.compile(r"^```python\n(.*?)^```\n```text\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d.:]*(e[-+]?\d+)?")
+NUMBER = re.compile(r"(?<![\w.-])[-+]?\d[\d.:]*(e[-+]?\d+)?")
 
 
 def cells() -> list[tuple[str, str]]:
