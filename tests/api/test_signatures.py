@@ -1,7 +1,6 @@
 """The functions have the options of the commands, with their defaults, and all of them."""
 
 import inspect
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,5 +51,3 @@ def test_every_argument_is_explained(name):
 @pytest.mark.parametrize("package", ["diffalign", "reward_models"])
 def test_type_checkers_are_told_to_look(package):
     assert (ROOT / package / "py.typed").is_file()
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert "py.typed" in settings[package]

@@ -75,7 +75,7 @@ class TestLoadConfig:
     @pytest.mark.parametrize(
         ("arguments", "named"),
         [
-            (("tiny/dpq",), "configs/tiny/dpo.yaml"),
+            (("tiny/dpq",), "tiny/dpo"),
             (("tiny/dpo", {"betta": 1.0}), '"objective.beta"'),
             (("tiny/dpo", {"train": {"sed": 1}}), '"seed"'),
             (("tiny/dpo", {"train.seed": "one"}), "an integer"),
