@@ -4,14 +4,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from diffalign import config as configuration
 from diffalign.api.common import PathLike, telling
 from diffalign.config import Config
 from diffalign.jobs.about import find_config
+
+if TYPE_CHECKING:
+    import pandas as pd  # takes longer than reading a configuration
 
 ConfigLike = PathLike | Mapping[str, Any] | Config
 
@@ -30,8 +31,10 @@ class Run(os.PathLike[str]):
         return self.output_dir / ("unet" if self.config.model.tune == "full" else "pytorch_lora_weights.safetensors")
 
     @property
-    def history(self) -> pd.DataFrame:
+    def history(self) -> "pd.DataFrame":
         """All lines of metrics.jsonl, one row each."""
+        import pandas as pd
+
         from diffalign.training.metrics import read
 
         return pd.DataFrame(read(self.output_dir / "metrics.jsonl"))
