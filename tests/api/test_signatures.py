@@ -15,7 +15,8 @@ OF_NOTEBOOKS = {"quiet"}
 # A function keeps files where it is told to, a command always does. Lists of words, text or None of one are the same.
 DIFFERENT = {"out"}
 ELSEWHERE = {
-    "train": {"config", "overrides", "dry_run"},
+    # A dry run prints, and Python sweeps in a loop.
+    "train": {"config", "overrides", "dry_run", "gpu_memory", "full", "sweep", "prompts", "scorers"},
     "generate": {"model", "prompts", "prompt"},
     "score": {"images", "scorers", "prompts", "prompt", "pairs", "skip_broken", "shard"},
     "evaluate": {"models", "prompts", "scorers"},
