@@ -153,6 +153,10 @@ class Evaluation:
             parts.append(_markdown(head, lines))
         return "\n\n".join(parts) + "\n"
 
+    def _repr_markdown_(self) -> str:
+        """Show the tables in a notebook."""
+        return self.markdown()
+
     def write(self, directory: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
         """Write scores.parquet, summary.json, .csv and .md, categories.csv and attributes.parquet if any."""
         directory = Path(directory)
