@@ -9,8 +9,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 from diffalign.errors import DataError
-from diffalign.evaluation.plots import curve_plot
 from diffalign.evaluation.scoring import format_score
+from diffalign.webpages.plots import curve_plot
 
 Series = tuple[list[float], list[float]]  # steps, values
 

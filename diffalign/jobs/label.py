@@ -13,6 +13,7 @@ from diffalign.errors import DataError, UserError
 from diffalign.evaluation import Manifest
 from diffalign.evaluation.arena import Arena
 from diffalign.evaluation.statistics import binomial_test, holm, paired_bootstrap, wilson_interval
+from diffalign.evaluation.verdict import Evidence, p_text
 from diffalign.jobs.drawing import models
 from diffalign.jobs.evaluating import arena
 from diffalign.jobs.scoring import tables
@@ -96,14 +97,20 @@ def results(file: Path, console: Console) -> dict[str, Any]:
     rows = [_of_models(a, b, part) for (a, b), part in votes.groupby(["model_a", "model_b"], sort=False)]
     for row, p in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
         row["p_value_holm"] = p
+        evidence = _evidence(row, len(rows))
+        row["verdict"] = evidence.verdict
+        row["sentence"] = evidence.sentence("the raters", row["model_b"], row["model_a"])
     ranking = _ranking(votes, rankings)
     table = tables.plain("model", "against", "win rate", "95 % interval", "won/tied/lost", "prompts", "p")
     for r in rows:
         interval = "n/a" if pd.isna(r["ci_low"]) else f"{100 * r['ci_low']:.1f} to {100 * r['ci_high']:.1f}%"
         counts = f"{r['wins']}/{r['ties']}/{r['losses']}"
-        p = "< 0.001" if r["p_value_holm"] < 0.001 else f"{r['p_value_holm']:.3f}"
-        table.add_row(r["model_a"], r["model_b"], f"{100 * r['win_rate']:.1f}%", interval, counts, str(r["prompts"]), p)
+        rate, p = f"{100 * r['win_rate']:.1f}%", p_text(r["p_value_holm"])
+        table.add_row(r["model_a"], r["model_b"], rate, interval, counts, str(r["prompts"]), p)
     console.print(table)
+    for r in rows:
+        told = f"{r['model_a']} and {r['model_b']}: {r['sentence']}"
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
     if len(ranking) > 2:
         console.print(arena.show(ranking))
     found = agreement_of(votes)
@@ -216,7 +223,7 @@ def _of_models(a: str, b: str, votes: pd.DataFrame) -> dict[str, Any]:
     """Summarise the votes on two models; interval and test are over prompts, as votes on one are not independent."""
     share = votes.groupby("prompt_id")["credit"].mean()
     wins, losses = int((votes["credit"] == 1).sum()), int((votes["credit"] == 0).sum())
-    prompts_won = int((share > 0.5).sum())
+    prompts_won, prompts_lost = int((share > 0.5).sum()), int((share < 0.5).sum())
     interval = paired_bootstrap(share, 1 - share, lambda x, _: x.mean(axis=-1))
     wilson = wilson_interval(float(votes["credit"].sum()), len(votes))
     return {
@@ -228,13 +235,26 @@ def _of_models(a: str, b: str, votes: pd.DataFrame) -> dict[str, Any]:
         "wilson_low": wilson.low,
         "wilson_high": wilson.high,
         "prompts_won": prompts_won,
+        "prompts_lost": prompts_lost,
         "wins": wins,
         "ties": len(votes) - wins - losses,
         "losses": losses,
         "votes": len(votes),
         "prompts": len(share),
-        "p_value": binomial_test(prompts_won, prompts_won + int((share < 0.5).sum())),
+        "p_value": binomial_test(prompts_won, prompts_won + prompts_lost),
     }
+
+
+def _evidence(row: dict[str, Any], tests: int) -> Evidence:
+    return Evidence(
+        lead=row["prompts_won"] - row["prompts_lost"],
+        prompts=row["prompts"],
+        low=row["ci_low"],
+        high=row["ci_high"],
+        p_value=row["p_value"],
+        p_value_holm=row["p_value_holm"],
+        tests=tests,
+    )
 
 
 def _ranking(votes: pd.DataFrame, rankings: pd.DataFrame) -> pd.DataFrame:

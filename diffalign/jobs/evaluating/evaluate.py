@@ -25,6 +25,7 @@ from diffalign.evaluation.prompt_sets import PromptSet
 from diffalign.evaluation.published import Beside
 from diffalign.evaluation.results import Bootstrap
 from diffalign.evaluation.scoring import format_score
+from diffalign.evaluation.verdict import p_text
 from diffalign.jobs.drawing import grid, models
 from diffalign.jobs.evaluating import protocols, published
 from diffalign.jobs.scoring import scorers as scoring
@@ -116,6 +117,8 @@ def evaluate(request: Request, *, command: str = "", console: Console) -> Evalua
     result.write(request.out, extra | numbers)
     _report(result, manifests, columns, request, command, reported)
     console.print(summary(result))
+    for comparison in result.comparisons.values():  # the headlines of the pages
+        console.print(comparison.describe(comparison.scorers[0]), markup=False, highlight=False)
     console.print(f"Look at {request.out}/report.html and {request.out}/summary.md.", markup=False, highlight=False)
     return result
 
@@ -127,9 +130,9 @@ def summary(result: Evaluation) -> Table:
         table.add_row(result.baseline, scorer, format_score(row.base), format_score(row.base_median), "", "", "")
     for row in result.table.itertuples():
         interval = "n/a" if pd.isna(row.ci_low) else f"{100 * row.ci_low:.1f} to {100 * row.ci_high:.1f}%"
-        p = "< 0.001" if row.p_value_holm < 0.001 else f"{row.p_value_holm:.3f}"
         scores = format_score(row.mean), format_score(row.median)
-        table.add_row(row.model, row.scorer, *scores, f"{100 * row.win_rate:.1f}%", interval, p)
+        rate = f"{100 * row.win_rate:.1f}%"
+        table.add_row(row.model, row.scorer, *scores, rate, interval, p_text(row.p_value_holm))
     return table
 
 

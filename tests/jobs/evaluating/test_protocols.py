@@ -4,13 +4,13 @@ import json
 
 import pandas as pd
 import pytest
-from tests.jobs.test_grid_columns import PROMPTS, draw_folder
 
 from diffalign.evaluation import Manifest
 from diffalign.evaluation.scoring import open_image
 from diffalign.shapes import benchmarks
 from diffalign.shapes.captions import parse
 from diffalign.shapes.oracle import measure
+from tests.jobs.drawing.test_grid_columns import PROMPTS, draw_folder
 
 MODELS = ("right", "wrong")
 
