@@ -13,7 +13,7 @@ import yaml
 from diffalign import __version__
 from diffalign.errors import UserError, suggestion
 from diffalign.evaluation.comparison import Comparison
-from diffalign.evaluation.curves import Chart, read_metrics, training_charts
+from diffalign.evaluation.curves import read_metrics, training_charts
 from diffalign.evaluation.gallery import Images, choose_examples, choose_pairs, gallery
 from diffalign.evaluation.manifest import atomic_write
 from diffalign.evaluation.published import TRUST, Beside
@@ -22,7 +22,7 @@ from diffalign.evaluation.scoring import format_score
 from diffalign.evaluation.several import Evaluation
 from diffalign.evaluation.verdict import p_text
 from diffalign.webpages import MINUS, page
-from diffalign.webpages.plots import difference_plot, distribution_plot
+from diffalign.webpages.plots import Chart, difference_plot, distribution_plot
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 _EXAMPLES = 6  # prompts under the verdict

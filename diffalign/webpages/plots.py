@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
@@ -48,6 +49,17 @@ _STYLE = {
 # Inches: a wide chart takes half of the page, a narrow one a third; type then comes out at about 11 pixels.
 _WIDE, _NARROW = (4.7, 2.2), (3.5, 1.85)
 _MOST_POINTS = 240  # of a curve: more cannot be told apart at this width
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Describe a chart of a report."""
+
+    title: str
+    note: str
+    svg: Markup
+    legend: tuple[tuple[str, str], ...] = ()  # (colour variable, text)
+    last: str = ""
 
 
 def difference_plot(differences: NDArray[np.float64], label: str) -> Markup:

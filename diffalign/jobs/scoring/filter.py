@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from diffalign.errors import ConfigError, DataError, UserError, suggestion
 from diffalign.evaluation.manifest import atomic_write
 from diffalign.evaluation.progress import progress_bar
 from diffalign.filtering import baselines, cleaning, margin, report, selection, text_entropy, text_quality, writing
+from diffalign.filtering.agreement import Agreement
 from diffalign.filtering.components import KEPT_NEIGHBOURS, Components
 from diffalign.filtering.files import weights_identity
 from diffalign.filtering.importance import ImportanceSettings
@@ -258,11 +259,8 @@ def _write(source: PairSource, pairs: pd.DataFrame, chosen: Choice, request: Req
             with atomic_write(request.out / name) as temporary:
                 writing.write_pairs(source, pairs, indices, temporary, advance)
     tables.write(chosen.table, request.out / SELECTION)
-    facts = {"method": request.method, "source": request.source, **chosen.counts}
-    facts |= {name: value for name, value in asdict(request.settings).items() if value is not None}
-    content = report.page(
-        source, pairs, chosen.order, chosen.values, settings=request.settings, facts=facts, command=command
-    )
+    how = {"method": request.method, "settings": request.settings, "counts": chosen.counts, "command": command}
+    content = report.page(source, pairs, chosen.order, chosen.values, **how)
     with atomic_write(request.out / REPORT) as temporary:
         temporary.write_text(content, encoding="utf-8")
 
@@ -277,4 +275,7 @@ def _tell(components: Components, chosen: Choice, request: Request, console: Con
     console.print(f"{request.source}: {counts}.", markup=False, highlight=False, soft_wrap=True)
     if request.method == "fifa" and request.settings.alpha > 0 and "text_quality" not in components.origin:
         console.print("Text quality is left out: no --text-quality or --text-quality-model.", markup=False)
+    agreement = Agreement.of(components.table, chosen.order)
+    if agreement and (warning := agreement.warning(request.method, request.settings)):
+        console.print(f"Warning: {warning}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Train on it with data.train_data_dir={request.out}. Report: {request.out / REPORT}", markup=False)
