@@ -25,7 +25,7 @@ LAYERS = (
 )
 # The wings of jobs/, from the ground up, by the same rule.
 WINGS = (
-    {"devices"},
+    {"devices", "skipped"},
     {"drawing", "rewards"},
     {"scoring"},
     {"training"},

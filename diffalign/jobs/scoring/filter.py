@@ -22,6 +22,7 @@ from diffalign.filtering.components import KEPT_NEIGHBOURS, Components
 from diffalign.filtering.files import weights_identity
 from diffalign.filtering.importance import ImportanceSettings
 from diffalign.filtering.language_model import LanguageModelRater
+from diffalign.jobs import skipped
 from diffalign.jobs.devices import pick_device, pick_dtype
 from diffalign.jobs.scoring import score, scorers, tables
 
@@ -73,14 +74,15 @@ def filter_pairs(request: Request, *, command: str = "", console: Console) -> pd
     Raises:
         UserError: unusable data, a part that the method needs and nothing gives, or nothing left to choose.
     """
-    on_error = "skip" if request.skip_broken else "raise"
-    with score.skippable():
-        source = open_pairs(request.source, split=request.split, max_samples=request.limit, on_error=on_error)
+    how = {"on_error": "skip" if request.skip_broken else "raise", "error_log": request.out / skipped.FILE}
+    with skipped.skippable():
+        source = open_pairs(request.source, split=request.split, max_samples=request.limit, **how)
         components = _components(source, request, console)
         _require(components, request)
         chosen = _choose(components.table, request)
         _write(source, components.table, chosen, request, command)
     _tell(components, chosen, request, console)
+    skipped.tell(source.rejects, console)
     return chosen.table
 
 
@@ -277,5 +279,5 @@ def _tell(components: Components, chosen: Choice, request: Request, console: Con
         console.print("Text quality is left out: no --text-quality or --text-quality-model.", markup=False)
     agreement = Agreement.of(components.table, chosen.order)
     if agreement and (warning := agreement.warning(request.method, request.settings)):
-        console.print(f"Warning: {warning}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
+        skipped.say(f"Warning: {warning}", console)
     console.print(f"Train on it with data.train_data_dir={request.out}. Report: {request.out / REPORT}", markup=False)

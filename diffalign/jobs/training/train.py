@@ -21,6 +21,7 @@ from diffalign.backbones.base import Backbone
 from diffalign.config import Config
 from diffalign.data.fingerprints import digest_files
 from diffalign.errors import ConfigError
+from diffalign.jobs import skipped
 from diffalign.jobs.training import (
     assemble,
     distributed,
@@ -38,7 +39,6 @@ from diffalign.training import zero
 from diffalign.training.batching import BatchPlan
 from diffalign.training.trainer import Sampler, Trainer
 
-ERRORS = "unusable_rows.jsonl"
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "bitsandbytes")
 
 
@@ -86,10 +86,13 @@ def build_trainer(config: Config, accelerator: Accelerator, console: Console) ->
     if config.is_online:
         source = online.open_prompts(config, backbone)
     else:
-        source = examples.open_source(config, output_dir / ERRORS)
+        source = examples.open_source(config, output_dir / skipped.FILE)
     console.print(f"Data: {source.name}: {source.counts}.")
     identity = run_identity(config, plan, backbone, source)
     step, sampler, reference = learning(config, backbone, source, plan, accelerator, console)
+    if not config.is_online:
+        skipped.tell(source.rejects, console)
+        skipped.follow(source.rejects, console)  # without a cache, images are decoded as training meets them
     hooks = {"step": step, "reference": reference and reference.moving, "auto_beta": step.auto_beta}
     hooks["behavior"] = getattr(step, "behavior", None)
     trainer = Trainer(
