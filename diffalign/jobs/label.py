@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +11,13 @@ import pandas as pd
 from rich.console import Console
 
 from diffalign.errors import DataError, UserError
-from diffalign.evaluation import Manifest
 from diffalign.evaluation.arena import Arena
 from diffalign.evaluation.statistics import binomial_test, holm, paired_bootstrap, wilson_interval
 from diffalign.evaluation.verdict import Evidence, p_text
-from diffalign.jobs.drawing import models
+from diffalign.jobs import skipped
 from diffalign.jobs.evaluating import arena
-from diffalign.jobs.scoring import tables
+from diffalign.jobs.scoring import own_pairs, tables
+from diffalign.jobs.scoring.own_pictures import Folder, open_folders
 from diffalign.labelling import Rankings, Votes, agreement_of, read_votes
 from diffalign.labelling.app import LOOPBACK, serve
 from diffalign.labelling.rankings import MOST, list_tasks
@@ -26,23 +27,39 @@ Layout = Literal["majority", "share", "votes", "lists"]
 LAYOUTS = ("majority", "share", "votes", "lists")
 
 
-def label(folders: Sequence[str], file: Path, *, rank: int | None, host: str, port: int, console: Console) -> None:
-    """Add the pictures of the folders to a file of votes, and serve the page until interrupted.
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Say what people are to judge.
+
+    places: folders drawn by `diffalign generate` or `evaluate`, or folders of pictures with equal names, alone or as
+        name=folder; or one source of pairs; none to go on with what is there.
+    rank: k pictures to rank, each by another model; None for two to choose from.
+    split: of a source of pairs.
+    limit: use only the first so many pairs or lists.
+    """
+
+    places: Sequence[str] = ()
+    rank: int | None = None
+    split: str = "train"
+    limit: int | None = None
+
+
+def label(wanted: Wanted, file: Path, *, host: str, port: int, console: Console) -> None:
+    """Add what is wanted to a file of votes, and serve the page until interrupted.
 
     Args:
-        folders: drawn by `diffalign generate` or `evaluate`, alone or as name=folder; none to go on with what is there.
+        wanted: pictures to judge.
         file: of votes; made if missing.
-        rank: k pictures to rank, each by another model; None for two to choose from.
         host: where to listen.
         port: 0 takes a free one.
         console: is told the address.
     """
-    named = _named(folders)
-    if rank is not None and not 3 <= rank <= min(MOST, len(named) or MOST):
+    rank = wanted.rank
+    if rank is not None and not 3 <= rank <= min(MOST, len(wanted.places) or MOST):
         raise UserError(
-            f"--rank takes 3 to {MOST} pictures, no more than there are folders ({len(named)}); got {rank}."
+            f"--rank takes 3 to {MOST} pictures, no more than there are folders ({len(wanted.places)}); got {rank}."
         )
-    added = list_tasks(named, rank) if rank else pair_tasks(named)
+    added = _tasks(wanted, file, console) if wanted.places else []
     _require_files(task.files if rank else (task.file_a, task.file_b) for task in added)
     with Rankings(file, propose) if rank else Votes(file) as votes:
         new = votes.add(added)
@@ -54,6 +71,15 @@ def label(folders: Sequence[str], file: Path, *, rank: int | None, host: str, po
         if host not in LOOPBACK:
             console.print(f"Anyone who can reach {host} can vote and see the pictures.", markup=False, highlight=False)
         serve(votes, host, port, _announcer(console))
+
+
+def _tasks(wanted: Wanted, file: Path, console: Console) -> list[Any]:
+    """Return what there is to judge: of folders, or of one source of pairs."""
+    kept = file.with_name(f"{file.stem}.pictures")
+    if len(wanted.places) == 1 and Folder.of(wanted.places[0]) is None:
+        return own_pairs.tasks_of(wanted.places[0], kept, wanted.split, wanted.limit, console)
+    named = named_pictures(wanted.places, file.with_name(f"{file.stem}.{skipped.FILE}"), console)
+    return (list_tasks(named, wanted.rank) if wanted.rank else pair_tasks(named))[: wanted.limit]
 
 
 def propose(names: Sequence[str], rankings: pd.DataFrame, k: int) -> list[str]:
@@ -121,23 +147,25 @@ def results(file: Path, console: Console) -> dict[str, Any]:
     return {"pairs": rows, "ranking": ranking.to_dict("records"), "agreement": found}
 
 
-def _named(folders: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
-    """Return name and pictures (with absolute files) of every folder; all show the same prompts."""
-    named: list[tuple[str, pd.DataFrame]] = []
-    for spec in folders:
-        name, place = models.split_name(spec)
-        manifest = Manifest.read(Path(place).expanduser())
-        files = [str(path.resolve()) for path in manifest.paths]
-        named.append((name or Path(place).resolve().name, manifest.table.assign(file=files)))
-    names = [name for name, _ in named]
-    if len(names) == 1:
-        raise UserError(f"Only {names[0]} is named: two or more folders of pictures are needed to choose between.")
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f'Two folders are named "{twice[0]}". Name them apart: first=FOLDER second=FOLDER.')
+def named_pictures(specs: Sequence[str], listed: Path, console: Console) -> list[tuple[str, pd.DataFrame]]:
+    """Return name and pictures (with absolute files) of every folder; all show the same prompts.
+
+    What is left out of folders without manifests is listed in the file `listed`.
+    """
+    folders = [Folder.of(spec) for spec in specs]
+    if wrong := next((spec for spec, folder in zip(specs, folders, strict=True) if folder is None), None):
+        raise DataError(
+            f'"{wrong}" is no folder of pictures. Name folders drawn by `diffalign generate`, folders of pictures with '
+            "equal names, or, alone, a source of pairs."
+        )
+    named = [
+        (name, manifest.table.assign(file=[str(path.resolve()) for path in manifest.paths]))
+        for name, manifest in open_folders(folders, listed, console).items()
+    ]
     for name, table in named[1:]:
         both = named[0][1].merge(table, on=["prompt_id", "seed"])
         if both.empty or (both["prompt_x"] != both["prompt_y"]).any():
-            raise DataError(f"{names[0]} and {name} show other prompts or seeds. Draw the same with both.")
+            raise DataError(f"{named[0][0]} and {name} show other prompts or seeds. Draw the same with both.")
     return named
 
 

@@ -36,7 +36,9 @@ def named(tmp_path):
         manifest = Manifest.plan(tmp_path / name, requested, settings={}, identity=name)
         for number, path in enumerate(manifest.paths):
             render(parse(PROMPTS[(number + shift) % 3]), random.Random(number)).save(path)
-    return job._named([str(tmp_path / name) for name in MODELS])
+    return job.named_pictures(
+        [str(tmp_path / name) for name in MODELS], tmp_path / "left_out.jsonl", Console(quiet=True)
+    )
 
 
 @pytest.fixture

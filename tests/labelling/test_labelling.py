@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,10 @@ PROMPTS = ("a red circle", "two green stars", "<b>bold</b> & co", "a blue cross"
 LEVELS = {"base": 60, "dpo": 200}
 
 
+def named(specs):
+    return job.named_pictures(specs, Path("left_out.jsonl"), Console(quiet=True))
+
+
 @pytest.fixture
 def folders(tmp_path):
     """Return a folder of flat pictures for each of two models, with manifests as generate writes them."""
@@ -44,7 +49,7 @@ def folders(tmp_path):
 @pytest.fixture
 def votes(folders, tmp_path):
     with Votes(tmp_path / "votes.sqlite") as opened:
-        opened.add(pair_tasks(job._named([str(folder) for folder in folders.values()])))
+        opened.add(pair_tasks(job.named_pictures([str(folder) for folder in folders.values()])))
         yield opened
 
 
@@ -128,13 +133,13 @@ def test_what_the_server_refuses(client):
 
 def test_folders_that_do_not_go_together(folders, tmp_path):
     with pytest.raises(UserError, match="two or more folders"):
-        job._named([str(folders["base"])])
+        named([str(folders["base"])])
     with pytest.raises(UserError, match='Two folders are named "x"'):
-        job._named([f"x={folder}" for folder in folders.values()])
+        job.named_pictures([f"x={folder}" for folder in folders.values()])
     other = pd.DataFrame({"prompt_id": range(4), "prompt": "others", "seed": 0})
     Manifest.plan(tmp_path / "other", other, settings={}, identity="other")
     with pytest.raises(DataError, match="other prompts or seeds"):
-        job._named([str(folders["base"]), str(tmp_path / "other")])
+        job.named_pictures([str(folders["base"]), str(tmp_path / "other")])
     (tmp_path / "text.sqlite").write_text("no database at all, but long enough to be one" * 9)
     with pytest.raises(DataError, match="no file of votes"):
         Votes(tmp_path / "text.sqlite")

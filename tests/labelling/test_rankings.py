@@ -28,7 +28,9 @@ def named(tmp_path):
         manifest = Manifest.plan(tmp_path / name, requested, settings={}, identity=name)
         for number, path in enumerate(manifest.paths):
             Image.new("RGB", (16, 16), (level, 10 * number, 0)).save(path)
-    return job._named([str(tmp_path / name) for name in MODELS])
+    return job.named_pictures(
+        [str(tmp_path / name) for name in MODELS], tmp_path / "left_out.jsonl", Console(quiet=True)
+    )
 
 
 @pytest.fixture
