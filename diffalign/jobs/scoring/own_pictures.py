@@ -135,10 +135,12 @@ def _fault(
         files = found[folder.name].get(stem, [])
         if len(files) != 1:
             return ("no partner", f"{folder.path} has none") if not files else ("several of one name", str(files[1]))
-        if not files[0].resolve().is_relative_to(folder.path.resolve()):
-            return "outside the folder", f"{files[0]} leads out of {folder.path}"
+    for folder in folders:
+        file = found[folder.name][stem][0]
+        if not file.resolve().is_relative_to(folder.path.resolve()):
+            return "outside the folder", f"{file} leads out of {folder.path}"
         try:
-            ImageRef(path=files[0]).load()
+            ImageRef(path=file).load()
         except RowError as error:
             return error.reason, error.detail
     return None
