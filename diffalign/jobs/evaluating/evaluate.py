@@ -173,7 +173,7 @@ def _columns(request: Request) -> list[_Column]:
 def _pictures_folder(spec: str) -> tuple[str, Path] | None:
     """Return name and folder of pictures drawn before, or None if `spec` is a model."""
     folder = Folder.of(spec)
-    if folder and not folder.has_manifest and models.run_of(folder.path) is None:
+    if folder and not folder.has_manifest:
         raise UserError(
             f"{folder.path} holds pictures of your own. Name only such folders and leave out --prompts: what they show "
             "stands beside the pictures."
