@@ -32,12 +32,17 @@ class Folder:
 
     @classmethod
     def of(cls, spec: str) -> "Folder | None":
-        """Return what "name=FOLDER" or "FOLDER" means; None where that is no folder with pictures in it."""
+        """Return what "name=FOLDER" or "FOLDER" means; None where that is no folder of pictures.
+
+        A model is none, though some come with a picture of what they draw.
+        """
         name, place = models.split_name(spec)
         path = Path(place).expanduser()
-        if not path.is_dir() or (not (path / FILE_NAME).is_file() and not any(_pictures(path))):
+        if not path.is_dir():
             return None
-        return cls(name or path.resolve().name, path)
+        is_model = (path / "model_index.json").is_file() or any(path.glob("*.safetensors"))
+        holds_pictures = (path / FILE_NAME).is_file() or (any(_pictures(path)) and not is_model)
+        return cls(name or path.resolve().name, path) if holds_pictures else None
 
     @property
     def has_manifest(self) -> bool:
