@@ -125,7 +125,7 @@ def results(file: Path, console: Console) -> dict[str, Any]:
         row["p_value_holm"] = p
         evidence = _evidence(row, len(rows))
         row["verdict"] = evidence.verdict
-        row["sentence"] = evidence.sentence("the raters", row["model_b"], row["model_a"])
+        row["sentence"] = evidence.sentence("the majority", row["model_b"], row["model_a"])
     ranking = _ranking(votes, rankings)
     table = tables.plain("model", "against", "win rate", "95 % interval", "won/tied/lost", "prompts", "p")
     for r in rows:

@@ -88,13 +88,14 @@ def test_a_telephone_stacks_the_pictures_and_zooms_both(browse, named, tmp_path)
             .map((box) => [box.left, box.top, box.bottom])"""
         left, right = browser.execute_script(boxes)
         assert left[1] == right[1] < right[0]  # side by side
-        chromium.phone(browser)
-        chromium.wait(lambda: browser.execute_script("return innerWidth") == 390, "the telephone")
+        for width in (768, 390):
+            chromium.phone(browser, width)
+            chromium.wait(lambda width=width: browser.execute_script("return innerWidth") == width, "the small screen")
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         left, right = browser.execute_script(boxes)
         assert left[0] == right[0]
         assert left[2] <= right[1]
         assert right[2] <= 844
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
 
         scale = "return ['left', 'right'].map((id) => getComputedStyle(document.getElementById(id)).transform)"
         assert set(browser.execute_script(scale)) == {"matrix(1, 0, 0, 1, 0, 0)"}
