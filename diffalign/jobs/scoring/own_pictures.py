@@ -4,12 +4,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from rich.console import Console
 
 from diffalign.data import RowError
+from diffalign.data.local_files import CAPTIONS_FILE, read_captions
 from diffalign.data.pairs import ImageRef
 from diffalign.errors import DataError, UserError
 from diffalign.evaluation import Manifest
@@ -19,7 +19,7 @@ from diffalign.jobs import skipped
 from diffalign.jobs.drawing import models, pictures
 from diffalign.jobs.scoring.tars import CAPTIONS, TEXTS
 
-CAPTIONS_FILE, METADATA = "captions.json", ("metadata.jsonl", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.csv")
 Found = Mapping[str, Mapping[str, list[Path]]]  # folder -> name without its end -> files
 
 
@@ -206,21 +206,11 @@ def _captions(folder: Folder) -> dict[str, str]:
     for file in (folder.path / CAPTIONS_FILE, folder.path.resolve().parent / CAPTIONS_FILE):
         if file.is_file():
             return {Path(name).stem if Path(name).suffix.lower() in pictures.SUFFIXES else name: str(text).strip()
-                    for name, text in _mapping(file).items()}  # fmt: skip
+                    for name, text in read_captions(file).items()}  # fmt: skip
     for name in METADATA:
         if (folder.path / name).is_file():
             return _metadata(folder.path / name)
     return {}
-
-
-def _mapping(file: Path) -> dict[str, Any]:
-    try:
-        captions = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} is not valid JSON ({error}).") from error
-    if not isinstance(captions, dict):
-        raise DataError(f"{file} must map file names without extension to captions, got {type(captions).__name__}.")
-    return captions
 
 
 def _metadata(file: Path) -> dict[str, str]:
