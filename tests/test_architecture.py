@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. A module imports its own package and the layers below it, never a neighbour in its layer.
 LAYERS = (
     {"errors", "places", "vocabulary"},
-    {"yaml_text", "plugins", "progress"},
+    {"yaml_text", "plugins", "progress", "webpages"},
     {"objectives"},
     {"denoising"},
     {"backbones", "data"},
@@ -25,7 +25,7 @@ LAYERS = (
 )
 # The wings of jobs/, from the ground up, by the same rule.
 WINGS = (
-    {"devices", "sheets"},
+    {"devices", "sheets", "skipped"},
     {"drawing", "rewards"},
     {"scoring"},
     {"training"},

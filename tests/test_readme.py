@@ -1,4 +1,4 @@
-"""The front page: its commands parse and plan their runs, its links lead somewhere, and the table of methods is whole."""
+"""The front page: its commands parse and plan their runs, its links lead somewhere, and every method has a row."""
 
 import re
 import shlex
@@ -17,7 +17,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")
 METHODS = (ROOT / "docs" / "methods" / "README.md").read_text(encoding="utf8")
 # Package pages show the README too, where relative links lead nowhere.
-OURS = re.compile(r"https://(?:github\.com/diffalign/diffalign/(?:blob|tree)|raw\.githubusercontent\.com/diffalign/diffalign)/main/(.+)")
+OURS = re.compile(
+    r"https://(?:github\.com/diffalign/diffalign/(?:blob|tree)|raw\.githubusercontent\.com/diffalign/diffalign)/main/(.+)"
+)
 GROUP = typer.main.get_command(app)
 
 
@@ -97,7 +99,10 @@ def test_the_index_names_every_page():
 
 def test_every_configuration_is_named_in_a_table():
     row = {
-        name: line for line in METHODS.splitlines() for name in objectives.built_in() if line.startswith(f"| `{name}` |")
+        name: line
+        for line in METHODS.splitlines()
+        for name in objectives.built_in()
+        if line.startswith(f"| `{name}` |")
     }
     for folder in ("tiny", "sd15", "sdxl"):
         for path in (ROOT / "configs" / folder).glob("*.yaml"):
