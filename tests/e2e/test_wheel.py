@@ -17,10 +17,14 @@ PROMPTS = "a red circle on a blue background\ntwo green squares on a white backg
 COMMANDS = [
     "list configs",
     "show config sdxl/dpo-lora",
+    "show key train_batch_size",
+    "train sdxl/dpo-lora optimizer.name=adamw max_train_samples=100 --dry-run --gpu-memory 24",
     "train tiny/dpo max_train_steps=1 max_train_samples=32 report_to=[]",
     "demo --config small.yaml --prompts prompts.txt",
     "generate runs/demo --prompts prompts.txt --steps 2 --out pictures",
     "score pictures --with pickscore=assets/tiny-pickscore,oracle",
+    "export runs/demo --format kohya --out kohya",
+    "evaluate assets/tiny-sdxl runs/demo/checkpoint-2 --prompts prompts.txt --with oracle --steps 2 --out report",
 ]
 # All in one process, since torch takes seconds to import; errors are not caught.
 DRIVER = """
@@ -83,7 +87,8 @@ def test_the_first_commands_in_an_empty_folder(installed, tmp_path):
     for file in ("runs/tiny-dpo/pytorch_lora_weights.safetensors", "runs/demo/grid.png", "runs/demo/report.html"):
         assert (tmp_path / file).is_file(), file
     assert json.loads((tmp_path / "runs/demo/summary.json").read_text())["scorers"].keys() >= {"oracle", "pickscore"}
-    assert (tmp_path / "scores.parquet").is_file()
+    for file in ("scores.parquet", "kohya/demo.safetensors", "report/report.html"):
+        assert (tmp_path / file).is_file(), file
 
 
 def test_the_installed_command_answers(installed, tmp_path):
