@@ -3,15 +3,21 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 
+from diffalign.backbones.adapters import ATTENTION
 from diffalign.backbones.conditioning import Conditioning
 from diffalign.errors import ModelError
+
+
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class Backbone(ABC):
@@ -24,8 +30,15 @@ class Backbone(ABC):
     """
 
     family: ClassVar[str]
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    denoiser_class: ClassVar[type[nn.Module]]
+    denoiser_name: ClassVar[str]  # of the denoiser in a pipeline, of its folder and before its keys in a LoRA file
+    vae_class: ClassVar[type[nn.Module]] = AutoencoderKL
+    required: ClassVar[frozenset[str]]  # components without which there is nothing to train
     text_columns: ClassVar[tuple[str, ...]]  # what `encode_prompts` returns, and caches keep
     repeated_blocks: ClassVar[tuple[str, ...]]  # classes of the denoiser's parts that FSDP makes whole one at a time
+    lora_targets: ClassVar[tuple[str, ...]] = ATTENTION  # ends of the names of the layers that a LoRA adapts
+    plain_attention: ClassVar[bool] = False  # its attention is that of the UNets, of which kernels can be chosen
 
     def __init__(
         self,
@@ -52,6 +65,38 @@ class Backbone(ABC):
         for module in self._encoders():
             module.requires_grad_(False).eval()
 
+    @classmethod
+    def over(cls, pipeline: DiffusionPipeline, source: str, options: dict[str, Any] | None = None) -> Self:
+        """Adapt the modules of a pipeline of this family, which become frozen but for the denoiser."""
+        return cls(
+            denoiser=getattr(pipeline, cls.denoiser_name),
+            vae=pipeline.vae,
+            tokenizers=present(pipeline.components, TOKENIZERS),
+            text_encoders=present(pipeline.components, TEXT_ENCODERS),
+            scheduler=pipeline.scheduler,
+            source=source,
+            options=options,
+        )
+
+    @classmethod
+    def idle_layers(cls, denoiser: nn.Module) -> tuple[str, ...]:
+        """Return the names of layers that the prediction does not depend on: adapters there would never learn."""
+        return ()
+
+    @classmethod
+    def patch_size(cls, denoiser_config: Mapping[str, Any]) -> int:
+        """Return how many latents one token of the denoiser is high and wide."""
+        return 1
+
+    @classmethod
+    def check_trainable(cls, source: str, denoiser: Mapping[str, Any], vae: Mapping[str, Any], resolution: int) -> None:
+        """Refuse to train what configurations alone show cannot be, at pictures of `resolution` pixels a side.
+
+        Raises:
+            ModelError: such a model or resolution.
+        """
+        cls._check_side(resolution, resolution, cls.scale_factor_of(vae) * cls.patch_size(denoiser))
+
     @property
     def latent_channels(self) -> int:
         """Return C of the latents."""
@@ -60,7 +105,12 @@ class Backbone(ABC):
     @property
     def vae_scale_factor(self) -> int:
         """Return how many pixels a latent is high and wide."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.scale_factor_of(self.vae.config)
+
+    @staticmethod
+    def scale_factor_of(vae_config: Mapping[str, Any]) -> int:
+        """Return how many pixels a latent of the VAE is high and wide."""
+        return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -190,19 +240,22 @@ class Backbone(ABC):
     def _check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ModelError(f"Images must have the shape [N,3,H,W], got {list(images.shape)}.")
-        factor = self.vae_scale_factor
-        if images.shape[2] % factor or images.shape[3] % factor:
+        self._check_side(*images.shape[2:], self.vae_scale_factor * self.patch_size(self.denoiser.config))
+
+    @staticmethod
+    def _check_side(height: int, width: int, factor: int) -> None:
+        if height % factor or width % factor:
             raise ModelError(
-                f"Image sides must be multiples of {factor} for this VAE, got {images.shape[2]}x{images.shape[3]}. "
-                "Choose such a resolution."
+                f"Image sides must be multiples of {factor} for this model, got {height}x{width}. Choose such a "
+                "resolution."
             )
 
     @staticmethod
-    def _tokenize(tokenizer: Any, prompts: list[str]) -> Any:
+    def _tokenize(tokenizer: Any, prompts: list[str], length: int | None = None) -> Any:
         return tokenizer(
             list(prompts),
             padding="max_length",
-            max_length=tokenizer.model_max_length,
+            max_length=length or tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
@@ -210,6 +263,11 @@ class Backbone(ABC):
     @staticmethod
     def _dtype(denoiser: nn.Module) -> torch.dtype:
         return next(denoiser.parameters()).dtype
+
+
+def present(components: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+    """Return those components of a pipeline that it has, in the order of the names."""
+    return [components[name] for name in names if components.get(name) is not None]
 
 
 def move(module: nn.Module, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:

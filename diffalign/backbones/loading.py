@@ -5,19 +5,20 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from diffalign.backbones import single_file
-from diffalign.backbones.base import Backbone
+from diffalign.backbones import base, single_file
+from diffalign.backbones.base import Backbone, present
+from diffalign.backbones.families import DENOISERS, PIPELINES, family_of
 from diffalign.backbones.files import LORA_FILE, PICKLE_SUFFIXES, check_weights, load_errors, pickle_message
-from diffalign.backbones.sd15 import SD15
-from diffalign.backbones.sdxl import SDXL
 from diffalign.errors import ModelError, suggestion
 from diffalign.places import local, looks_local
 
-PIPELINES: dict[str, type[Backbone]] = {"StableDiffusionPipeline": SD15, "StableDiffusionXLPipeline": SDXL}
-TEXT_ENCODERS = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
+# By the names in model_index.json, where transformers 4 and 5 differ.
+TEXT_ENCODERS = {part.__name__: part for part in (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)}
+TOKENIZERS = {f"{part.__name__}{end}": part for part in (CLIPTokenizer, T5Tokenizer) for end in ("", "Fast")}
 
 
 def load(
@@ -31,13 +32,15 @@ def load(
     prediction_type: str | None = None,
     zero_terminal_snr: bool = False,
     config: str | Path | None = None,
+    resolution: int | None = None,
 ) -> Backbone:
     """Load a text-to-image model on the CPU; each weight is read once, in `torch_dtype`.
 
     Args:
         pretrained_model_name_or_path: hub id, diffusers folder or single .safetensors file.
         vae: hub id, folder or file of a VAE to use instead, such as "madebyollin/sdxl-vae-fp16-fix".
-        unet_init: hub id or folder of a UNet (or of a pipeline with one) to use instead of the model's own.
+        unet_init: hub id or folder of a UNet or transformer (or of a pipeline with one) to use instead of the model's
+            own.
         revision: branch, tag or commit of a hub id.
         variant: "fp16" to read `*.fp16.safetensors`; does not apply to `vae` and `unet_init`.
         torch_dtype: dtype of all modules.
@@ -45,15 +48,17 @@ def load(
         zero_terminal_snr: rescale the schedule to end in pure noise (arXiv:2305.08891); needs v_prediction.
         config: for a single file only: the diffusers folder or hub id with its configs and tokenizers. By default the
             published ones of SD1.5 and SDXL base, which ship with this package.
+        resolution: of the pictures to train on, in pixels: what cannot be trained so is refused before weights are
+            read. None: nothing is trained.
 
     Raises:
         ModelError: the model is missing, broken, pickled, of an unsupported family, or does not fit these options.
     """
     source = located(pretrained_model_name_or_path)
-    replacements = {}
-    if unet_init is not None:
-        replacements["unet"] = load_unet(unet_init, torch_dtype)
+    replacements: dict[str, Any] = {}
     if Path(source).is_file():
+        if unet_init is not None:
+            replacements["unet"] = load_denoiser(unet_init, PIPELINES["StableDiffusionPipeline"], torch_dtype)
         index, modules = _from_file(Path(source), replacements, vae, config, torch_dtype)
         hints = single_file.schedule_hints(Path(source))
         prediction_type = prediction_type or hints.get("prediction_type")
@@ -61,38 +66,56 @@ def load(
     else:
         if config is not None:
             raise ModelError(f'"config" describes a single .safetensors file, but "{source}" is not one. Drop it.')
+        index = read_index(source, revision)
+        family = PIPELINES[index["_class_name"]]
+        if resolution is not None:
+            check_trainable(source, family, resolution, revision)
         if vae is not None:
             replacements["vae"] = load_vae(vae, torch_dtype, config=source)
-        index = read_index(source, revision)
+        if unet_init is not None:
+            replacements[family.denoiser_name] = load_denoiser(unet_init, family, torch_dtype)
         modules = _from_folder(source, index, replacements, revision, variant, torch_dtype)
-    return PIPELINES[index["_class_name"]](
-        denoiser=modules["unet"],
+    family = PIPELINES[index["_class_name"]]
+    return family(
+        denoiser=modules[family.denoiser_name],
         vae=modules["vae"],
-        tokenizers=_present(modules, "tokenizer", "tokenizer_2"),
-        text_encoders=_present(modules, "text_encoder", "text_encoder_2"),
+        tokenizers=present(modules, base.TOKENIZERS),
+        text_encoders=present(modules, base.TEXT_ENCODERS),
         scheduler=with_schedule(modules["scheduler"], prediction_type, zero_terminal_snr),
         source=source,
         options={key: value for key, value in index.items() if isinstance(value, bool)},
     )
 
 
-def load_unet(source: str | Path, torch_dtype: torch.dtype) -> UNet2DConditionModel:
-    """Load a UNet from a UNet folder, a folder with `unet/`, or a hub id of either kind.
+def check_trainable(source: str, family: type[Backbone], resolution: int, revision: str | None = None) -> None:
+    """Refuse what the configurations of a folder or a hub id show cannot be trained, without reading weights.
+
+    Raises:
+        ModelError: such a model or resolution.
+    """
+    with load_errors("the configurations", source):
+        denoiser = family.denoiser_class.load_config(source, subfolder=family.denoiser_name, revision=revision)
+        vae = family.vae_class.load_config(source, subfolder="vae", revision=revision)
+    family.check_trainable(source, denoiser, vae, resolution)
+
+
+def load_denoiser(source: str | Path, family: type[Backbone], torch_dtype: torch.dtype) -> nn.Module:
+    """Load a family's denoiser from its folder, a folder with `unet/` or `transformer/`, or a hub id of either kind.
 
     Raises:
         ModelError: there is none, it is broken, or it lacks weights of its own configuration.
     """
-    source = located(source)
+    source, name, loader = located(source), family.denoiser_name, family.denoiser_class
     folder = Path(source)
     if folder.exists():
-        subfolder = "unet" if (folder / "unet").is_dir() else None
+        subfolder = name if (folder / name).is_dir() else None
         check_weights(folder / (subfolder or ""))
-        return _component(UNet2DConditionModel, source, subfolder, torch_dtype=torch_dtype)
+        return _component(loader, source, subfolder, torch_dtype=torch_dtype)
     try:
-        return _component(UNet2DConditionModel, source, "unet", torch_dtype=torch_dtype)
+        return _component(loader, source, name, torch_dtype=torch_dtype)
     except ModelError as error:
         try:
-            return _component(UNet2DConditionModel, source, None, torch_dtype=torch_dtype)
+            return _component(loader, source, None, torch_dtype=torch_dtype)
         except ModelError:
             raise error from None
 
@@ -120,12 +143,7 @@ def read_index(source: str, revision: str | None = None) -> dict[str, Any]:
         raise ModelError(f'"{source}" is not a diffusers pipeline: it has no model_index.json. {_folder_hint(folder)}')
     with load_errors("model_index.json", source):
         index = dict(DiffusionPipeline.load_config(source, revision=revision))
-    name = index.get("_class_name")
-    if name not in PIPELINES:
-        raise ModelError(
-            f'"{source}" is a {name}. Supported: SD1.x and SD2.x ({next(iter(PIPELINES))}) and SDXL base '
-            f"({list(PIPELINES)[1]}); SD3, Flux and other families are not supported yet."
-        )
+    family_of(index.get("_class_name"), source)
     return index
 
 
@@ -181,15 +199,16 @@ def _from_folder(
     torch_dtype: torch.dtype,
 ) -> dict[str, Any]:
     modules = dict(replacements)
+    family = PIPELINES[index["_class_name"]]
     names = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
-    missing = {"unet", "vae", "text_encoder", "tokenizer", "scheduler"} - {*names, *modules}
+    missing = family.required - {*names, *modules}
     if missing:
         raise ModelError(
             f'The model_index.json of "{source}" names no {", ".join(sorted(missing))}. '
             "Refiners and partial pipelines cannot be trained here: use the base model."
         )
     for name in names:
-        loader = _loader(name, index[name][1], source)
+        loader = _loader(family, name, index[name][1], source)
         if loader is None or name in modules:
             continue
         options: dict[str, Any] = {"revision": revision}
@@ -201,16 +220,15 @@ def _from_folder(
     return modules
 
 
-def _loader(name: str, class_name: str, source: str) -> type | None:
+def _loader(family: type[Backbone], name: str, class_name: str, source: str) -> type | None:
     """Return the class that loads the component `name`, or None for those that training has no use for."""
-    if name in ("unet", "vae"):
-        return UNet2DConditionModel if name == "unet" else AutoencoderKL
-    if name.startswith("tokenizer"):
-        return CLIPTokenizer
-    if name.startswith("text_encoder"):
-        if class_name not in TEXT_ENCODERS:
-            raise ModelError(f'The {name} of "{source}" is a {class_name}; supported: {", ".join(TEXT_ENCODERS)}.')
-        return TEXT_ENCODERS[class_name]
+    if name in (family.denoiser_name, "vae"):
+        return family.denoiser_class if name == family.denoiser_name else family.vae_class
+    for names, classes in ((base.TOKENIZERS, TOKENIZERS), (base.TEXT_ENCODERS, TEXT_ENCODERS)):
+        if name in names:
+            if class_name not in classes:
+                raise ModelError(f'The {name} of "{source}" is a {class_name}; supported: {", ".join(classes)}.')
+            return classes[class_name]
     if name == "scheduler":
         if not hasattr(diffusers, class_name):
             raise ModelError(f'diffusers {diffusers.__version__} has no scheduler "{class_name}" ("{source}").')
@@ -259,10 +277,6 @@ def _from_file(
 def _folder_hint(folder: Path) -> str:
     if (folder / LORA_FILE).is_file():
         return "It holds a LoRA: give the base model here, and the LoRA to evaluation."
-    if (folder / "unet").is_dir() or (folder / "config.json").is_file():
+    if any((folder / name).is_dir() for name in DENOISERS) or (folder / "config.json").is_file():
         return "It holds a single network: give it as unet_init (or vae), and a whole model here."
     return f"It holds: {', '.join(sorted(entry.name for entry in folder.iterdir())[:8]) or 'nothing'}."
-
-
-def _present(modules: dict[str, Any], *names: str) -> list[Any]:
-    return [modules[name] for name in names if modules.get(name) is not None]

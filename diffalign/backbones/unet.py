@@ -1,5 +1,6 @@
 """What the families with a UNet share: DDPM's noise schedule, and text that several images may share."""
 
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffalign.backbones.attention import shares_text
@@ -12,7 +13,10 @@ from diffalign.errors import ModelError
 class UNetBackbone(Backbone):
     """Adapt what is made of a UNet2DConditionModel, an AutoencoderKL and CLIP text encoders."""
 
+    denoiser_class, denoiser_name = UNet2DConditionModel, "unet"
+    required = frozenset({"unet", "vae", "text_encoder", "tokenizer", "scheduler"})
     repeated_blocks = ("BasicTransformerBlock", "ResnetBlock2D")
+    plain_attention = True
 
     def _noise_path(self) -> DDPMPath:
         return DDPMPath.from_config(self.scheduler.config)

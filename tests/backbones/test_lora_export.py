@@ -184,9 +184,9 @@ def test_several_loras_in_a_folder_need_a_choice(tiny_sd15, tmp_path):
 
 def test_a_network_without_adapters_has_no_lora(tiny_sd15, tmp_path):
     denoiser = backbones.load(tiny_sd15).denoiser
-    with pytest.raises(ModelError, match="save_full_unet"):
+    with pytest.raises(ModelError, match="save_denoiser"):
         export.save_lora(denoiser, tmp_path)
-    with pytest.raises(ModelError, match="save_full_unet"):
+    with pytest.raises(ModelError, match="save_denoiser"):
         export.save_kohya_lora(denoiser, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match=r"one \.safetensors file"):
         export.save_kohya_lora(_trained(tiny_sd15).denoiser, tmp_path / "folder")

@@ -233,7 +233,7 @@ def export_model(
     base = configuration.portable(config).model.pretrained_model_name_or_path
     metadata = {"objective": config.objective_name, "training_steps": config.train.max_train_steps}
     if config.model.tune == "full":
-        export.save_full_unet(backbone.denoiser, output_dir, state_dict=weights)
+        export.save_denoiser(backbone.denoiser, output_dir, state_dict=weights)
     else:
         export.save_lora(backbone.denoiser, output_dir, base, metadata, state_dict=weights)
         if config.lora.export_kohya:
