@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the ground up. A module imports its own package and the layers below it, never a neighbour in its layer.
 LAYERS = (
-    {"errors", "places"},
+    {"errors", "places", "vocabulary"},
     {"yaml_text", "plugins"},
     {"objectives"},
     {"denoising"},
@@ -25,12 +25,12 @@ LAYERS = (
 )
 # The wings of jobs/, from the ground up, by the same rule.
 WINGS = (
-    {"devices"},
+    {"devices", "sheets"},
     {"drawing", "rewards"},
     {"scoring"},
     {"training"},
     {"evaluating", "world"},
-    {"about", "label"},
+    {"about", "info", "label"},
 )
 USES_REWARD_MODELS = (
     "diffalign.rollout",

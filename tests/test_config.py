@@ -73,7 +73,6 @@ class TestWrongValues:
             ("random_flip=no", "\"data.random_flip\" must be true or false, got 'no' (str)."),
             ("random_flip=1", '"data.random_flip" must be true or false, got 1 (int).'),
             ("output_dir=5", '"train.output_dir" must be a word or text, got 5 (int).'),
-            ("lora_target_modules=to_k", "\"lora.lora_target_modules\" must be a list, got 'to_k' (str)."),
             ("max_train_steps=0", '"train.max_train_steps" must be greater than or equal to 1, got 0 (int).'),
             ("adam_beta1=1.0", '"optimizer.adam_beta1" must be less than 1, got 1.0 (float).'),
             ("mixed_precision=fp8", "\"train.mixed_precision\" must be 'no', 'bf16' or 'fp16', got 'fp8' (str)."),
@@ -87,9 +86,9 @@ class TestWrongValues:
         assert message(load, f"objective.beta={value}").startswith('"objective.beta" must be a finite number > 0, got ')
 
     def test_of_a_value_with_two_types(self, load):
-        lines = message(load, "validation_prompts=3").splitlines()
-        assert '"validation.validation_prompts" must be a word or text, got 3 (int).' in lines
-        assert '"validation.validation_prompts" must be a list, got 3 (int).' in lines
+        assert message(load, "validation_prompts=3") == (
+            '"validation.validation_prompts" must be: text or list of texts, or null; got 3 (int).'
+        )
 
     def test_of_a_section(self, tmp_path):
         with pytest.raises(ConfigError, match=r'"train" must be a block of keys, got 5 \(int\)'):

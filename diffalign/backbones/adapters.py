@@ -12,10 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from diffalign.errors import ModelError, suggestion
+from diffalign.vocabulary import ATTENTION, BLOCKS
 
 ADAPTER = "default"
-BLOCKS = ("down", "mid", "up")
-ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 # How A starts. B is always 0: the adapted network starts as the base, so the DPO logit is exactly 0 at step 0.
 INITS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "gaussian": lambda a, generator: nn.init.normal_(a, std=1 / a.shape[0], generator=generator),

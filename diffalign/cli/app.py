@@ -35,9 +35,11 @@ def main() -> None:
 
 
 def _is_users_mistake(error: Exception) -> bool:
-    from reward_models.errors import ScorerError
+    if isinstance(error, UserError):
+        return True
+    from reward_models.errors import ScorerError  # with torch, which whoever raises it has imported
 
-    return isinstance(error, UserError | ScorerError)
+    return isinstance(error, ScorerError)
 
 
 def _fail(message: str, code: int = 2) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from diffalign.cli.training import ConfigFile, Overrides
+from diffalign.cli.settings import ConfigFile, Overrides, WithSettings
 from diffalign.errors import UserError
 
 
@@ -74,5 +74,5 @@ def rollout(
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (label, rollout):
-        app.command()(command)
+    app.command()(label)
+    app.command(cls=WithSettings)(rollout)

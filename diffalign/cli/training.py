@@ -6,19 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-ConfigFile = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CONFIG", help="A YAML file, or a shipped one by name, such as sdxl/dpo (see diffalign list configs)."
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Changes to the file: objective.beta=2000. A key that is unique needs no section: learning_rate=1e-6.",
-    ),
-]
+from diffalign.cli.settings import ConfigFile, Overrides, WithSettings
 
 
 def train(
@@ -78,5 +66,6 @@ def demo(
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (train, precompute, demo):
-        app.command()(command)
+    for command in (train, precompute):
+        app.command(cls=WithSettings)(command)
+    app.command()(demo)

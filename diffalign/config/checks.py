@@ -1,23 +1,22 @@
 """Combinations of settings, each valid alone, that cannot work together."""
 
 from diffalign.config.config import Config
-from diffalign.denoising import INVERSIONS, NOISINGS
 from diffalign.errors import ConfigError
-from diffalign.objectives.base import BACKPROPAGATIONS
+from diffalign.vocabulary import BACKPROPAGATIONS, INVERSIONS, NOISINGS
 
 PREDICTIONS = frozenset({"drift", "mismatched", "behavior"})  # of Objective.needs, those that errors do not suffice for
 
 
 def check(config: Config) -> None:
     """Raise ConfigError for the first impossible combination, saying what to change."""
-    objective, name = config.build_objective(), config.objective_name
-    referenced = "reference" in objective.needs
+    objective, name, needs = config.entry, config.objective_name, config.needs
+    referenced = "reference" in needs
     faults = {
         f'"{name}" is noised by "{config.noising}", expected one of {", ".join(NOISINGS)}.': (
             config.noising not in NOISINGS
         ),
         f'"{name}" gives each image a caption of its own: name their columns in data.image_caption_columns, e.g. '
-        "[caption_0, caption_1].": "image_captions" in objective.needs and config.data.image_caption_columns is None,
+        "[caption_0, caption_1].": "image_captions" in needs and config.data.image_caption_columns is None,
         f'reference.update "{config.reference.update}" needs an objective with a reference, "{name}" has none. Use '
         "fixed.": config.reference.update != "fixed" and not referenced,
         f'loss.anchor_weight needs an objective with a reference, "{name}" has none. Use 0.': (
@@ -28,7 +27,7 @@ def check(config: Config) -> None:
         ),
         f'loss.auto_beta needs an objective of pairs with a reference and a beta, "{name}" is none. Use null.': (
             config.loss.auto_beta is not None
-            and not (referenced and objective.layout == "pair" and hasattr(objective, "beta"))
+            and not (referenced and objective.layout == "pair" and "beta" in objective.hyperparameters)
         ),
         f'inversion.network "reference" needs an objective with a reference, "{name}" has none. Use policy.': (
             config.noising in INVERSIONS and config.inversion.network == "reference" and not referenced
@@ -53,7 +52,7 @@ def check(config: Config) -> None:
 def _cache_faults(config: Config) -> dict[str, bool]:
     """Return why the reference's errors cannot be computed once and kept, and whether it is so here."""
     name, cached = config.objective_name, config.reference.cache_draws is not None
-    needs, data = config.build_objective().needs, config.data
+    needs, data = config.needs, config.data
     reasons = {
         f'"{name}" has no reference': "reference" not in needs,
         # What else objectives need is made of the policy's predictions, or of the data.
@@ -78,8 +77,8 @@ def _rollout_faults(config: Config) -> dict[str, bool]:
             f'data.prompts_file is for objectives that draw the images themselves (such as spo); "{name}" learns '
             "from given ones: set data.train_data_dir or data.dataset_name.": config.data.prompts_file is not None
         }
-    objective = config.build_objective()
-    kinds = {"trajectories"} if "advantages" in objective.needs else {"step_pairs", "trajectory_pairs"}
+    objective = config.entry
+    kinds = {"trajectories"} if "advantages" in config.needs else {"step_pairs", "trajectory_pairs"}
     kinds = set(BACKPROPAGATIONS) if objective.layout == "reward" else kinds
     untouched = {
         "loss.anchor_weight": config.loss.anchor_weight == 0,

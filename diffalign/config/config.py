@@ -47,14 +47,24 @@ class Config(Settings):
         return self.objective["name"]
 
     @property
+    def entry(self) -> objectives.Entry:
+        """Return what is known of the objective without building it."""
+        return objectives.entry(self.objective_name)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return what the objective asks of the engine; built only where that follows from its hyperparameters."""
+        return self.build_objective().needs if self.entry.needs is None else self.entry.needs
+
+    @property
     def noising(self) -> str:
         """Return how latents are noised: what is set, else what the objective's paper does."""
-        return self.denoising.noising or objectives.objective_class(self.objective_name).noising
+        return self.denoising.noising or self.entry.noising
 
     @property
     def is_online(self) -> bool:
         """Tell whether the objective learns from what the policy samples while it trains."""
-        return objectives.objective_class(self.objective_name).layout in ("transition", "reward")
+        return self.entry.layout in ("transition", "reward")
 
     @property
     def pure_bf16(self) -> bool:
@@ -64,7 +74,7 @@ class Config(Settings):
     @property
     def collect(self) -> str:
         """Return how an online objective samples: what is set, else what its paper does."""
-        return self.rollout.collect or objectives.objective_class(self.objective_name).rollout
+        return self.rollout.collect or self.entry.rollout
 
     @property
     def shared_noise(self) -> bool:
@@ -72,6 +82,6 @@ class Config(Settings):
         chosen = self.rollout.shared_noise
         return self.collect == "trajectory_pairs" if chosen is None else chosen
 
-    def build_objective(self) -> objectives.Objective:
-        """Build the objective from its block; the block is known to be valid."""
+    def build_objective(self) -> "objectives.Objective":
+        """Build the objective from its block; this imports torch."""
         return objectives.load(**self.objective)

@@ -8,14 +8,16 @@ expected. Paths in a file start at its folder, paths in an override where one st
 """
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from diffalign import objectives, places
-from diffalign.config import checks, paths
+from diffalign.config import checks, paths, spelling
 from diffalign.config.config import Config
+from diffalign.config.keys import sections, type_in_words
 from diffalign.errors import ConfigError, suggestion
 from diffalign.yaml_text import dump_yaml, parse_yaml
 
@@ -31,6 +33,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         ConfigError: the file is missing or not YAML, a key is unknown, or a value has the wrong type or range.
     """
     content = _with_base(find(path))
+    if meant := spelling.with_equals(overrides or []):
+        raise ConfigError(f"Settings are written KEY=VALUE, without spaces and colons: {shlex.join(meant)}")
     # The objective's name first: it clears the block of another objective and decides which keys there are.
     ordered = sorted(overrides or [], key=lambda text: text.partition("=")[0].strip() != "objective.name")
     given = [_apply(content, override) for override in ordered]
@@ -74,7 +78,7 @@ def check(content: dict[str, Any]) -> Config:
     try:
         config = Config.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+        raise ConfigError("\n".join(dict.fromkeys(_explain(item) for item in error.errors()))) from None
     if not isinstance(config.objective.get("name"), str):
         got = f", got {config.objective['name']!r}" if "name" in config.objective else ""
         raise ConfigError(f'"objective.name" must be one of {", ".join(objectives.names())}{got}.')
@@ -84,9 +88,10 @@ def check(content: dict[str, Any]) -> Config:
 
 
 def _hyperparameters(config: Config) -> dict[str, Any]:
-    """Return all hyperparameters of the objective, defaults included; `beta=500` means 500.0."""
-    given, known = dataclasses.asdict(config.build_objective()), objectives.fields(config.objective_name)
-    return {name: float(value) if known[name].type in (float, "float") else value for name, value in given.items()}
+    """Return all hyperparameters of the objective, defaults included; torch is imported only where it must be."""
+    given = {key: value for key, value in config.objective.items() if key != "name"}
+    config.entry.check(given)
+    return config.entry.filled(given if config.entry.complete else dataclasses.asdict(config.build_objective()))
 
 
 def dump(config: Config) -> str:
@@ -164,17 +169,13 @@ def _apply(content: dict[str, Any], override: str) -> tuple[str, str, Any]:
     return section, leaf, block[leaf]
 
 
-def _sections() -> dict[str, type[BaseModel]]:
-    return {name: field.annotation for name, field in Config.model_fields.items() if name != "objective"}
-
-
 def _keys(content: dict[str, Any]) -> dict[str, list[str]]:
     """List the keys of every section; those of `objective` are the hyperparameters of the one that is configured."""
     block = content.get("objective")
     name = block.get("name") if isinstance(block, dict) else None
-    hyperparameters = objectives.fields(name) if objectives.is_known(name) else []
+    hyperparameters = objectives.entry(name).hyperparameters if objectives.is_known(name) else []
     return {
-        **{section: list(model.model_fields) for section, model in _sections().items()},
+        **{section: list(model.model_fields) for section, model in sections().items()},
         "objective": ["name", *hyperparameters],
     }
 
@@ -183,21 +184,17 @@ def _qualify(key: str, content: dict[str, Any]) -> str:
     """Return `section.key`, finding the section of a bare key."""
     if "." in key:
         return key
-    sections = _keys(content)
-    owners = [section for section, keys in sections.items() if key in keys]
+    known = _keys(content)
+    owners = [section for section, keys in known.items() if key in keys]
     if len(owners) == 1:
+        if other := spelling.could_be(key, owners[0]):
+            raise ConfigError(f'"{key}" could mean {other} or {owners[0]}.{key}: write one of them.')
         return f"{owners[0]}.{key}"
     if owners:
         raise ConfigError(f'"{key}" exists in several sections: write {" or ".join(f"{o}.{key}" for o in owners)}.')
-    known = [f"{section}.{name}" for section, keys in sections.items() for name in keys]
-    raise ConfigError(f'Unknown key "{key}".{_near(key, known)}')
-
-
-def _near(key: str, known: list[str]) -> str:
-    """Suggest a qualified key whose last part is near."""
-    leaves = {name.rpartition(".")[2]: name for name in known}
-    hint = suggestion(key.rpartition(".")[2], leaves)
-    return next((f' Did you mean "{full}"?' for leaf, full in leaves.items() if f'"{leaf}"' in hint), "")
+    qualified = [f"{section}.{name}" for section, keys in known.items() for name in keys]
+    block = content.get("objective")
+    raise ConfigError(spelling.unknown(key, qualified, block.get("name") if isinstance(block, dict) else None))
 
 
 _EXPECTED = {
@@ -210,28 +207,25 @@ _EXPECTED = {
     "dict_type": "a block of keys",
     "model_type": "a block of keys",
 }
-_UNION_MEMBERS = ("str", "list[str]")  # pydantic adds the member that did not match to the path
 
 
 def _explain(error: dict[str, Any]) -> str:
     """Say in one line what is wrong with a value."""
-    key = ".".join(str(part) for part in error["loc"] if part not in _UNION_MEMBERS)
-    kind, value = error["type"], error["input"]
+    path, kind, value = error["loc"], error["type"], error["input"]
+    key, got = ".".join(map(str, path)), f"got {value!r} ({type(value).__name__})"
     if kind == "extra_forbidden":
-        return f'Unknown key "{key}".{suggestion(key.rpartition(".")[2], _siblings(error["loc"]))}'
+        known = [f"{name}.{leaf}" for name, model in sections().items() for leaf in model.model_fields]
+        near = suggestion(key, Config.model_fields)
+        return spelling.unknown(key, known) if len(path) > 1 else f'Unknown key "{key}".{near}'
     if kind == "missing":
         return f'Missing key "{key}".'
-    got = f"got {value!r} ({type(value).__name__})"
+    # Of a value of several types, pydantic adds the one that did not match to the path.
+    if kind in ("too_short", "too_long") or (len(path) > 2 and isinstance(path[2], str)):
+        key = ".".join(path[:2])
+        return f'"{key}" must be: {type_in_words(sections()[path[0]].model_fields[path[1]])}; {got}.'
     if kind in _EXPECTED:
         return f'"{key}" must be {_EXPECTED[kind]}, {got}.'
     if kind == "value_error":
         return f"{error['ctx']['error']}."
     message = error["msg"].removeprefix("Input should be ")
     return f'"{key}" must be {message}, {got}.'
-
-
-def _siblings(location: tuple[Any, ...]) -> list[str]:
-    if len(location) == 1:
-        return list(Config.model_fields)
-    section = _sections().get(str(location[0]))
-    return list(section.model_fields) if section else []

@@ -4,10 +4,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.objectives.base import BACKPROPAGATIONS, ROLLOUTS
-from diffalign.rollout import ADVANTAGES
-from diffalign.rollout.guidance import SCHEDULES
 from diffalign.training.settings import Settings
+from diffalign.vocabulary import ADVANTAGES, BACKPROPAGATIONS, GUIDANCE_SCHEDULES, ROLLOUTS
 
 
 class RolloutSettings(Settings):
@@ -26,6 +24,7 @@ class RolloutSettings(Settings):
     lrm=FOLDER is LPO's, which reads the noisy latents of step_pairs. labels=FOLDER: people's votes on the pictures that
     `diffalign rollout` drew there (trajectory_pairs)."""
     num_inference_steps: int = Field(20, ge=1)
+    """Denoising steps of a trajectory."""
     guidance_scale: float = Field(5.0, ge=0)
     """In sampling and in training, with gradient through both branches. 1: no guidance."""
     eta: float = Field(1.0, ge=0)
@@ -49,13 +48,13 @@ class RolloutSettings(Settings):
     winner_guidance: float = Field(0.0, ge=0)
     """Of step_pairs: zeta of TailorPO-G. Winners move by zeta times the gradient of the reward of the picture that one
     step predicts from them, before anything is learnt from them. 0: they stay. No value of the authors is known."""
-    winner_guidance_schedule: Literal[SCHEDULES] = "constant"
+    winner_guidance_schedule: Literal[GUIDANCE_SCHEDULES] = "constant"
     """constant: zeta at every step; variance: times the variance of the step."""
 
     likelihood: Literal["gaussian", "score_matching"] = "gaussian"
     """How likely a network finds a step: by its Gaussian, or by GradSPO's score matching (step_pairs only)."""
     grad_scale: float = Field(0.5, gt=0)
-    """Of score_matching."""
+    """Of score_matching: how far the two candidates of a pair are pulled apart along their noise."""
     ema_decay: float | None = Field(None, ge=0, lt=1)
     """Sample with a moving average of the policy (GradSPO: 0.9); null: with the policy itself."""
 
@@ -81,7 +80,8 @@ class RolloutSettings(Settings):
     """Of last_steps with backprop_steps 1: n of DRaFT-LV, for a gradient of less variance. The finished picture is
     noised again n times and the last step repeated; the reward is the mean over all 1 + n. 2 is usual."""
     random_start: Literal["gaussian", "uniform"] = "gaussian"
-    """Of random_steps: where the gradient starts."""
+    """Of random_steps: where the gradient starts. gaussian: at 84 % of the steps on average, with a deviation of a
+    tenth of them (AlignProp); uniform: anywhere."""
 
     transitions_per_prompt: int | None = Field(None, ge=1)
     """Examples used of a prompt, drawn at random, clear pairs first; null: all."""

@@ -4,9 +4,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from diffalign.backbones.adapters import ATTENTION
-from diffalign.denoising import NOISINGS
 from diffalign.training.settings import Settings
+from diffalign.vocabulary import ATTENTION, BLOCKS, NOISINGS
 
 
 class ModelSettings(Settings):
@@ -19,24 +18,30 @@ class ModelSettings(Settings):
     unet_init: str | None = None
     """Start policy and reference from this UNet (a folder with unet/, or a UNet folder), e.g. an SFT model."""
     revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     variant: str | None = None
+    """fp16 reads the weights in *.fp16.safetensors; null: those without such a word."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """Only for checkpoints whose scheduler config is wrong; null takes what the model says."""
     zero_terminal_snr: bool = False
     """Rescale the noise schedule so that the last level is pure noise (Lin et al. 2023)."""
     tune: Literal["lora", "full"] = "lora"
+    """What is trained: adapters beside the frozen UNet (section lora), or all of the UNet."""
 
 
 class LoraSettings(Settings):
     """The adapter, if model.tune is lora. Names are those of diffusers' scripts."""
 
     rank: int = Field(8, ge=1)
+    """Columns of B in the update B A of a layer's weights."""
     lora_alpha: float | None = Field(None, gt=0)
     """The update is scaled by lora_alpha / rank; null means rank."""
     lora_target_modules: list[str] = Field(list(ATTENTION), min_length=1)
-    blocks: list[Literal["down", "mid", "up"]] = Field(["down", "mid", "up"], min_length=1)
+    """Names of the layers to adapt, or the ends of their names."""
+    blocks: list[Literal[BLOCKS]] = Field(list(BLOCKS), min_length=1)
     """Which blocks of the UNet are adapted. Without down, the reference computes them for the policy too."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that an input of an adapter is dropped in training."""
     export_kohya: bool = False
     """Also write the LoRA in the kohya layout that ComfyUI and A1111 read."""
 
@@ -51,21 +56,27 @@ class DataSettings(Settings):
     prompts_file: str | None = None
     """Prompts, one a line or a table, for objectives that draw the images themselves (such as spo)."""
     dataset_config_name: str | None = None
+    """Which configuration of the data set, where it has several."""
     dataset_split_name: str = "train"
+    """Which split of the data set, or of the files in train_data_dir."""
     format: Literal["pickapic", "jsonl", "folders", "lists", "singles"] | None = None
     """null tells it from the files. lists: ranked images of a prompt; singles: images with a label each."""
     image_columns: list[str] | None = Field(None, min_length=2, max_length=2)
     """null: jpg_0 and jpg_1, in .jsonl files image_0 and image_1."""
     label_columns: list[str] = Field(["label_0", "label_1"], min_length=2, max_length=2)
+    """Columns that say how much each image is preferred, in [0, 1]; the second may be missing."""
     caption_column: str = "caption"
+    """Column with the prompt."""
     image_caption_columns: list[str] | None = Field(None, min_length=2, max_length=2)
     """Columns with a caption of each image (DCPO), e.g. [caption_0, caption_1]; null: caption_column for both."""
     list_labels: Literal["win_rate", "as_is"] = "win_rate"
     """Of ranked lists: the share of comparisons an image wins over all scorers (Syn-Pic), or the scores themselves."""
     max_train_samples: int | None = Field(None, ge=1)
+    """Use only the first so many examples; null: all."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do about rows that cannot be used: stop at the first, or count, list and skip them."""
     resolution: int = Field(512, ge=8)
+    """Side of the square that images are resized and cropped to, in pixels."""
     random_crop: bool = False
     """Crop at random instead of in the middle; needs cache_latents: false."""
     random_flip: bool = True
@@ -75,8 +86,11 @@ class DataSettings(Settings):
     cache_latents: bool = True
     """Encode images and prompts once, into cache_dir, instead of at every step."""
     cache_dir: str = "cache"
+    """Folder of the cache; runs on the same data share it."""
     cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Precision that latents and encoded prompts are kept in."""
     vae_encode_batch_size: int = Field(8, ge=1)
+    """Images encoded at a time."""
 
     annotations_file: str | None = None
     """A parquet with scores (as `diffalign score` writes for pairs) or weights, joined by example_id."""
@@ -133,6 +147,7 @@ class DenoisingSettings(Settings):
     """null: that of the objective's paper. shared: one noise for both images of a pair, as in the code of
     Diffusion-DPO; independent: its Eq. 14; ddim_inversion: InPO; renoise_inversion: SmPO."""
     timestep_low: int = Field(0, ge=0)
+    """Smallest timestep that is drawn, of 1000 in all known models; 0 is the least noise."""
     timestep_high: int | None = Field(None, ge=1)
     """Timesteps are drawn uniformly from [timestep_low, timestep_high); null means all. Of whole trajectories (d3po,
     ddpo, dpok), which are drawn to the end, only the steps that start there are learnt from."""
@@ -140,6 +155,7 @@ class DenoisingSettings(Settings):
     snr_weighting: Literal["none", "min_snr"] = "none"
     """min_snr: multiply every error by min(SNR, snr_gamma) / SNR (Hang et al. 2023)."""
     snr_gamma: float = Field(5.0, gt=0)
+    """Of min_snr: the signal-to-noise ratio from which on errors count less."""
 
     @model_validator(mode="after")
     def _some_timestep(self) -> "DenoisingSettings":
@@ -176,9 +192,9 @@ class ReferenceSettings(Settings):
     update: Literal["fixed", "ema", "refresh"] = "fixed"
     """ema: a moving average of the policy; refresh: a copy of it, renewed every so many steps."""
     decay: float = Field(0.999, ge=0, lt=1)
-    """Of the moving average."""
+    """Of ema: how much of the average an update keeps."""
     every: int = Field(1, ge=1)
-    """Optimizer steps between two updates."""
+    """Of ema and refresh: optimizer steps between two updates."""
     cache_draws: int | None = Field(None, ge=1)
     """K: noise, timestep, flip and caption drop of an example repeat after K visits, and the reference's error at each
     is computed once and kept in data.cache_dir, for later epochs and other runs (docs/reference-cache.md)."""
@@ -194,5 +210,6 @@ class LossSettings(Settings):
     auto_beta: float | None = Field(None, gt=0, lt=0.5)
     """Choose beta so that a pair of average margin keeps this gradient factor, e.g. 0.2; null: objective.beta."""
     auto_beta_decay: float = Field(0.99, ge=0, lt=1)
+    """Of auto_beta: how much of the moving average of margins an optimizer step keeps."""
     auto_beta_limits: list[float] = Field([1.0, 1e5], min_length=2, max_length=2)
     """Smallest and largest beta that auto_beta may choose."""

@@ -5,8 +5,6 @@ from diffalign.denoising.draws import normal, uniform
 from diffalign.denoising.frozen import FrozenDenoiser, Predict
 from diffalign.denoising.inversion import Inversion, invert, inverted
 from diffalign.denoising.noising import (
-    INVERSIONS,
-    NOISINGS,
     RANDOM_NOISINGS,
     DenoisingBatch,
     image_stream,
@@ -34,6 +32,7 @@ from diffalign.denoising.step import (
 from diffalign.denoising.timesteps import sample_timesteps
 from diffalign.denoising.transitions import Rollout, TransitionBatch, score_matching, transition_likelihoods
 from diffalign.denoising.weighting import min_snr
+from diffalign.vocabulary import INVERSIONS, NOISINGS
 
 __all__ = [
     "INVERSIONS",

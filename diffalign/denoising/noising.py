@@ -67,8 +67,6 @@ def independent(
 
 
 RANDOM_NOISINGS = {"shared": shared, "independent": independent}
-INVERSIONS = ("ddim_inversion", "renoise_inversion")  # see inversion.py: they need a network
-NOISINGS = (*RANDOM_NOISINGS, *INVERSIONS)
 
 
 def per_image(seed: int, step: int, example_ids: Tensor, x0: Tensor, stream: str) -> Tensor:

@@ -1,55 +1,24 @@
-"""`diffalign info`, `list` and `show`: what is installed, what there is to use, and what it means."""
+"""`diffalign list` and `show`: what there is to use, and what it means."""
 
 import inspect
-import os
-import platform
 import re
-import shutil
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from pathlib import Path
 
-import torch
-from huggingface_hub import constants as hub
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-import diffalign
-import reward_models
 from diffalign import config as configuration
 from diffalign import objectives, plugins
+from diffalign.config import keys, reference
 from diffalign.errors import UserError, suggestion
-from diffalign.jobs.scoring import plugged, scorers
-from diffalign.shapes import oracle
+from diffalign.jobs.sheets import sheet
+from diffalign.yaml_text import parse_yaml
 
-PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "datasets", "open_clip_torch")
-# What an optional package is for, and how to get it.
-OPTIONAL = {
-    "xformers": ("attention kernels", "diffalign[xformers]"),
-    "bitsandbytes": ("optimizer.name adamw_8bit", "diffalign[gpu]"),
-    "torchao": ("low-precision frozen passes", "diffalign[gpu]"),
-    "wandb": ("logging.report_to wandb", "diffalign[wandb]"),
-}
-KINDS = ("objectives", "scorers", "configs")
-
-
-def info(console: Console) -> dict[str, dict[str, str]]:
-    """Print and return versions, devices, optional parts and cache folders: what a bug report should hold."""
-    sections = {
-        "Versions": _versions(),
-        "Devices": _devices(),
-        "Optional parts": {name: _optional(name, *about) for name, about in OPTIONAL.items()},
-        "Hub": _hub(),
-    }
-    for title, entries in sections.items():
-        table = _sheet(title)
-        for name, value in entries.items():
-            table.add_row(name, Text(value))
-        console.print(table)
-    return sections
+# What tells of scorers is imported where it is asked for: it takes torch, and so seconds.
+VALUES_SHOWN = 6  # of a key, that configurations set it to
+KINDS = ("objectives", "scorers", "configs", "keys")
 
 
 def list_kind(kind: str, console: Console) -> None:
@@ -62,18 +31,19 @@ def list_kind(kind: str, console: Console) -> None:
         "objectives": _objectives,
         "scorers": _scorers,
         "configs": _configs,
+        "keys": _keys,
     }
     plural = kind if kind.endswith("s") else f"{kind}s"
     if plural not in rows:
         raise UserError(f'Cannot list "{kind}".{suggestion(kind, KINDS)} Expected {", ".join(KINDS)}.')
-    table = _sheet()
+    table = sheet()
     for name, line in rows[plural]():
         table.add_row(name, Text(line))
     console.print(table)
 
 
-def show(kind: str, name: str, overrides: list[str], console: Console) -> None:
-    """Print one objective, scorer or resolved configuration.
+def show(kind: str, name: str | None, overrides: list[str], console: Console) -> None:
+    """Print one objective, scorer, resolved configuration or key; of keys without a name, the page on all.
 
     Raises:
         UserError: an unknown kind or name.
@@ -82,41 +52,46 @@ def show(kind: str, name: str, overrides: list[str], console: Console) -> None:
         "objective": lambda: describe_objective(name),
         "scorer": lambda: describe_scorer(name),
         "config": lambda: configuration.dump(configuration.load(name, overrides)).rstrip(),
+        "key": lambda: reference.describe(name, _set_to) if name else reference.page().rstrip(),
     }
     single = kind.removesuffix("s")
     if single not in showers:
         raise UserError(f'Cannot show "{kind}".{suggestion(kind, showers)} Expected {", ".join(showers)}.')
+    if name is None and single != "key":
+        raise UserError(f"Say which: diffalign show {single} NAME. `diffalign list {single}s` names them.")
     if overrides and single != "config":
         raise UserError(f'"{overrides[0]}" has no effect: only a config takes KEY=VALUE.')
-    console.print(showers[single](), markup=False, highlight=False, soft_wrap=True)
+    console.print(showers[single](), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def describe_objective(name: str) -> str:
     """Return paper, equation, hyperparameters with their defaults, and what the objective needs."""
-    found = objectives.objective_class(name)
-    about = inspect.getmodule(found).__doc__
-    fields = objectives.fields(name)
-    lines = [f"  {key} = {field.default!r}" for key, field in fields.items()] or ["  none"]
-    needs = ", ".join(sorted(objectives.load(name).needs)) or "nothing"  # KTO's follow from its hyperparameters
+    found = objectives.entry(name)
+    lines = [f"  {key} = {known.default!r}" for key, known in found.hyperparameters.items()] or ["  none"]
+    needs = "by its hyperparameters" if found.needs is None else ", ".join(sorted(found.needs)) or "nothing"
     kinds = {"pair": "pairs", "transition": "steps that it samples", "reward": "images that it draws"}
     trains_on = "the chosen images of pairs" if found.chosen_only else kinds.get(found.layout, found.layout)
     return "\n".join(
         [
-            f"{name}: {inspect.cleandoc(about)}" if about else name,
+            f"{name}: {found.paper}",
             "",
-            inspect.cleandoc(found.__doc__),
+            found.about,
             "",
             "Hyperparameters (objective.KEY in a config):",
             *lines,
             "",
             f"Frozen passes: {needs}. Trains on: {trains_on}.",
-            f"Code: {_relative(Path(inspect.getsourcefile(found)))}",
+            f"Code: {_relative(found.file)}",
         ]
     )
 
 
 def describe_scorer(name: str) -> str:
     """Return the card of a scorer: weights, preprocessing, formula, scale, licence, traps."""
+    import reward_models
+    from diffalign.jobs.scoring import plugged, scorers
+    from diffalign.shapes import oracle
+
     if name == scorers.ORACLE:
         about = inspect.cleandoc(oracle.__doc__)
         return (
@@ -145,60 +120,16 @@ def describe_scorer(name: str) -> str:
     return "\n".join([card.name, *(f"{key:<14}{value}" for key, value in rows.items()), "traps", *traps])
 
 
-def _versions() -> dict[str, str]:
-    found = {"diffalign": diffalign.__version__, "python": platform.python_version(), "system": platform.platform()}
-    return found | {name: _installed(name) or "not installed" for name in PACKAGES}
-
-
-def _devices() -> dict[str, str]:
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    entries = {"CPU": f"{platform.machine()}, {cpus} cores, {torch.get_num_threads()} torch threads"}
-    if not torch.cuda.is_available():
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        return entries | {"CUDA": f"no device (torch is {built})", "bf16": "on the CPU only, slowly"}
-    entries["CUDA"] = str(torch.version.cuda)
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        capability = f"sm_{device.major}{device.minor}"
-        entries[f"cuda:{index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, {capability}"
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return entries | {"bf16": "yes" if has_bf16 else "no: use fp16 (train.mixed_precision) or float32"}
-
-
-def _optional(name: str, purpose: str, extra: str) -> str:
-    found = _installed(name)
-    return f"{found}, for {purpose}" if found else f'not installed; for {purpose}: pip install "{extra}"'
-
-
-def _hub() -> dict[str, str]:
-    offline = "set: nothing is downloaded" if hub.HF_HUB_OFFLINE else "not set: models may be downloaded"
-    free = _free(Path(hub.HF_HUB_CACHE))
-    return {
-        "HF_HUB_OFFLINE": offline,
-        "models": f"{hub.HF_HUB_CACHE} ({free})",
-        "latents": "data.cache_dir of a config",
-    }
-
-
-def _free(folder: Path) -> str:
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return f"{shutil.disk_usage(existing).free / 2**30:.0f} GiB free"
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _objectives() -> Iterator[tuple[str, str]]:
     for name in objectives.built_in():
-        yield name, plugins.summary(inspect.getmodule(objectives.objective_class(name)))
+        yield name, objectives.entry(name).paper.partition("\n")[0]
     yield from plugins.listed(plugins.OBJECTIVES, objectives.built_in())
 
 
 def _scorers() -> Iterator[tuple[str, str]]:
+    import reward_models
+    from diffalign.jobs.scoring import scorers
+
     for name in scorers.built_in():
         if name == scorers.ORACLE:
             yield name, "Measures pictures of the embedded world exactly; needs no weights."
@@ -217,13 +148,32 @@ def _configs() -> Iterator[tuple[str, str]]:
         yield name, re.split(r"(?<=[.:]) ", comment)[0].rstrip(".:")
 
 
+def _keys() -> Iterator[tuple[str, str]]:
+    objectives_of: dict[str, list[str]] = {}
+    for key in keys.keys():
+        if key.objective is None:
+            yield key.full, re.split(r"(?<=\.) (?=[A-Z])", key.meaning)[0].rstrip(".")
+        else:
+            objectives_of.setdefault(key.full, []).append(key.objective)
+    for name, owners in objectives_of.items():
+        yield name, f"A hyperparameter of {', '.join(owners)}"
+
+
+def _set_to(key: keys.Key) -> Iterator[str]:
+    """Yield what the shipped configurations set a key to: the values set most often, with some of the files."""
+    found: dict[str, list[str]] = {}
+    for name, file in configuration.shipped_names().items():
+        block = (parse_yaml(file.read_text(encoding="utf8"), str(file)) or {}).get(key.section)
+        if isinstance(block, dict) and key.name in block:
+            found.setdefault(keys.value_in_words(block[key.name]), []).append(name)
+    ranked = sorted(found.items(), key=lambda item: -len(item[1]))
+    for value, files in ranked[:VALUES_SHOWN]:
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        yield f"{value} by {', '.join(files[:3])}{more}"
+    if len(ranked) > VALUES_SHOWN:
+        yield f"{len(ranked) - VALUES_SHOWN} other values"
+
+
 def _relative(path: Path) -> Path:
     """Return the path as one would type it here."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _sheet(title: str | None = None) -> Table:
-    table = Table(title=title, box=box.SIMPLE, show_header=False, title_justify="left", title_style="bold")
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    return table

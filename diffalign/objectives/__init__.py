@@ -4,13 +4,18 @@ import dataclasses
 import importlib
 import pkgutil
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign import plugins
 from diffalign.errors import ConfigError, suggestion
-from diffalign.objectives.base import ListErrors, Objective, PairErrors, Rewards, SingleErrors, Transitions
+from diffalign.objectives import catalogue
+from diffalign.objectives.catalogue import Entry
+
+if TYPE_CHECKING:
+    from diffalign.objectives.base import ListErrors, Objective, PairErrors, Rewards, SingleErrors, Transitions
 
 __all__ = [
+    "Entry",
     "ListErrors",
     "Objective",
     "PairErrors",
@@ -18,6 +23,7 @@ __all__ = [
     "SingleErrors",
     "Transitions",
     "built_in",
+    "entry",
     "fields",
     "is_known",
     "load",
@@ -25,7 +31,16 @@ __all__ = [
     "objective_class",
     "plugin",
 ]
-NO_OBJECTIVES = {"base", "plugged"}  # files with what objectives share, and what is asked of a user's own
+# Files with what objectives share, what is known of them, and what is asked of a user's own.
+NO_OBJECTIVES = {"base", "catalogue", "hyperparameters", "plugged"}
+_FROM_BASE = ("ListErrors", "Objective", "PairErrors", "Rewards", "SingleErrors", "Transitions")
+
+
+def __getattr__(name: str) -> Any:
+    """Return a class of `base` (PEP 562): it imports torch, which names and hyperparameters do not need."""
+    if name not in _FROM_BASE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.base"), name)
 
 
 def built_in() -> list[str]:
@@ -50,7 +65,19 @@ def plugin(name: str) -> plugins.Plugin | None:
     return None if address is None else plugins.load(address)
 
 
-def objective_class(name: str) -> type[Objective[Any]]:
+def entry(name: str) -> Entry:
+    """Return what is known of an objective; of a built-in one without torch. Raises ConfigError if there is none.
+
+    >>> entry("dpo").hyperparameters["beta"].default
+    5000.0
+    """
+    try:
+        return catalogue.read(name) if name in built_in() else catalogue.describe(name, objective_class(name))
+    except catalogue.Unreadable:
+        return catalogue.describe(name, objective_class(name))
+
+
+def objective_class(name: str) -> "type[Objective[Any]]":
     """Return the one objective that the file `name` defines, or a plug-in by its name or address.
 
     Raises:
@@ -64,8 +91,10 @@ def objective_class(name: str) -> type[Objective[Any]]:
         available = names()
         hint = suggestion(name, available)
         raise ConfigError(f'Unknown objective "{name}".{hint} Available: {", ".join(available)}.')
+    base = importlib.import_module(f"{__name__}.base")
     module = importlib.import_module(f"{__name__}.{name}")
-    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Objective)]
+    values = vars(module).values()
+    classes = [value for value in values if isinstance(value, type) and issubclass(value, base.Objective)]
     (defined,) = (found for found in classes if found.__module__ == module.__name__)
     return defined
 
@@ -79,7 +108,7 @@ def fields(name: str) -> dict[str, dataclasses.Field[Any]]:
     return {field.name: field for field in dataclasses.fields(objective_class(name))}
 
 
-def load(name: str, **hyperparameters: Any) -> Objective[Any]:
+def load(name: str, **hyperparameters: Any) -> "Objective[Any]":
     """Build an objective from its name and hyperparameters; the rest keep their defaults.
 
     Raises ConfigError for an unknown name, an unknown hyperparameter, or a value of the wrong type or range.
@@ -87,11 +116,7 @@ def load(name: str, **hyperparameters: Any) -> Objective[Any]:
     >>> load("dpo", beta=2000.0)
     DPO(beta=2000.0, label_smoothing=0.0)
     """
-    known = fields(name)
-    for key in hyperparameters:
-        if key not in known:
-            takes = ", ".join(known) or "no hyperparameters"
-            raise ConfigError(f'Unknown key "objective.{key}".{suggestion(key, known)} "{name}" takes: {takes}.')
+    entry(name).check(hyperparameters)
     if own := plugin(name):
         return _plugged().build(own, hyperparameters)
     return objective_class(name)(**hyperparameters)

@@ -18,8 +18,8 @@ class AlignProp(Objective[Rewards]):
     L = weight * |target - reward|
 
     Args:
-        weight: > 0. The authors' code: 0.01.
-        target: the authors' code: 10 for the aesthetic score, 1 for HPSv2.
+        weight: of the loss, > 0. The authors' code: 0.01.
+        target: reward that is aimed at. The authors' code: 10 for the aesthetic score, 1 for HPSv2.
 
     Raises:
         ConfigError: a hyperparameter is out of range.

@@ -20,7 +20,7 @@ class APO(ScaledMargin):
 
     Args:
         beta: strength of the KL anchor, > 0. Ours: DPO's.
-        variant: "zero" or "down".
+        variant: "zero", for winners better than the model, or "down", for a model better than its winners.
 
     Raises:
         ConfigError: a hyperparameter is out of range.

@@ -6,7 +6,6 @@ for a negative log-likelihood: `reference - policy` is the log-ratio of policy t
 
 import dataclasses
 import math
-import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, TypeVar
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffalign.errors import ConfigError, suggestion
+# Given on to the files of objectives, which state in `__post_init__` what their hyperparameters may be.
+from diffalign.objectives.hyperparameters import check_choice as check_choice
+from diffalign.objectives.hyperparameters import check_number
 
 NO_REFERENCE = "a log-ratio needs the reference errors: declare them in Objective.needs"
 LARGEST_EXPONENT = 80.0  # of a ratio: its gradient stays finite in float32
@@ -164,11 +165,6 @@ NEEDS = frozenset(
     }
 )
 
-# How transitions are collected: k candidates a step from one latent; pairs of whole trajectories; single trajectories.
-ROLLOUTS = ("step_pairs", "trajectory_pairs", "trajectories")
-# Through which steps a reward is differentiated: one, whose prediction is judged; the last; those from a random one on.
-BACKPROPAGATIONS = ("one_step", "last_steps", "random_steps")
-
 ErrorsT = TypeVar("ErrorsT", PairErrors, SingleErrors, ListErrors, Transitions, Rewards)
 
 
@@ -186,7 +182,7 @@ class Objective(ABC, Generic[ErrorsT]):
     needs: ClassVar[frozenset[str]]  # what the engine must supply, of NEEDS
     layout: ClassVar[Literal["pair", "single", "list", "transition", "reward"]]  # which container `loss` takes
     chosen_only: ClassVar[bool] = False  # layout "single": of a preference pair, take the winner alone
-    noising: ClassVar[str] = "shared"  # how the paper makes (xt, target): a name of denoising.NOISINGS
+    noising: ClassVar[str] = "shared"  # how the paper makes (xt, target): of vocabulary.NOISINGS
     rollout: ClassVar[str] = "step_pairs"  # how the paper samples: of ROLLOUTS, or for rewards of BACKPROPAGATIONS
 
     @abstractmethod
@@ -269,23 +265,3 @@ class ClippedRatios(Objective[Transitions]):
     def loss(self, transitions: Transitions) -> Tensor:
         """Return -log sigmoid(logit) of every pair [B]."""
         return -F.logsigmoid(self.logit(transitions))
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ConfigError unless the hyperparameter `name` is one of the choices."""
-    if value not in choices:
-        hint = suggestion(str(value), choices)
-        raise ConfigError(f'"objective.{name}" must be one of {", ".join(choices)}, got {value!r}.{hint}')
-
-
-def check_number(
-    name: str, value: float, *, above: float | None = None, at_least: float | None = None, below: float | None = None
-) -> None:
-    """Raise ConfigError unless the hyperparameter `name` is a finite number within the limits given."""
-    limits = [(">", operator.gt, above), (">=", operator.ge, at_least), ("<", operator.lt, below)]
-    limits = [limit for limit in limits if limit[2] is not None]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not all(holds(value, bound) for _, holds, bound in limits):
-        wanted = " and ".join(f"{sign} {bound:g}" for sign, _, bound in limits)
-        got = f"{value!r} ({type(value).__name__})"
-        raise ConfigError(f'"objective.{name}" must be a finite number {wanted}, got {got}.')

@@ -19,7 +19,8 @@ class DDPO(Objective[Transitions]):
     sampling variant (DDPO-IS) of the paper.
 
     Args:
-        clip_range: > 0. The paper's code: 1e-4, small because log-probabilities are averaged over C, H, W.
+        clip_range: ratios are clipped to within this of 1, in (0, 1). The paper's code: 1e-4, small because
+            log-probabilities are averaged over C, H, W.
         adv_clip_max: largest advantage, > 0. The paper's code: 5.
 
     Raises:

@@ -18,9 +18,9 @@ class DPOK(Objective[Transitions]):
     divergence of the steps up to 1/(2 std^2), as in the authors' code; eps are the guided predictions.
 
     Args:
-        reward_weight: w > 0. The authors' code: 100.
-        clip_range: in (0, 1). The authors' code: 1e-4.
-        kl_weight: at least 0. The authors' code: 0.01.
+        reward_weight: w, of the clipped advantage term, > 0. The authors' code: 100.
+        clip_range: ratios are clipped to within this of 1, in (0, 1). The authors' code: 1e-4.
+        kl_weight: of the distance to the reference, >= 0. The authors' code: 0.01.
 
     Raises:
         ConfigError: a hyperparameter is out of range.

@@ -17,7 +17,7 @@ class DRaFT(Objective[Rewards]):
     There is no reference and nothing to hold the policy back: watch a scorer that is not trained on.
 
     Args:
-        weight: > 0. Ours: 1; Adam makes little of it, gradient clipping may.
+        weight: of the reward, > 0. Ours: 1; Adam makes little of it, gradient clipping may.
 
     Raises:
         ConfigError: a hyperparameter is out of range.

@@ -10,9 +10,7 @@ from torch import Tensor
 from diffalign import plugins
 from diffalign.errors import ConfigError
 from diffalign.objectives.base import (
-    BACKPROPAGATIONS,
     NEEDS,
-    ROLLOUTS,
     UNITS,
     ListErrors,
     Objective,
@@ -21,6 +19,7 @@ from diffalign.objectives.base import (
     SingleErrors,
     Transitions,
 )
+from diffalign.vocabulary import BACKPROPAGATIONS, ROLLOUTS
 
 CONTAINERS = {
     "pair": PairErrors,

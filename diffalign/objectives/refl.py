@@ -15,7 +15,7 @@ class ReFL(Objective[Rewards]):
     L = weight * relu(limit - reward)
 
     Args:
-        weight: >= 0. The paper's code: 1e-3.
+        weight: of the loss, >= 0. The paper's code: 1e-3.
         limit: reward beyond which nothing is learnt. The paper's code: 2, for ImageReward.
 
     Raises:

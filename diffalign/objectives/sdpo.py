@@ -25,7 +25,7 @@ class SDPO(ScaledMargin):
     Args:
         beta: strength of the KL anchor, > 0. Ours: DPO's.
         mu: safety margin in [0, 1); 1 would switch the loser off. Authors: 0.9 for SD1.5, 0.6 for SDXL (the default).
-        scope: "pair" or "batch".
+        scope: "pair": a lambda for every pair; "batch": one for the local batch, as the authors have it.
 
     Raises:
         ConfigError: a hyperparameter is out of range.

@@ -1,6 +1,6 @@
 """Sampling while training: candidates, trajectories, their scores, and the transitions to learn from."""
 
-from diffalign.rollout.advantages import ADVANTAGES, PerPromptTracker, normalised
+from diffalign.rollout.advantages import PerPromptTracker, normalised
 from diffalign.rollout.differentiable import RewardGradients
 from diffalign.rollout.guidance import WinnerGuidance
 from diffalign.rollout.human_labels import HumanLabels
@@ -13,7 +13,6 @@ from diffalign.rollout.steps import StepPairs
 from diffalign.rollout.trajectories import Trajectories, TrajectoryPairs
 
 __all__ = [
-    "ADVANTAGES",
     "Evaluations",
     "HumanLabels",
     "LatentReward",

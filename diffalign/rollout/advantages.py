@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ADVANTAGES = ("per_prompt", "group", "batch")
-
 
 def normalised(rewards: Tensor, epsilon: float = 1e-8) -> Tensor:
     """Return (rewards - mean) / (std + epsilon) over the batch [N]; DDPO without statistics per prompt."""

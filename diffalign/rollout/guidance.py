@@ -18,8 +18,6 @@ from diffalign.rollout.prompts import PromptBatch
 from diffalign.rollout.sampler import Sampler
 from diffalign.rollout.scoring import PictureScorer, StepScorer
 
-SCHEDULES = ("constant", "variance")
-
 
 @dataclass(kw_only=True)
 class WinnerGuidance:

@@ -157,7 +157,7 @@ class TestVariants:
     def test_validation_draws_grids(self, content, run):
         content["validation"] = {
             "validation_steps": 2,
-            "validation_prompts": ["a red circle"],
+            "validation_prompts": "a red circle",
             "num_inference_steps": 2,
         }
         run(content)

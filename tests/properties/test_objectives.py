@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffalign.denoising import NOISINGS
 from diffalign.objectives import (
     ListErrors,
     Objective,
@@ -23,7 +22,8 @@ from diffalign.objectives import (
     names,
     objective_class,
 )
-from diffalign.objectives.base import BACKPROPAGATIONS, NEEDS, ROLLOUTS
+from diffalign.objectives.base import NEEDS
+from diffalign.vocabulary import BACKPROPAGATIONS, NOISINGS, ROLLOUTS
 
 EXTREMES = (0.0, 1e-12, 1e-6, 1e-3, 1.0, 1e2, 1e4)
 

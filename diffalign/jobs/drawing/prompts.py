@@ -19,6 +19,11 @@ _READERS = {
 }
 
 
+def is_prompt_file(text: str | Path) -> bool:
+    """Tell a file of prompts from a prompt: a Path, or text that ends like the name of one."""
+    return isinstance(text, Path) or Path(text).suffix in (".txt", *_READERS)
+
+
 def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:
     """Read prompts in order, without empty ones.
 

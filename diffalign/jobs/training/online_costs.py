@@ -6,7 +6,7 @@ from diffalign.config import Config
 from diffalign.denoising import STABLE_DIFFUSION, DDPMPath, ladder
 from diffalign.jobs.training import human_labels
 from diffalign.jobs.training.online_judges import latent_reward_place
-from diffalign.objectives.base import BACKPROPAGATIONS
+from diffalign.vocabulary import BACKPROPAGATIONS
 
 
 def images_with_gradient(config: Config) -> int:

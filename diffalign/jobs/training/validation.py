@@ -12,7 +12,7 @@ from diffalign.backbones.base import Backbone
 from diffalign.config import Config
 from diffalign.errors import ConfigError
 from diffalign.evaluation import SamplingSettings, comparison_grid, generate, save_grid
-from diffalign.jobs.drawing.prompts import read_prompts
+from diffalign.jobs.drawing.prompts import is_prompt_file, read_prompts
 from diffalign.training.sharding import is_sharded
 
 
@@ -27,8 +27,7 @@ def drawer(config: Config, backbone: Backbone, accelerator: Accelerator) -> Call
         return None
     if not wanted.validation_prompts:
         raise ConfigError("validation.validation_steps needs validation.validation_prompts: a list, or a text file.")
-    given = wanted.validation_prompts
-    prompts = read_prompts(given) if isinstance(given, str) else given
+    prompts = _prompts(wanted.validation_prompts)
     settings = SamplingSettings(
         num_inference_steps=wanted.num_inference_steps, guidance_scale=wanted.guidance_scale, batch_size=4
     )
@@ -65,3 +64,10 @@ def drawer(config: Config, backbone: Backbone, accelerator: Accelerator) -> Call
         save_grid(grid, Path(config.train.output_dir) / "validation" / f"step-{step:06d}.png")
 
     return draw
+
+
+def _prompts(given: list[str] | str) -> list[str]:
+    """Return the prompts of a list, of a file, or the one that a text is that names no file."""
+    if isinstance(given, list):
+        return given
+    return read_prompts(given) if is_prompt_file(given) or Path(given).is_file() else [given]
