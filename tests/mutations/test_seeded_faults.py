@@ -94,7 +94,7 @@ FAULTS = {
         f"{DENOISING}/test_inversion.py",
     ),
     "the clean image counts as timestep 0": (
-        "denoising/inversion.py", "torch.where(grid == CLEAN, torch.ones_like(abar), abar)", "abar",
+        "denoising/ddpm_path.py", "torch.where(timesteps < 0, torch.ones_like(abar), abar)", "abar",
         f"{DENOISING}/test_inversion.py",
     ),
     "images that have arrived are inverted on": (
@@ -104,7 +104,8 @@ FAULTS = {
         "denoising/inversion.py", "if 0 < level < t), t]", "if 0 < level < t)]", f"{DENOISING}/test_inversion.py",
     ),
     "v is weighted as epsilon": (
-        "denoising/weighting.py", 'if path.prediction_type == "epsilon":', "if True:", f"{DENOISING}/test_weighting.py",
+        "denoising/ddpm_path.py", "return torch.minimum(signal, gamma * noise) / (signal + noise)",
+        "return (gamma * noise / signal).clamp(max=1.0)", f"{DENOISING}/test_weighting.py",
     ),
     "the moving reference moves by its decay": (
         "training/moving_reference.py", "1 - self.decay)", "self.decay)", "tests/training/test_moving_reference.py",

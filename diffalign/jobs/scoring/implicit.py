@@ -99,7 +99,7 @@ class ImplicitReward:
         """Return e_ref - e_policy [N] at one (t, eps) a prompt."""
         path = self.backbone.path
         place = (draw + draws.uniform(self.seed, draw, ids, "implicit_t")) / self.num_draws
-        times = (place * path.num_train_timesteps).long().to(x0.device)
+        times = path.timesteps_at(place).to(x0.device)
         noise = draws.normal(self.seed, draw, ids, x0.shape[1:], "implicit").to(x0.device)
         xt, wanted = add_noise(path, x0, noise, times), target(path, x0, noise, times)
         policy = self.backbone.predict(self.policy, xt, times, batch.cond)

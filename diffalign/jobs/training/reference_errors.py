@@ -55,7 +55,7 @@ def identity(config: Config, backbone: Backbone, examples: SizedExamples) -> dic
         "latents": latents.folder.name,
         "examples": digest_bytes(examples.example_ids.tobytes() + swapped.tobytes()).hex(),
         "denoiser": backbone.denoiser_fingerprint(),
-        "schedule": digest_bytes(path.alphas_cumprod.cpu().numpy().tobytes()).hex(),
+        "schedule": digest_bytes(path.identity()).hex(),
         "seed": config.train.seed,
         "noising": config.noising,
         "timesteps": [denoising.timestep_low, denoising.timestep_high or path.num_train_timesteps],
