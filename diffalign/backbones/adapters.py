@@ -181,7 +181,7 @@ def _adapter_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
 
 
 def _excluded(blocks: Sequence[str], idle: Sequence[str]) -> str | None:
-    """Return a pattern of the names of the modules that are idle or lie in none of the blocks, None if all may adapt."""
+    """Return a pattern of the names of modules that are idle or lie in none of the blocks, None if there are none."""
     patterns = [re.escape(name) for name in idle]
     if not set(blocks) >= set(BLOCKS):
         inside = "|".join(f"{block}_block" for block in blocks)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from diffalign.backbones.adapters import ATTENTION
 from diffalign.backbones.conditioning import Conditioning
+from diffalign.denoising.shifts import Shift
 from diffalign.errors import ModelError
-
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -38,6 +38,7 @@ class Backbone(ABC):
     text_columns: ClassVar[tuple[str, ...]]  # what `encode_prompts` returns, and caches keep
     repeated_blocks: ClassVar[tuple[str, ...]]  # classes of the denoiser's parts that FSDP makes whole one at a time
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION  # ends of the names of the layers that a LoRA adapts
+    ddim_steps: ClassVar[bool] = True  # it is sampled by DDIM's steps, whose distribution online objectives learn from
     plain_attention: ClassVar[bool] = False  # its attention is that of the UNets, of which kernels can be chosen
 
     def __init__(
@@ -89,6 +90,11 @@ class Backbone(ABC):
         return 1
 
     @classmethod
+    def shift(cls, scheduler_config: Mapping[str, Any], tokens: int) -> Shift:
+        """Return how the model's scheduler moves levels of noise for a picture of `tokens` tokens; DDPM's does not."""
+        return Shift()
+
+    @classmethod
     def check_trainable(cls, source: str, denoiser: Mapping[str, Any], vae: Mapping[str, Any], resolution: int) -> None:
         """Refuse to train what configurations alone show cannot be, at pictures of `resolution` pixels a side.
 
@@ -101,6 +107,11 @@ class Backbone(ABC):
     def latent_channels(self) -> int:
         """Return C of the latents."""
         return self.vae.config.latent_channels
+
+    def shift_at(self, resolution: int) -> Shift:
+        """Return how the scheduler moves levels of noise for pictures of `resolution` pixels a side."""
+        side = resolution // (self.vae_scale_factor * self.patch_size(self.denoiser.config))
+        return self.shift(self.scheduler.config, side**2)
 
     @property
     def vae_scale_factor(self) -> int:

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffalign.backbones.adapters import ADAPTER, count_adapted, free_name, has_adapters
+from diffalign.backbones.families import denoiser_name, denoiser_of, family_of, with_denoiser
 from diffalign.backbones.files import LORA_FILE, load_errors, quiet_diffusers, read_header, write_atomically
 from diffalign.backbones.kohya import kohya_metadata, kohya_tensors
-from diffalign.backbones.families import DENOISERS, denoiser_name, denoiser_of, family_of, with_denoiser
 from diffalign.backbones.loading import load, load_denoiser
 from diffalign.errors import ModelError
 
@@ -169,9 +169,7 @@ def _lora_files(folder: Path) -> list[Path]:
 def _lora_name(path: Path) -> str:
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise ModelError(
-                f'"{path}" is not a .safetensors file. Give a LoRA file, a LoRA folder or a folder of a UNet.'
-            )
+            raise ModelError(f'"{path}" is not a .safetensors file. Give a LoRA file, a LoRA folder or a UNet folder.')
         return path.name
     files = _lora_files(path)
     if len(files) > 1:

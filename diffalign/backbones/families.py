@@ -1,4 +1,4 @@
-"""The families there are, and which of them a pipeline belongs to. A new family is a file here and a line in FAMILIES."""
+"""The families there are, and which of them a pipeline is of. A new one is a file here and a name in FAMILIES."""
 
 from typing import Any
 

@@ -17,9 +17,10 @@ class FlowBackbone(Backbone):
     """
 
     denoiser_name = "transformer"
+    ddim_steps = False
     # Of hub ids and folders: no configuration says that a model was distilled to a few steps.
     few_steps: ClassVar[re.Pattern[str]] = re.compile(
-        r"turbo|lightning|hyper|flash|schnell|distill|\blcm\b|\bdmd", re.I
+        r"turbo|lightning|hyper-?sd|flash|schnell|distill|\blcm\b|\bdmd", re.IGNORECASE
     )
 
     @classmethod

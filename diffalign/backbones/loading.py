@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from diffalign.backbones import base, single_file
 from diffalign.backbones.base import Backbone, present
-from diffalign.backbones.families import DENOISERS, PIPELINES, family_of
+from diffalign.backbones.families import BY_NAME, DENOISERS, PIPELINES, family_of
 from diffalign.backbones.files import LORA_FILE, PICKLE_SUFFIXES, check_weights, load_errors, pickle_message
 from diffalign.errors import ModelError, suggestion
 from diffalign.places import local, looks_local
@@ -85,6 +85,18 @@ def load(
         source=source,
         options={key: value for key, value in index.items() if isinstance(value, bool)},
     )
+
+
+def family_at(source: str | Path, revision: str | None = None) -> type[Backbone]:
+    """Return the family of a model by its index, or by the names of a single file's tensors; no weights are read.
+
+    Raises:
+        ModelError: it is missing, or of no supported family.
+    """
+    source = located(source)
+    if Path(source).is_file():
+        return BY_NAME["sdxl" if single_file.family_of(Path(source)) == "sdxl" else "sd15"]
+    return family_of(read_index(source, revision)["_class_name"], source)
 
 
 def check_trainable(source: str, family: type[Backbone], resolution: int, revision: str | None = None) -> None:

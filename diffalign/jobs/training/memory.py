@@ -124,7 +124,8 @@ def _reference_bytes(config: Config, counts: Counts) -> float:
 
 
 def _activations(config: Config, plan: BatchPlan, counts: Counts, kind: Kind) -> float | None:
-    if counts.denoiser.config.block_out_channels[0] != NATIVE_WIDTH:
+    widths = counts.denoiser.config.get("block_out_channels")
+    if counts.family not in ACTIVATIONS or widths is None or widths[0] != NATIVE_WIDTH:
         return None
     known = ACTIVATIONS[counts.family]
     kept = known["full" if config.model.tune == "full" else "pure" if config.pure_bf16 else "lora"]

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from diffalign import config as configuration
+from diffalign.backbones.families import BY_NAME
 from diffalign.config import Config
 
-PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd15": "StableDiffusionPipeline"}
 SHOWN = ("loss", "implicit_accuracy", "margin", "chosen_drift", "rejected_drift", "pairs_per_second")
 
 
@@ -26,7 +26,7 @@ def render(config: Config, family: str, metrics: dict[str, float], scores: str =
             "",
             f"# {Path(config.train.output_dir).name}",
             "",
-            f"{'A LoRA for' if lora else 'A fine-tuned UNet of'} `{base}`, aligned with {learnt_from} "
+            f"{'A LoRA for' if lora else 'A fine-tuned denoiser of'} `{base}`, aligned with {learnt_from} "
             f"by {method.upper()} in {config.train.max_train_steps} steps.",
             "",
             "```python",
@@ -49,10 +49,9 @@ def render(config: Config, family: str, metrics: dict[str, float], scores: str =
 
 
 def _usage(base: str, family: str, lora: bool) -> list[str]:
-    lines = ["import diffusers", "", f'pipe = diffusers.{PIPELINES[family]}.from_pretrained("{base}")']
+    known = BY_NAME[family]
+    lines = ["import diffusers", "", f'pipe = diffusers.{known.pipeline_class.__name__}.from_pretrained("{base}")']
     if lora:
         return [*lines, 'pipe.load_lora_weights("path/to/this/folder")']
-    return [
-        *lines,
-        'pipe.unet = diffusers.UNet2DConditionModel.from_pretrained("path/to/this/folder", subfolder="unet")',
-    ]
+    name, loader = known.denoiser_name, f"diffusers.{known.denoiser_class.__name__}"
+    return [*lines, f'pipe.{name} = {loader}.from_pretrained("path/to/this/folder", subfolder="{name}")']

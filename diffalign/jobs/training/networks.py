@@ -72,10 +72,11 @@ def prepare_networks(
             denoiser,
             lora.rank,
             lora.lora_alpha,
-            lora.lora_target_modules,
+            lora.lora_target_modules or backbone.lora_targets,
             lora.lora_dropout,
             seed=config.train.seed,
             blocks=lora.blocks,
+            idle=backbone.idle_layers(denoiser),
         )
         if performance.fused_lora:
             fuse_lora(denoiser)
@@ -160,6 +161,9 @@ def _kept_operators() -> Iterable[Any]:
 def choose_attention(config: Config, backbone: Backbone) -> None:
     """Set the attention kernels of the denoiser as it was loaded, and whether images of an example share their text."""
     denoiser, performance = backbone.denoiser, config.performance
+    if not backbone.plain_attention:
+        _check_own_attention(config, backbone)
+        return
     if config.train.enable_xformers_memory_efficient_attention:
         _use_xformers(denoiser)
         return
@@ -173,6 +177,19 @@ def choose_attention(config: Config, backbone: Backbone) -> None:
         use_backend(denoiser, name)
     if performance.share_text:
         share_text(denoiser)
+
+
+def _check_own_attention(config: Config, backbone: Backbone) -> None:
+    """Refuse kernels for the attention of a transformer over text and picture, which stays diffusers' own."""
+    chosen = {
+        "train.enable_xformers_memory_efficient_attention": config.train.enable_xformers_memory_efficient_attention,
+        f"performance.attention {config.performance.attention}": config.performance.attention
+        not in ("default", "auto"),
+    }
+    if refused := [key for key, is_set in chosen.items() if is_set]:
+        raise ConfigError(
+            f"{refused[0]} is for the attention of UNets; that of {backbone.family} is torch's own choice. Drop it."
+        )
 
 
 def _use_xformers(denoiser: nn.Module) -> None:

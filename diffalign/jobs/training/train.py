@@ -56,7 +56,8 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
     """Run a training job; return its last metrics.
 
     Leaves in `train.output_dir`: config.yaml, environment.json, metrics.jsonl, checkpoints, the LoRA
-    (pytorch_lora_weights.safetensors) or the UNet (unet/), README.md, and validation grids if asked for.
+    (pytorch_lora_weights.safetensors) or the denoiser (unet/ or transformer/), README.md, and validation grids if
+    asked for.
     """
     output_dir = Path(config.train.output_dir)
     accelerator = make_accelerator(config)
@@ -191,6 +192,9 @@ def run_identity(config: Config, plan: BatchPlan, backbone: Backbone, source: So
         data["annotations"] = digest_files([Path(config.data.annotations_file)], None)[0]
     model = {"tune": config.model.tune, "denoiser": backbone.denoiser_fingerprint(), "encoders": backbone.fingerprint()}
     adapter = {"lora": sections["lora"]} if config.model.tune == "lora" else {}
+    if config.lora.lora_target_modules is None:
+        sections["lora"]["lora_target_modules"] = list(backbone.lora_targets)
+    sections["denoising"] = assemble.denoising_identity(config, backbone)
     content = source.identify(Path(config.data.cache_dir) / "content_hashes.sqlite")
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     asked = ["objective", "denoising", "inversion", "reference", "loss", "optimizer"]
@@ -233,9 +237,10 @@ def export_model(
     base = configuration.portable(config).model.pretrained_model_name_or_path
     metadata = {"objective": config.objective_name, "training_steps": config.train.max_train_steps}
     if config.model.tune == "full":
-        export.save_denoiser(backbone.denoiser, output_dir, state_dict=weights)
+        export.save_denoiser(backbone.denoiser, output_dir, name=backbone.denoiser_name, state_dict=weights)
     else:
-        export.save_lora(backbone.denoiser, output_dir, base, metadata, state_dict=weights)
+        name = backbone.denoiser_name
+        export.save_lora(backbone.denoiser, output_dir, base, metadata, name=name, state_dict=weights)
         if config.lora.export_kohya:
             file = output_dir / "kohya" / f"{output_dir.name}.safetensors"
             prediction_type = backbone.path.prediction_type
