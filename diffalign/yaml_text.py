@@ -56,6 +56,20 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin} is not valid YAML: {problem or error}{where}.") from None
 
 
+def split_values(text: str, origin: str) -> list[str]:
+    """Split YAML values at the commas between them; each part is a value as it was written.
+
+    Raises:
+        ConfigError: a syntax error, such as nothing between two commas.
+
+    Example:
+        >>> split_values("1e-5, [mid, up], null", "here")
+        ['1e-5', '[mid, up]', 'null']
+    """
+    parse_yaml(listed := f"[{text}]", origin)
+    return [listed[node.start_mark.index : node.end_mark.index] for node in yaml.compose(listed, Loader=_Loader).value]
+
+
 def dump_yaml(content: dict[str, Any]) -> str:
     """Write plain values as YAML that `parse_yaml` reads back to the same values."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)

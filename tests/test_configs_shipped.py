@@ -12,8 +12,9 @@ from rich.console import Console
 from diffalign import config as configuration
 from diffalign import objectives
 from diffalign.backbones.files import read_header
+from diffalign.config.changes import changed, dump_changed
 from diffalign.errors import ModelError
-from diffalign.jobs.training import memory, plan
+from diffalign.jobs.training import memory, meta_model, plan, preflight
 from diffalign.objectives.base import UNITS
 from diffalign.shapes.pipeline import build_unet
 
@@ -36,7 +37,7 @@ def world(tmp_path_factory):
 
 def shown(config: configuration.Config) -> str:
     console = Console(record=True, width=200, file=io.StringIO())
-    plan.show(config, console)
+    plan.show(config, preflight.examine(config), console)
     return console.export_text()
 
 
@@ -49,7 +50,7 @@ def test_it_loads_and_says_what_it_would_do(name, world, monkeypatch):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     folder, tiny_parameters = world
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(plan.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(preflight, "world_size", lambda: 1)
     config = configuration.load(CONFIGS / name)
     objective = config.build_objective()
     assert type(objective) is objectives.objective_class(config.objective["name"])
@@ -74,6 +75,17 @@ def test_its_resolved_form_loads_again(name, tmp_path):
     (tmp_path / "config.yaml").write_text(configuration.dump(configuration.portable(config)), encoding="utf8")
     again = configuration.load(tmp_path / "config.yaml")
     assert configuration.portable(again) == configuration.portable(config)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_changed_keys_are_the_whole_of_it(name, tmp_path):
+    config = configuration.load(CONFIGS / name)
+    (tmp_path / "config.yaml").write_text(dump_changed(configuration.portable(config)), encoding="utf8")
+    again = configuration.load(tmp_path / "config.yaml")
+    assert configuration.portable(again) == configuration.portable(config)
+    sections = changed(config)
+    defaults = configuration.check({**sections, "lora": {}}).lora.model_dump(mode="json")
+    assert not [key for key, value in sections.get("lora", {}).items() if value == defaults[key]]
 
 
 def test_runs_write_into_folders_of_their_own():
@@ -106,11 +118,11 @@ def test_a_tiny_run_needs_little_memory(world, monkeypatch):
 
 
 def test_memory_is_added_up_as_stated(monkeypatch):
-    monkeypatch.setattr(plan.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(preflight, "world_size", lambda: 1)
     config = configuration.load(CONFIGS / "sdxl" / "dpo.yaml", ["optimizer.name=adamw"])
     batch = plan.BatchPlan.of(config.train, 1)
-    denoiser, family, _ = plan.skeleton(config)
-    counts = memory.Counts(family, denoiser, PUBLISHED["sdxl"], PUBLISHED["sdxl"])
+    model = meta_model.read(config)
+    counts = memory.Counts(model.family, model.denoiser, PUBLISHED["sdxl"], PUBLISHED["sdxl"])
     estimated = memory.estimate(config, batch, counts, "full")
     gigabytes = PUBLISHED["sdxl"] / 2**30
     assert estimated.weights == pytest.approx(4 * gigabytes)  # float32 weights that train
@@ -123,8 +135,8 @@ def test_memory_is_added_up_as_stated(monkeypatch):
 @pytest.mark.parametrize(("available", "kind"), [(24, "none"), (16, "selective"), (10, "full"), (4, "full")])
 def test_as_little_is_recomputed_as_the_memory_asks_for(available, kind):
     config = configuration.load(CONFIGS / "sdxl" / "dpo-lora.yaml", ["train_batch_size=1"])
-    denoiser, family, _ = plan.skeleton(config)
-    counts = memory.Counts(family, denoiser, PUBLISHED["sdxl"], 92_900_000)
+    model = meta_model.read(config)
+    counts = memory.Counts(model.family, model.denoiser, PUBLISHED["sdxl"], 92_900_000)
     decided = memory.checkpointing(config, plan.BatchPlan.of(config.train, 1), counts, available)
     assert decided.kind == kind
     assert ("lower train.train_batch_size" in decided.why) == (available == 4)
@@ -138,16 +150,16 @@ def test_a_single_file_is_recognised_by_its_tensors(tmp_path):
     save_file({name: zeros(1) for name in names}, tmp_path / "merge.safetensors")
     assert read_header(tmp_path / "merge.safetensors").keys() >= set(names)
     overrides = [f"pretrained_model_name_or_path={tmp_path / 'merge.safetensors'}"]
-    denoiser, family, source = plan.skeleton(configuration.load(CONFIGS / "sd15" / "dpo.yaml", overrides))
-    assert (family, source) == ("sdxl", "counted as the published sdxl")
-    assert sum(parameter.numel() for parameter in denoiser.parameters()) == PUBLISHED["sdxl"]
+    model = meta_model.read(configuration.load(CONFIGS / "sd15" / "dpo.yaml", overrides))
+    assert (model.family, model.origin) == ("sdxl", "counted as the published sdxl")
+    assert sum(parameter.numel() for parameter in model.denoiser.parameters()) == PUBLISHED["sdxl"]
 
 
 def test_models_that_cannot_be_trained_are_refused_by_the_plan_too(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     config = configuration.load(CONFIGS / "sdxl" / "dpo.yaml", [f"pretrained_model_name_or_path={tmp_path}"])
     with pytest.raises(ModelError, match="FluxPipeline"):
-        plan.skeleton(config)
+        meta_model.read(config)
     config = configuration.load(CONFIGS / "sdxl" / "dpo.yaml", ["pretrained_model_name_or_path=absent"])
     with pytest.raises(ModelError, match='There is no model at "absent"'):
-        plan.skeleton(config)
+        meta_model.read(config)

@@ -11,7 +11,7 @@ from rich.console import Console
 from diffalign import config as configuration
 from diffalign import objectives
 from diffalign.cli import app
-from diffalign.jobs.training import plan
+from diffalign.jobs.training import plan, preflight
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")
@@ -60,7 +60,7 @@ def test_training_commands_plan_their_run(words, monkeypatch):
     context = parse(words)
     config = configuration.load(context.params["config"], list(context.params["overrides"] or []))
     console = Console(record=True, width=200)
-    plan.show(config, console)
+    plan.show(config, preflight.examine(config), console)
     assert "pairs per optimizer step" in console.export_text()
 
 

@@ -1,7 +1,6 @@
 """What every model family offers to the rest of diffalign, and the code the families share."""
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 
 from diffalign.backbones.adapters import ATTENTION
 from diffalign.backbones.conditioning import Conditioning
+from diffalign.backbones.digests import tokenizer_identity, update_with_tensors
 from diffalign.denoising.shifts import Shift
 from diffalign.errors import ModelError
 
+CLIP_LENGTH = 77  # tokens, of the published CLIP text encoders
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -88,6 +89,11 @@ class Backbone(ABC):
     def patch_size(cls, denoiser_config: Mapping[str, Any]) -> int:
         """Return how many latents one token of the denoiser is high and wide."""
         return 1
+
+    @classmethod
+    @abstractmethod
+    def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:
+        """Return how many numbers the `text_columns` of a prompt hold, for tokenizers of the published lengths."""
 
     @classmethod
     def shift(cls, scheduler_config: Mapping[str, Any], tokens: int) -> Shift:
@@ -188,9 +194,9 @@ class Backbone(ABC):
             digest = hashlib.blake2b(digest_size=16)
             digest.update(f"{self.family} {self._shift_and_scale()}".encode())
             for tokenizer in self.tokenizers:
-                digest.update(_tokenizer_identity(tokenizer))
+                digest.update(tokenizer_identity(tokenizer))
             for module in self._encoders():
-                _update_with_tensors(digest, module)
+                update_with_tensors(digest, module)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -198,7 +204,7 @@ class Backbone(ABC):
         """Return a hash of the denoiser's tensors (adapters included) and of what it predicts, as of now."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{self.family} {self.path.prediction_type}".encode())
-        _update_with_tensors(digest, self.denoiser)
+        update_with_tensors(digest, self.denoiser)
         return digest.hexdigest()
 
     def to(
@@ -285,16 +291,3 @@ def move(module: nn.Module, device: torch.device | str | None = None, dtype: tor
     """Move and cast a part of a pipeline in place."""
     # Not module.to(): with a dtype, diffusers 0.42 warns of "modules that should be kept in float32: []".
     nn.Module.to(module, device=device, dtype=dtype)
-
-
-def _tokenizer_identity(tokenizer: Any) -> bytes:
-    # Padding and truncation are left out: calling the tokenizer changes them.
-    model = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = [model["model"], model["normalizer"], model["pre_tokenizer"], model["added_tokens"]]
-    return json.dumps([parts, tokenizer.model_max_length, tokenizer.pad_token_id], sort_keys=True).encode()
-
-
-def _update_with_tensors(digest: Any, module: nn.Module) -> None:
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

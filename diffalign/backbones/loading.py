@@ -5,16 +5,16 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from diffalign.backbones import base, single_file
 from diffalign.backbones.base import Backbone, present
-from diffalign.backbones.families import BY_NAME, DENOISERS, PIPELINES, family_of
-from diffalign.backbones.files import LORA_FILE, PICKLE_SUFFIXES, check_weights, load_errors, pickle_message
-from diffalign.errors import ModelError, suggestion
-from diffalign.places import local, looks_local
+from diffalign.backbones.families import PIPELINES
+from diffalign.backbones.files import check_weights, load_errors
+from diffalign.backbones.inspection import check_trainable, located, read_index
+from diffalign.errors import ModelError
 
 # By the names in model_index.json, where transformers 4 and 5 differ.
 TEXT_ENCODERS = {part.__name__: part for part in (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)}
@@ -87,30 +87,6 @@ def load(
     )
 
 
-def family_at(source: str | Path, revision: str | None = None) -> type[Backbone]:
-    """Return the family of a model by its index, or by the names of a single file's tensors; no weights are read.
-
-    Raises:
-        ModelError: it is missing, or of no supported family.
-    """
-    source = located(source)
-    if Path(source).is_file():
-        return BY_NAME["sdxl" if single_file.family_of(Path(source)) == "sdxl" else "sd15"]
-    return family_of(read_index(source, revision)["_class_name"], source)
-
-
-def check_trainable(source: str, family: type[Backbone], resolution: int, revision: str | None = None) -> None:
-    """Refuse what the configurations of a folder or a hub id show cannot be trained, without reading weights.
-
-    Raises:
-        ModelError: such a model or resolution.
-    """
-    with load_errors("the configurations", source):
-        denoiser = family.denoiser_class.load_config(source, subfolder=family.denoiser_name, revision=revision)
-        vae = family.vae_class.load_config(source, subfolder="vae", revision=revision)
-    family.check_trainable(source, denoiser, vae, resolution)
-
-
 def load_denoiser(source: str | Path, family: type[Backbone], torch_dtype: torch.dtype) -> nn.Module:
     """Load a family's denoiser from its folder, a folder with `unet/` or `transformer/`, or a hub id of either kind.
 
@@ -144,21 +120,6 @@ def load_vae(source: str | Path, torch_dtype: torch.dtype, config: str | None = 
     return _component(AutoencoderKL, source, subfolder, torch_dtype=torch_dtype)
 
 
-def read_index(source: str, revision: str | None = None) -> dict[str, Any]:
-    """Return the parsed model_index.json of a diffusers pipeline of a supported family.
-
-    Raises:
-        ModelError: it is missing, or names another family.
-    """
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise ModelError(f'"{source}" is not a diffusers pipeline: it has no model_index.json. {_folder_hint(folder)}')
-    with load_errors("model_index.json", source):
-        index = dict(DiffusionPipeline.load_config(source, revision=revision))
-    family_of(index.get("_class_name"), source)
-    return index
-
-
 def with_schedule(scheduler: Any, prediction_type: str | None, zero_terminal_snr: bool) -> Any:
     """Return `scheduler` with another prediction type or a zero terminal SNR, or unchanged.
 
@@ -179,27 +140,6 @@ def with_schedule(scheduler: Any, prediction_type: str | None, zero_terminal_snr
         if "rescale_betas_zero_snr" not in config:
             scheduler = DDIMScheduler()  # PNDM and others have no such option; DDIM reads the same settings
     return type(scheduler).from_config(config | changes) if changes else scheduler
-
-
-def located(source: str | Path) -> str:
-    """Return the path that `source` names from here or among what ships, or the hub id that it is.
-
-    Raises:
-        ModelError: it is neither, or a file of the wrong kind.
-    """
-    path = local(source)
-    if path.suffix in PICKLE_SUFFIXES:
-        raise ModelError(pickle_message(path) if path.is_file() else f'There is no file "{source}".')
-    if path.is_file() and path.suffix != ".safetensors":
-        raise ModelError(f'"{source}" is not a .safetensors file. Give a diffusers folder, a hub id or such a file.')
-    if path.exists() or not looks_local(str(source)):
-        return str(path) if path.exists() else str(source)
-    parent = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
-    near = suggestion(str(source), [str(path.parent / entry.name) for entry in parent.iterdir()])
-    raise ModelError(
-        f'There is no model at "{source}" (the nearest existing folder is "{parent}").{near} '
-        'Give a diffusers folder, a .safetensors file or a hub id such as "stabilityai/stable-diffusion-xl-base-1.0".'
-    )
 
 
 def _from_folder(
@@ -284,11 +224,3 @@ def _from_file(
             replacements["vae"] = load_vae(vae, torch_dtype, config=str(folder))
         class_name = index["_class_name"]
         return index, single_file.load_modules(path, class_name, folder, replacements, torch_dtype)
-
-
-def _folder_hint(folder: Path) -> str:
-    if (folder / LORA_FILE).is_file():
-        return "It holds a LoRA: give the base model here, and the LoRA to evaluation."
-    if any((folder / name).is_dir() for name in DENOISERS) or (folder / "config.json").is_file():
-        return "It holds a single network: give it as unet_init (or vae), and a whole model here."
-    return f"It holds: {', '.join(sorted(entry.name for entry in folder.iterdir())[:8]) or 'nothing'}."

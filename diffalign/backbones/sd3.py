@@ -9,6 +9,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffalign.backbones.base import CLIP_LENGTH
 from diffalign.backbones.conditioning import Conditioning
 from diffalign.backbones.flow import FlowBackbone
 from diffalign.errors import ModelError
@@ -42,6 +43,12 @@ class SD3(FlowBackbone):
     def patch_size(cls, denoiser_config: Mapping[str, Any]) -> int:
         """Return the side of the patches that become tokens."""
         return denoiser_config["patch_size"]
+
+    @classmethod
+    def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:
+        """Return the numbers of the tokens of CLIP and T5 and of the pooled embedding."""
+        tokens = CLIP_LENGTH + T5_LENGTH
+        return tokens * denoiser_config["joint_attention_dim"] + denoiser_config["pooled_projection_dim"]
 
     @classmethod
     def check_trainable(cls, source: str, denoiser: Mapping[str, Any], vae: Mapping[str, Any], resolution: int) -> None:

@@ -1,41 +1,116 @@
 """Commands that train: train, precompute, demo."""
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from diffalign.cli import options
 from diffalign.cli.settings import ConfigFile, Overrides, WithSettings
+from diffalign.errors import ConfigError
 
 
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """Whether a run is only told of."""
+
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, whether it fits and what is wrong, and stop.")
+    ] = False
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=0.1, help="Of --dry-run: GiB of the GPU to plan for; by default this machine's.")
+    ] = None
+    full: Annotated[
+        bool, typer.Option("--full", help="Of --dry-run: print all keys, not only those that are changed.")
+    ] = False
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """Return the arguments of a dry run."""
+        return {"gpu_memory": self.gpu_memory, "full": self.full}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Which values are tried, and how their models are compared."""
+
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="A run for each value, in a folder each: objective.beta=1000,5000. Repeated: the grid."),
+    ] = None
+    prompts: Annotated[
+        str | None, typer.Option(help="Of --sweep: draw these prompts with every model; as `evaluate` takes them.")
+    ] = None
+    scorers: options.Scorers = None
+
+    def judging(self):
+        """Return the `Judging` that is asked for, or None."""
+        from diffalign.jobs.drawing.prompt_sets import open_prompt_set
+        from diffalign.jobs.evaluating.sweep import Judging
+
+        if bool(self.prompts) != bool(self.scorers):
+            raise ConfigError("--prompts says what to draw and --with who judges it: give both or neither.")
+        return Judging(prompts=open_prompt_set(self.prompts), scorers=self.scorers) if self.prompts else None
+
+
+@options.grouped
 def train(
+    *,
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[
         str | None,
         typer.Option(help='Continue from a checkpoint: "latest" or its folder. Starts afresh if there is no latest.'),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration, batch arithmetic and memory, and stop.")
-    ] = False,
+    dry: DryRun,
+    sweep: Sweep,
 ) -> None:
     """Align a model with preference pairs.
 
     On several GPUs: `accelerate launch -m diffalign train CONFIG`. The same command with `--resume latest` continues.
+
+    Example: `diffalign train configs/sdxl/dpo-lora.yaml --dry-run --gpu-memory 24`
+
+    Example: `diffalign train configs/sdxl/dpo-lora.yaml --sweep objective.beta=1000,5000`
     """
     from diffalign import config as configuration
 
+    if sweep.sweep:
+        _sweep(config, overrides or [], sweep, resume, dry)
+        return
+    if sweep.prompts or sweep.scorers:
+        raise ConfigError("--prompts and --with compare the models of a --sweep. For one: diffalign evaluate.")
     extra = [f"train.resume_from_checkpoint={resume}"] if resume else []
     resolved = configuration.load(config, [*(overrides or []), *extra])
-    if dry_run:
+    if dry.dry_run:
         from diffalign.jobs.training import plan
 
-        plan.show(resolved, Console())
+        plan.dry_run(resolved, _console(), **dry.how)
         return
     from diffalign.jobs.training.train import train as run
 
     run(resolved)
+
+
+def _sweep(file: Path, overrides: list[str], sweep: Sweep, resume: str | None, dry: DryRun) -> None:
+    from diffalign.jobs.evaluating import sweep as job
+
+    if resume not in (None, "latest"):
+        raise ConfigError(f'--resume "{resume}" names one checkpoint, a sweep has some in every folder. Use latest.')
+    judging = sweep.judging()
+    runs = job.runs_of(file, overrides, sweep.sweep, resume=resume is not None)
+    if dry.dry_run:
+        job.dry_run(runs, _console(), **dry.how)
+    else:
+        job.sweep(runs, _console(), judging)
+
+
+def _console() -> Console:
+    """Return where to print; of several processes only the first does."""
+    return Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def precompute(config: ConfigFile, overrides: Overrides = None) -> None:

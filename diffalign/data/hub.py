@@ -1,6 +1,7 @@
 """Preferences on the Hugging Face hub, downloaded or streamed through `datasets`."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,17 @@ def load_hub(
     # Here and below: importing datasets takes about a second, which readers of local files need not wait.
     import datasets
 
-    try:
+    with reaching(name, split=split, config_name=config_name, revision=revision):
         return datasets.load_dataset(name, config_name, split=split, revision=revision, streaming=streaming)
+
+
+@contextmanager
+def reaching(name: str, *, split: str, config_name: str | None, revision: str | None) -> Iterator[None]:
+    """Turn what `datasets` raises about a data set on the hub into a DataError."""
+    import datasets
+
+    try:
+        yield
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f'Cannot load "{name}" (split "{split}", config {config_name}, revision {revision}) from the Hugging Face '

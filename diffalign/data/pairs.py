@@ -81,6 +81,14 @@ class ImageRef:
         """Return the digest in hexadecimal."""
         return self.digest.hex()
 
+    def size(self) -> tuple[int, int]:
+        """Return width and height as stored, reading the header only. Raises RowError when that is broken."""
+        try:
+            with Image.open(self.path if self.data is None and self.path else io.BytesIO(self.content)) as image:
+                return image.size
+        except DECODE_ERRORS as error:
+            raise RowError(self.place, "broken image", f"cannot read the header of an image ({error})") from error
+
     def load(self) -> Image.Image:
         """Decode to an upright RGB image; transparency is laid on white. Raises RowError when the image is broken."""
         name = self.path or "the image"

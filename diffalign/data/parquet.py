@@ -35,12 +35,13 @@ class ParquetPairs(PairSource):
         files: Sequence[Path],
         schema: TableSchema | None = None,
         *,
+        name: str | None = None,
         max_samples: int | None = None,
         rejects: Rejects | None = None,
     ):
         self.schema = schema or Columns()
         super().__init__(rejects, self.schema)
-        self.name = str(files[0] if len(files) == 1 else files[0].parent)
+        self.name = name or str(files[0] if len(files) == 1 else files[0].parent)
         self.max_samples = max_samples
         self.files, rows = [], []
         missing, self.has_preference = max_samples, False
@@ -103,6 +104,15 @@ class ParquetPairs(PairSource):
         return column.name in self.schema.needed or not (
             pa.types.is_nested(column.type) or pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
         )
+
+    def captions(self) -> Iterator[str]:
+        """Yield the captions of the examples, reading no other column."""
+        for number, file in enumerate(self.files):
+            with open_parquet(file) as parquet:
+                table = parquet.read(columns=list(self.schema.caption_columns))
+            wanted = table.take(self._rows[self._file_of == number])
+            for column in wanted.columns:
+                yield from column.to_pylist()
 
     def _linked(self, memo: Path | None) -> dict[str, Any]:
         """Describe the image files, if the images are given as paths: their content may change, the table not."""

@@ -16,10 +16,12 @@ from diffalign.data.pair_schemas import Columns, PairLines
 from diffalign.data.parquet import ParquetPairs, open_parquet
 from diffalign.data.rejects import Rejects
 from diffalign.data.schema import TableSchema
+from diffalign.data.shards import Shards, downloaded_snapshot, files_of
 from diffalign.data.source import PairSource
 from diffalign.errors import DataError, suggestion
 from diffalign.places import find, looks_local
 
+PARQUET = ".parquet"
 FORMATS = ("pickapic", "jsonl", "folders", "lists", "singles")
 # train-00000-of-00645-b66ac786bf6fb553.parquet, train-00000.parquet or train.parquet: split "train".
 SHARD = re.compile(r"-\d+-of-\d+")
@@ -114,22 +116,40 @@ def open_pairs(source: str | Path | Sequence[str | Path], **how: Any) -> PairSou
     if container == "jsonl":
         file = _existing(source)
         return JsonlPairs(file, reading.of_lines(file), **settings)
-    if _is_hub_id(source):
+    if is_hub_id(source):
         return _open_hub(str(source), reading, **settings)
     return _open_files(parquet_files(source, reading.split), reading, **settings)
 
 
 def _open_hub(source: str, reading: Reading, **settings: Any) -> PairSource:
     where = {name: getattr(reading, name) for name in ("split", "config_name", "revision")}
-    dataset = load_hub(source, **where, streaming=reading.streaming)
+    streaming = reading.streaming
+    if reading.max_samples is not None and not streaming:  # no more is downloaded than is read
+        files = _first_files(source, where)
+        if files and all(str(file).endswith(PARQUET) for file in files):
+            parquet = Shards(source, files, **where) if isinstance(files[0], str) else files
+            return _open_files(parquet, reading, name=source, **settings)
+        streaming = bool(files)
+    dataset = load_hub(source, **where, streaming=streaming)
     schema = reading.of_table(dataset.column_names or ())
-    if not reading.streaming:
+    if not streaming:
         return HubPairs(dataset, schema, name=source, **settings)
     origin = {"dataset": source, **where, "commit": hub_revision(source, reading.revision)}
     return StreamingPairs(dataset, schema, name=source, describe=lambda memo: origin, **settings)
 
 
-def _open_files(files: list[Path], reading: Reading, **settings: Any) -> PairSource:
+def _first_files(source: str, where: dict[str, str | None]) -> list[str] | list[Path]:
+    """Return the files of a hub data set: their addresses, or without a network those that were downloaded before."""
+    try:
+        return files_of(source, **where)
+    except DataError:
+        snapshot = downloaded_snapshot(source, where["revision"]) if where["config_name"] is None else None
+        if snapshot is None or not any(snapshot.rglob(f"*{PARQUET}")):
+            raise
+        return parquet_files(snapshot, where["split"])
+
+
+def _open_files(files: Sequence[Path], reading: Reading, **settings: Any) -> PairSource:
     with open_parquet(files[0]) as parquet:
         schema = reading.of_table(parquet.schema_arrow.names)
     return _stream_files(files, schema, **settings) if reading.streaming else ParquetPairs(files, schema, **settings)
@@ -220,8 +240,9 @@ def _container(source: str | Path | Sequence[str | Path], format: str | None) ->
     return "parquet"
 
 
-def _is_hub_id(source: str | Path | Sequence[str | Path]) -> bool:
-    return isinstance(source, str) and not Path(source).exists() and not looks_local(source)
+def is_hub_id(source: str | Path | Sequence[str | Path]) -> bool:
+    """Tell whether a source is on the hub: it looks like owner/name, and nothing is there on this machine."""
+    return isinstance(source, str) and find(source) is None and not looks_local(source)
 
 
 def _existing(source: str | Path) -> Path:

@@ -68,6 +68,11 @@ class PairSource(ABC):
         read = {index: self[index] for index in sorted(set(indices))}
         return [read[index] for index in indices]
 
+    def captions(self) -> Iterator[str]:
+        """Yield the captions of the examples; some more than once."""
+        for row in self.iterate():
+            yield from row.prompts
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Describe the content: files, sizes, content hashes, columns, number of pairs. Reads every file once."""

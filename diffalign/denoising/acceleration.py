@@ -5,6 +5,7 @@ they saw before. Compilation happens at the first call; adapters on and off, wit
 their own.
 """
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -112,18 +113,21 @@ def to_float8(network: nn.Module) -> None:
     Raises:
         ConfigError: no GPU with float8, or no torchao.
     """
+    require_float8()
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    quantize_(network, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), _wide_linear)
+
+
+def require_float8() -> None:
+    """Raise ConfigError where `to_float8` cannot work."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
         raise ConfigError(
             'performance.reference_dtype "fp8" needs a GPU with float8 (compute capability 8.9, Hopper or later); this '
             "machine has none. Use bf16 or policy."
         )
-    try:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-    except ImportError:
-        raise ConfigError(
-            'performance.reference_dtype "fp8" needs torchao: pip install "diffalign[gpu]", or use bf16.'
-        ) from None
-    quantize_(network, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), _wide_linear)
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError('performance.reference_dtype "fp8" needs torchao: pip install "diffalign[gpu]", or use bf16.')
 
 
 def _wide_linear(module: nn.Module, name: str) -> bool:

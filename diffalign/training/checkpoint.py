@@ -129,7 +129,7 @@ def load(path: Path, parameters: dict[str, nn.Parameter], identity: dict[str, An
     Raises:
         CheckpointError: the checkpoint is damaged, or belongs to a run with other settings, data or model.
     """
-    step, saved = _read(path, STATE, lambda file: _step_and_identity(json.loads(file.read_text(encoding="utf8"))))
+    step, saved = _state(path)
     tensors = _read(path, WEIGHTS, load_file)
     optimizer_state = _read(path, OPTIMIZER, lambda file: torch.load(file, map_location="cpu", weights_only=True))
     _require_same(path, saved, identity)
@@ -140,6 +140,33 @@ def load(path: Path, parameters: dict[str, nn.Parameter], identity: dict[str, An
         for name, parameter in parameters.items():
             parameter.copy_(sharding.cut(tensors[name], parameter))
     return step, optimizer_state
+
+
+def check(path: Path, settings: dict[str, Any], max_train_steps: int) -> None:
+    """Refuse a checkpoint for what can be told without its weights or those of the model.
+
+    settings: the part of a run's identity that is known.
+
+    Raises:
+        CheckpointError: as `load` raises it, or it has done more steps than the run is to do.
+    """
+    step, saved = _state(path)
+    known = _flat(json.loads(json.dumps(settings)))
+    _require_same(path, {key: value for key, value in _flat(saved).items() if key in known}, settings)
+    require_steps_left(path, step, max_train_steps)
+
+
+def require_steps_left(path: Path, step: int, max_train_steps: int) -> None:
+    """Raise CheckpointError if the checkpoint of `step` is beyond the end of the run."""
+    if step > max_train_steps:
+        raise CheckpointError(
+            f"{path} has done {step} steps already, more than train.max_train_steps {max_train_steps}. "
+            "Raise that, or name an earlier checkpoint."
+        )
+
+
+def _state(path: Path) -> tuple[int, dict[str, Any]]:
+    return _read(path, STATE, lambda file: _step_and_identity(json.loads(file.read_text(encoding="utf8"))))
 
 
 def _read(path: Path, name: str, read: Callable[[Path], Any]) -> Any:

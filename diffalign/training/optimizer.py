@@ -11,6 +11,8 @@ from diffalign.errors import ConfigError
 from diffalign.training import sharding
 from diffalign.training.settings import OptimizerSettings
 
+NO_BITSANDBYTES = 'optimizer.name "adamw_8bit" needs bitsandbytes: pip install "diffalign[gpu]", or use "adamw".'
+
 
 def peak_learning_rate(settings: OptimizerSettings, global_batch_size: int) -> float:
     """Return the rate after warm-up; with scale_lr it is per pair and grows with the global batch."""
@@ -62,9 +64,7 @@ def build(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> to
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError:
-            raise ConfigError(
-                'optimizer.name "adamw_8bit" needs bitsandbytes: pip install "diffalign[gpu]", or use "adamw".'
-            ) from None
+            raise ConfigError(NO_BITSANDBYTES) from None
         return AdamW8bit(parameters, **adam)
     return torch.optim.AdamW(parameters, **adam, fused=True)
 

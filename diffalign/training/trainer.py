@@ -182,11 +182,7 @@ class Trainer:
 
     def _restore(self, path: Path) -> int:
         step, state = checkpoint.load(path, self.parameters, self.identity)
-        if step > self.train.max_train_steps:
-            raise checkpoint.CheckpointError(
-                f"{path} has done {step} steps already, more than train.max_train_steps {self.train.max_train_steps}. "
-                "Raise that, or name an earlier checkpoint."
-            )
+        checkpoint.require_steps_left(path, step, self.train.max_train_steps)
         if not state["optimizer"].keys() <= self.parameters.keys():
             raise checkpoint.CheckpointError(
                 f"{path} keeps its optimizer state by number, as diffalign did before 2026-11-21, and not by the names "

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from diffalign.errors import ConfigError
 
 ASKED = "ACCELERATE_USE_DEEPSPEED"
+NOT_INSTALLED = 'DeepSpeed is not installed: pip install "diffalign[deepspeed]".'
 OFFLOADS = ("offload_optimizer", "offload_param")
 
 
@@ -50,7 +51,7 @@ def check(mixed_precision: str) -> None:
         ConfigError: DeepSpeed is not installed, a stage other than 1 and 2, weights or state offloaded, or fp16.
     """
     if not is_deepspeed_available():
-        raise ConfigError('DeepSpeed is not installed: pip install "diffalign[deepspeed]".')
+        raise ConfigError(NOT_INSTALLED)
     section = _section()
     if section["stage"] not in (1, 2):
         raise ConfigError(

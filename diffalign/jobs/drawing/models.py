@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 
-from diffalign.backbones import loading
+from diffalign.backbones import inspection, loading
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.export import check_lora
 from diffalign.backbones.families import DENOISERS, denoiser_of
@@ -175,7 +175,7 @@ def split_name(spec: str) -> tuple[str | None, str]:
 
 
 def _resolve(name: str | None, spec: str, base: str | None) -> Model:
-    weights = loading.located(spec)
+    weights = inspection.located(spec)
     path = Path(weights)
     name = name or _short_name(path)
     if _is_whole_model(path, weights, base):
@@ -212,7 +212,7 @@ def _is_whole_model(path: Path, spec: str, base: str | None) -> bool:
     if base is None or spec == base:
         return True
     try:  # weights on the hub, such as mhdang/dpo-sdxl-text2image-v1, have no index of a pipeline
-        loading.read_index(spec)
+        inspection.read_index(spec)
     except ModelError:
         return False
     return True
@@ -277,12 +277,12 @@ def load_base(model: Model, torch_dtype: torch.dtype) -> Backbone:
 
 def _check_fits(model: Model) -> None:
     """Refuse a LoRA of another kind of network than its base has, before the base is read."""
-    source = Path(loading.located(model.base.source))
+    source = Path(inspection.located(model.base.source))
     if model.weights is None or not (source / "model_index.json").is_file():
         return
     place = Path(model.weights)
     for file in [place] if place.is_file() else sorted(place.glob("*.safetensors")):
-        check_lora(file, loading.read_index(str(source))["_class_name"])
+        check_lora(file, inspection.read_index(str(source))["_class_name"])
 
 
 def _hint(model: Model, source: str) -> str:

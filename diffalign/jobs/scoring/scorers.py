@@ -131,14 +131,18 @@ def _load(name: str, path: str | None, device: torch.device, dtype: torch.dtype)
         if address is not None:
             return plugged.build(address, path, device, dtype)
         own_parts = {"load": plugged.part} if name == plugged.COMPOSITE else {}
-        return reward_models.load(name, path and _located(name, path), device, dtype, **own_parts)
+        return reward_models.load(name, path and located(name, path), device, dtype, **own_parts)
     except reward_models.ScorerError as error:
         fix = "" if path else f" With weights of your own, write {name}=PATH."
         raise UserError(f"Cannot load {name}: {error}{fix}") from error
 
 
-def _located(name: str, path: str) -> str:
-    """Return where weights are; the hub is asked for nothing that is meant as a path of this machine."""
+def located(name: str, path: str) -> str:
+    """Return where weights are; the hub is asked for nothing that is meant as a path of this machine.
+
+    Raises:
+        UserError: there is nothing at such a path.
+    """
     found = find(path)
     if found is None and looks_local(path, files=True):
         raise UserError(f'There is no file or folder "{path}" with weights of {name}. Check the path in {name}={path}.')

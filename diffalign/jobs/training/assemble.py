@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffalign.backbones import loading
+from diffalign.backbones import inspection, loading
 from diffalign.backbones.base import Backbone, move
 from diffalign.config import Config
 from diffalign.data.visits import RepeatedDraws
@@ -37,7 +36,7 @@ def load_backbone(config: Config) -> Backbone:
     """
     model = config.model
     if config.is_online:
-        _check_online(config)
+        check_online(config)
     half = HALF.get(config.train.mixed_precision, torch.float32)
     backbone = loading.load(
         model.pretrained_model_name_or_path,
@@ -55,10 +54,10 @@ def load_backbone(config: Config) -> Backbone:
     return backbone
 
 
-def _check_online(config: Config) -> None:
+def check_online(config: Config) -> None:
     """Refuse objectives that learn from DDIM steps for families that are sampled otherwise."""
     model = config.model
-    family = loading.family_at(model.pretrained_model_name_or_path, model.revision)
+    family = inspection.family_at(model.pretrained_model_name_or_path, model.revision)
     if not family.ddim_steps:
         raise ConfigError(
             f'"{config.objective_name}" learns from DDIM steps, and {family.family} is sampled along a flow, without '
@@ -115,13 +114,10 @@ def timestep_sampling(config: Config, shift: Shift) -> TimestepSampling:
     return TimestepSampling(densities[how.timestep_density](), chosen)
 
 
-def denoising_identity(config: Config, backbone: Backbone) -> dict[str, Any]:
-    """Return what of the section `denoising` the weights depend on: of how timesteps are drawn, what came of it."""
-    section = config.denoising.model_dump(mode="json")
-    drawn = {"timestep_density", "logit_mean", "logit_std", "mode_scale", "timesteps", "timestep_shift"}
+def sampling_identity(config: Config, backbone: Backbone) -> dict[str, str]:
+    """Return what weights and errors depend on of how timesteps are drawn; nothing if all are met alike."""
     sampling = timestep_sampling(config, backbone.shift_at(config.data.resolution))
-    kept = {key: value for key, value in section.items() if key not in drawn}
-    return kept if sampling == TimestepSampling() else kept | {"timestep_sampling": repr(sampling)}
+    return {} if sampling == TimestepSampling() else {"timestep_sampling": repr(sampling)}
 
 
 def inversion(config: Config) -> Inversion:

@@ -67,38 +67,67 @@ def open_examples(
     Raises:
         ConfigError: the data has another form than the objective needs.
     """
-    examples = annotated(config, open_encoded(config, backbone, source, accelerator), source, console)
-    objective, images = config.build_objective(), examples.images_per_example
+    encoded = open_encoded(config, backbone, source, accelerator)
+    check(config, source.name, encoded.images_per_example, encoded.has_preference)
+    examples = annotated(config, encoded, source, console)
+    return taken_apart(config, examples) if takes_apart(config, examples.images_per_example) else examples
+
+
+def takes_apart(config: Config, images: int) -> bool:
+    """Tell whether the objective learns from the images of pairs one by one."""
+    objective = config.build_objective()
+    return objective.layout == "single" and not objective.chosen_only and images == 2
+
+
+def check(config: Config, name: str, images: int, has_preference: bool) -> None:
+    """Refuse data of another form than the configuration needs.
+
+    Args:
+        config: of the run.
+        name: of the data.
+        images: an example has.
+        has_preference: whether some examples have P(winner preferred) by themselves.
+
+    Raises:
+        ConfigError: such data, with what to use instead.
+    """
+    data, objective = config.data, config.build_objective()
+    if images != 2 and (data.annotations_file or data.scorer is not None or data.flip_labels):
+        raise ConfigError(
+            f"Scores, weights and flipped labels are for pairs; {name} has {images} "
+            "image(s) an example. Clear data.scorer, data.annotations_file and data.flip_labels."
+        )
     wanted = {"pair": (2,), "list": range(2, 1000), "single": range(2, 1000) if objective.chosen_only else (1, 2)}
     if images not in wanted[objective.layout]:
         need = {"pair": "pairs", "list": "ranked lists or pairs", "single": "labelled single images or pairs"}
         raise ConfigError(
-            f'"{config.objective_name}" learns from {need[objective.layout]}; {source.name} has {images} image(s) an '
+            f'"{config.objective_name}" learns from {need[objective.layout]}; {name} has {images} image(s) an '
             "example. Choose another objective.name or data (docs/data-formats.md)."
         )
-    if "preference" in objective.needs and not examples.has_preference:
+    soft = data.preference_from == "scores" or (has_preference and data.label_source != "reward")
+    if "preference" in objective.needs and not soft:
         raise ConfigError(
-            f'"{config.objective_name}" needs P(winner preferred), and {source.name} holds plain winners. Set '
+            f'"{config.objective_name}" needs P(winner preferred), and {name} holds plain winners. Set '
             "data.preference_from: scores with data.scorer, e.g. data.scorer=pickscore."
         )
-    if objective.layout == "single" and not objective.chosen_only and images == 2:
-        return taken_apart(config, examples)
-    return examples
-
-
-def taken_apart(config: Config, examples: SizedExamples) -> UnpairedImages:
-    """Return the images of pairs one by one, labelled by whether they won.
-
-    Raises:
-        ConfigError: the pairs are not cached.
-    """
-    swapped = examples.swapped if isinstance(examples, AnnotatedPairs) else None
-    cache = examples.pairs if isinstance(examples, AnnotatedPairs) else examples
-    if not isinstance(cache, LatentCache):
+    if takes_apart(config, images) and not data.cache_latents:
         raise ConfigError(
             f'"{config.objective_name}" takes pairs apart into single images, which needs data.cache_latents: true.'
         )
+
+
+def taken_apart(config: Config, examples: SizedExamples) -> UnpairedImages:
+    """Return the images of pairs one by one, labelled by whether they won."""
+    swapped = examples.swapped if isinstance(examples, AnnotatedPairs) else None
+    cache = examples.pairs if isinstance(examples, AnnotatedPairs) else examples
+    assert isinstance(cache, LatentCache), "checked before"
     return UnpairedImages(cache, config.data.desirable, swapped=swapped)
+
+
+def transform_of(config: Config) -> PairTransform:
+    """Return how the images of a run are cut."""
+    data = config.data
+    return PairTransform(data.resolution, center_crop=not data.random_crop, random_flip=data.random_flip)
 
 
 def open_encoded(
@@ -106,7 +135,7 @@ def open_encoded(
 ) -> LatentCache | OnlinePairs:
     """Open the latent cache of a run, building what is missing of it, or encode online."""
     data = config.data
-    transform = PairTransform(data.resolution, center_crop=not data.random_crop, random_flip=data.random_flip)
+    transform = transform_of(config)
     backbone.offload_encoders(accelerator.device)
     if not data.cache_latents:
         return OnlinePairs(source, backbone, transform)
@@ -128,21 +157,35 @@ def annotated(
         file = scores_file(config, source, console)
     if file is None and data.flip_labels == 0:
         return examples
-    if examples.images_per_example != 2:
-        raise ConfigError(
-            f"Scores, weights and flipped labels are for pairs; {source.name} has {examples.images_per_example} "
-            "image(s) an example. Clear data.scorer, data.annotations_file and data.flip_labels."
-        )
-    name = scoring.name_of(next(iter(scoring.parse(data.scorer)))) if data.scorer else None
     return AnnotatedPairs(
         examples,
-        Annotations.read(file, name) if file else None,
+        read_annotations(config, file) if file else None,
         preference_from=data.preference_from,
         score_range=tuple(data.score_range) if data.score_range else None,
         label_source=data.label_source,
         flip_labels=data.flip_labels,
         seed=config.train.seed,
     )
+
+
+def read_annotations(config: Config, file: Path) -> Annotations:
+    """Read the scores and weights of a run: of several scorers, those of data.scorer."""
+    return Annotations.read(file, scorer_of(config))
+
+
+def scorer_of(config: Config) -> str | None:
+    """Return the name of data.scorer.
+
+    Raises:
+        ConfigError: it names several.
+        UserError: it names none that exists.
+    """
+    if config.data.scorer is None:
+        return None
+    names = scoring.parse(config.data.scorer)
+    if len(names) != 1:
+        raise ConfigError(f"data.scorer must name one reward model, got {config.data.scorer!r}.")
+    return scoring.name_of(next(iter(names)))
 
 
 def scores_file(config: Config, source: PairSource, console: Console) -> Path:
@@ -155,10 +198,7 @@ def scores_file(config: Config, source: PairSource, console: Console) -> Path:
     file = directory / f"scores-{digest}.parquet"
     with exclusive(directory / f"scores-{digest}"):  # every rank asks; one scores while the others wait
         if not file.exists():
-            judge = scoring.load(config.data.scorer)
-            if len(judge) != 1:
-                raise ConfigError(f"data.scorer must name one reward model, got {config.data.scorer!r}.")
-            table: pd.DataFrame = score.score_source(source, judge)
+            table: pd.DataFrame = score.score_source(source, scoring.load(config.data.scorer))
             console.print(score.agreement(table))
             partial = file.with_suffix(".partial")
             table.to_parquet(partial)

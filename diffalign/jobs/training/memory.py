@@ -29,6 +29,7 @@ HEADROOM = 0.9  # of a device's memory; the rest goes to workspaces and fragment
 IMAGES = {"single": 1, "pair": 2, "list": 4}
 
 Kind = Literal["none", "selective", "full"]
+KINDS: tuple[Kind, ...] = ("none", "selective", "full")  # of recomputation, from the fastest to the smallest
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ def checkpointing(config: Config, plan: BatchPlan, counts: Counts, available: fl
     available = device_memory() if available is None else available
     if available is None:
         return Checkpointing("none", "none: there is no GPU whose memory could be short")
-    kinds: tuple[Kind, ...] = ("none", "selective", "full")
-    plans = {kind: estimate(config, plan, counts, kind) for kind in kinds}
+    plans = {kind: estimate(config, plan, counts, kind) for kind in KINDS}
     if plans["none"].activations is None:
         return Checkpointing("none", "none: activations are not estimated for this size of model")
     room = HEADROOM * available
@@ -87,6 +87,15 @@ def checkpointing(config: Config, plan: BatchPlan, counts: Counts, available: fl
             return Checkpointing(kind, f"{kind}: about {needed.total:.1f} of {room:.1f} GiB")
     least = plans["full"].total
     return Checkpointing("full", f"full, and even so about {least:.1f} GiB of {room:.1f}: lower train.train_batch_size")
+
+
+def largest_batch(config: Config, counts: Counts, kind: Kind, available: float) -> int | None:
+    """Return the largest train_batch_size that fits into `available` GiB, 0 if none does; None if that is not known."""
+    one = estimate(config, BatchPlan(1, 1, 1), counts, kind)
+    if one.activations is None:
+        return None
+    fixed = one.total - one.activations
+    return max(int((HEADROOM * available - fixed) / one.activations), 0)
 
 
 def device_memory() -> float | None:

@@ -196,10 +196,15 @@ def _use_xformers(denoiser: nn.Module) -> None:
     try:
         denoiser.enable_xformers_memory_efficient_attention()
     except (ImportError, ValueError) as error:  # not installed; or installed without a GPU
-        raise ConfigError(
-            f"train.enable_xformers_memory_efficient_attention cannot be used here ({error}). "
-            'Install it with pip install "diffalign[xformers]" on a GPU machine, or leave it off.'
-        ) from None
+        raise no_xformers(error) from None
+
+
+def no_xformers(why: object) -> ConfigError:
+    """Return what to raise where xformers cannot be used."""
+    return ConfigError(
+        f"train.enable_xformers_memory_efficient_attention cannot be used here ({why}). "
+        'Install it with pip install "diffalign[xformers]" on a GPU machine, or leave it off.'
+    )
 
 
 def _store_half(module: nn.Module, mixed_precision: str) -> None:

@@ -87,12 +87,7 @@ def online_step(
         collect = _collector(config, backbone, device, worth, behavior)
     else:
         collect = _judged_by_people(config, backbone, reference, prompts.labels)
-    slots = rollout.transitions_per_prompt or collect.examples_per_prompt
-    if slots > collect.examples_per_prompt:
-        raise ConfigError(
-            f"rollout.transitions_per_prompt {slots} is more than the {collect.examples_per_prompt} transitions that a "
-            "prompt gives. Use null for all."
-        )
+    order = transition_order(config, len(prompts), collect.examples_per_prompt)
     encode = PromptEncoder(backbone, config.data.resolution)
 
     def sample(indices: list[int], step: int) -> Rollout:
@@ -105,7 +100,7 @@ def online_step(
         objective=config.build_objective(),
         reference=reference.network if reference else None,
         collect=sample,
-        order=TransitionOrder(PairSampler(len(prompts), config.train.seed), slots, rollout.updates),
+        order=order,
         seed=config.train.seed,
         guidance_scale=rollout.guidance_scale,
         eta=rollout.eta,
@@ -114,6 +109,22 @@ def online_step(
         state=worth.tracker,
         reduce=reduce,
     )
+
+
+def transition_order(config: Config, prompts: int, examples_per_prompt: int) -> TransitionOrder:
+    """Return the order of the transitions of so many prompts, each of which gives so many.
+
+    Raises:
+        ConfigError: more of them are asked for, or they cannot be shared out over the updates.
+    """
+    rollout = config.rollout
+    slots = rollout.transitions_per_prompt or examples_per_prompt
+    if slots > examples_per_prompt:
+        raise ConfigError(
+            f"rollout.transitions_per_prompt {slots} is more than the {examples_per_prompt} transitions that a "
+            "prompt gives. Use null for all."
+        )
+    return TransitionOrder(PairSampler(prompts, config.train.seed), slots, rollout.updates)
 
 
 def reward_step(config: Config, backbone: Backbone, prompts: PromptSource, device: torch.device) -> RewardStep:

@@ -20,10 +20,6 @@ def judge(config: Config, backbone: Backbone, device: torch.device, sampler: Sam
     if place is None:
         judges = load_scorers(config, device)
         return PictureScorer(backbone, judges, config.rollout.decode_batch_size, sampler.evaluations)
-    if config.collect != "step_pairs":
-        raise ConfigError(
-            f"rollout.scorer {LATENT_REWARD} reads noisy latents: it is for step_pairs, not {config.collect}."
-        )
     return LatentReward.load(place, backbone, device, config.data.resolution, config.rollout.sample_batch_size)
 
 
@@ -31,17 +27,29 @@ def latent_reward_place(config: Config) -> Path | None:
     """Return the folder that rollout.scorer lrm=FOLDER names; None for reward models of pictures.
 
     Raises:
-        ConfigError: lrm without a folder, which is not downloaded.
+        ConfigError: lrm without a folder, which is not downloaded, or for other examples than step pairs.
     """
     what = f"LPO's reward model: {LATENT_REWARD}=FOLDER, e.g. assets/tiny-lrm, or a download of lrm_15 of casiatao/LRM."
-    return scorers.folder(config.rollout.scorer, LATENT_REWARD, what)
+    place = scorers.folder(config.rollout.scorer, LATENT_REWARD, what)
+    if place is not None and config.collect != "step_pairs":
+        raise ConfigError(
+            f"rollout.scorer {LATENT_REWARD} reads noisy latents: it is for step_pairs, not {config.collect}."
+        )
+    return place
 
 
 def load_scorers(config: Config, device: torch.device) -> list[Any]:
-    """Load the reward models that judge.
+    """Load the reward models that judge. Raises ConfigError as `check` does."""
+    check(config)
+    return scorers.load(config.rollout.scorer, str(device))
+
+
+def check(config: Config) -> None:
+    """Refuse reward models that cannot judge this run, before any is loaded.
 
     Raises:
         ConfigError: the oracle, which is for measuring; or several where one is needed.
+        UserError: one that does not exist.
     """
     names = scorers.parse(config.rollout.scorer)
     if scorers.ORACLE in names:
@@ -54,7 +62,6 @@ def load_scorers(config: Config, device: torch.device) -> list[Any]:
             f"{config.collect} needs one reward model, got {', '.join(names)}. Name one in rollout.scorer, or use a "
             "weighted sum of several."
         )
-    return scorers.load(config.rollout.scorer, str(device))
 
 
 def guidance(config: Config, sampler: Sampler, scorer: StepScorer) -> WinnerGuidance | None:

@@ -56,7 +56,7 @@ def identity(config: Config, backbone: Backbone, examples: SizedExamples) -> dic
         "examples": digest_bytes(examples.example_ids.tobytes() + swapped.tobytes()).hex(),
         "denoiser": backbone.denoiser_fingerprint(),
         "schedule": digest_bytes(path.identity()).hex(),
-        **_sampling(config, backbone),
+        **assemble.sampling_identity(config, backbone),
         "seed": config.train.seed,
         "noising": config.noising,
         "timesteps": [denoising.timestep_low, denoising.timestep_high or path.num_train_timesteps],
@@ -64,11 +64,6 @@ def identity(config: Config, backbone: Backbone, examples: SizedExamples) -> dic
         "proportion_empty_prompts": config.data.proportion_empty_prompts,
         "precision": [config.train.mixed_precision, config.pure_bf16, config.performance.reference_dtype],
     }
-
-
-def _sampling(config: Config, backbone: Backbone) -> dict[str, str]:
-    sampling = assemble.denoising_identity(config, backbone).get("timestep_sampling")
-    return {} if sampling is None else {"timestep_sampling": sampling}
 
 
 def fill(

@@ -1,13 +1,12 @@
 """`diffalign train`: from a configuration to an aligned model that diffusers loads."""
 
-import hashlib
 import json
 import platform
 import sys
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,17 +18,17 @@ from diffalign import config as configuration
 from diffalign.backbones import export
 from diffalign.backbones.base import Backbone
 from diffalign.config import Config
-from diffalign.data.fingerprints import digest_files
-from diffalign.errors import ConfigError
+from diffalign.data import PairSource
 from diffalign.jobs.training import (
     assemble,
     distributed,
     examples,
+    identity,
     memory,
     model_card,
     networks,
     online,
-    own_code,
+    preflight,
     reference_errors,
     static,
     validation,
@@ -43,15 +42,6 @@ ERRORS = "unusable_rows.jsonl"
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "bitsandbytes")
 
 
-class Source(Protocol):
-    """Say what a run learns from."""
-
-    name: str
-
-    def identify(self, cache: Path) -> Any:
-        """Return what the content is; `cache` keeps hashes that are expensive."""
-
-
 def train(config: Config, console: Console | None = None) -> dict[str, float]:
     """Run a training job; return its last metrics.
 
@@ -60,10 +50,12 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
     asked for.
     """
     output_dir = Path(config.train.output_dir)
+    found = preflight.examine(config, output_dir / ERRORS)
+    found.require()
     accelerator = make_accelerator(config)
     distributed.check(config, accelerator)
     console = console or Console(quiet=not accelerator.is_main_process)
-    trainer, backbone = build_trainer(config, accelerator, console)
+    trainer, backbone = build_trainer(config, accelerator, console, found.source)
     unit = UNITS[config.build_objective().layout]
     console.print(f"Batch: {trainer.plan.describe(unit)}. Learning rate {trainer.peak:.3g}.")
     distributed.announce(trainer, console)
@@ -79,19 +71,19 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
     return line
 
 
-def build_trainer(config: Config, accelerator: Accelerator, console: Console) -> tuple[Trainer, Backbone]:
-    """Load model and data of a run and return what trains, with the model."""
-    output_dir = Path(config.train.output_dir)
-    code = own_code.sources(config)  # before anything is loaded: a plug-in may be broken
+def build_trainer(
+    config: Config, accelerator: Accelerator, console: Console, source: PairSource | None = None
+) -> tuple[Trainer, Backbone]:
+    """Load model and data of a run (unless `source` is given) and return what trains, with the model."""
     set_seed(config.train.seed)  # only what is not keyed by example: LoRA dropout
     plan = BatchPlan.of(config.train, accelerator.num_processes)
     backbone = assemble.load_backbone(config)
     if config.is_online:
         source = online.open_prompts(config, backbone)
-    else:
-        source = examples.open_source(config, output_dir / ERRORS)
+    elif source is None:
+        source = examples.open_source(config, Path(config.train.output_dir) / ERRORS)
     console.print(f"Data: {source.name}: {source.counts}.")
-    identity = run_identity(config, plan, backbone, source) | code
+    run_identity = identity.run_identity(config, plan, backbone, source)
     step, sampler, reference = learning(config, backbone, source, plan, accelerator, console)
     hooks = {"step": step, "reference": reference and reference.moving, "auto_beta": step.auto_beta}
     hooks["behavior"] = getattr(step, "behavior", None)
@@ -104,7 +96,7 @@ def build_trainer(config: Config, accelerator: Accelerator, console: Console) ->
         train=config.train,
         optimizer=config.optimizer,
         logging=config.logging,
-        identity=identity,
+        identity=run_identity,
         on_step=validation.drawer(config, backbone, accelerator),
         hooks={name: hook for name, hook in hooks.items() if hook is not None},
         static=static.static_step(config, step, backbone.denoiser, accelerator, console),
@@ -149,15 +141,10 @@ def make_accelerator(config: Config) -> Accelerator:
     """Create the accelerator; `accelerate launch` decides about devices and processes.
 
     Raises:
-        ConfigError: fp16 without a GPU.
+        UserError: this machine lacks a GPU or packages that the configuration asks for.
     """
-    train = config.train
-    if train.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError('train.mixed_precision "fp16" needs a GPU; this machine has none. Use bf16 or no.')
-    trackers = [name for name in config.logging.report_to if _installed(name)]
-    missing = sorted(set(config.logging.report_to) - set(trackers))
-    if missing:
-        raise ConfigError(f'logging.report_to names "{missing[0]}", which is not installed: pip install {missing[0]}.')
+    train, trackers = config.train, list(config.logging.report_to)
+    preflight.Findings(faults=list(preflight.launch(config))).require()
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.allow_tf32
     precision = "no" if config.pure_bf16 else train.mixed_precision  # no autocast around bfloat16 weights
@@ -176,33 +163,6 @@ def start_trackers(config: Config, accelerator: Accelerator) -> None:
     }
     plain = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in flat.items()}
     accelerator.init_trackers(config.logging.tracker_name, config=plain)
-
-
-def run_identity(config: Config, plan: BatchPlan, backbone: Backbone, source: Source) -> dict[str, Any]:
-    """Return everything the weights of a run depend on: a resumed run must agree with its checkpoint on all of it."""
-    sections = configuration.portable(config).model_dump(mode="json")
-    train = {key: sections["train"][key] for key in ("seed", "mixed_precision")}
-    train["global_batch_size"] = plan.global_batch_size
-    train["precision"] = [config.pure_bf16, config.performance.reference_dtype, config.performance.sampling_dtype]
-    if config.optimizer.lr_scheduler in ("linear", "cosine"):
-        train["max_train_steps"] = config.train.max_train_steps
-    where = ("cache_dir", "train_data_dir", "dataset_name", "prompts_file", "vae_encode_batch_size", "annotations_file")
-    data = {key: value for key, value in sections["data"].items() if key not in where}
-    if config.data.annotations_file:
-        data["annotations"] = digest_files([Path(config.data.annotations_file)], None)[0]
-    model = {"tune": config.model.tune, "denoiser": backbone.denoiser_fingerprint(), "encoders": backbone.fingerprint()}
-    adapter = {"lora": sections["lora"]} if config.model.tune == "lora" else {}
-    if config.lora.lora_target_modules is None:
-        sections["lora"]["lora_target_modules"] = list(backbone.lora_targets)
-    sections["denoising"] = assemble.denoising_identity(config, backbone)
-    content = source.identify(Path(config.data.cache_dir) / "content_hashes.sqlite")
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    asked = ["objective", "denoising", "inversion", "reference", "loss", "optimizer"]
-    if config.is_online:
-        asked.append("rollout")
-        sections["rollout"] = {key: value for key, value in sections["rollout"].items() if "batch_size" not in key}
-    sections = {name: sections[name] for name in asked}
-    return {**sections, **adapter, "train": train, "model": model, "data": {**data, "content": digest}}
 
 
 def write_provenance(output_dir: Path, config: Config, identity: dict[str, Any]) -> None:

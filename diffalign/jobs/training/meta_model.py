@@ -1,0 +1,98 @@
+"""The model of a run without its weights: its shapes, for estimates of memory and disk. Nothing is downloaded."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+
+from diffalign.backbones import adapters, inspection, published
+from diffalign.backbones.base import Backbone
+from diffalign.backbones.families import BY_NAME
+from diffalign.config import Config
+from diffalign.denoising import Shift
+from diffalign.errors import ModelError
+
+
+@dataclass(frozen=True)
+class MetaModel:
+    """Hold what is known of a model before it is loaded."""
+
+    denoiser: nn.Module  # on the meta device
+    family: str
+    origin: str  # in words, where the shapes are from
+    vae_scale_factor: int = 8
+    scheduler: Mapping[str, Any] | None = None  # its configuration, where it is here
+
+    @property
+    def kind(self) -> type[Backbone]:
+        """Return the family's class."""
+        return BY_NAME[self.family]
+
+    def shift_at(self, resolution: int) -> Shift | None:
+        """Return how the scheduler moves levels of noise for pictures of this size, None if it is not here."""
+        side = resolution // (self.vae_scale_factor * self.kind.patch_size(self.denoiser.config))
+        return None if self.scheduler is None else self.kind.shift(self.scheduler, side**2)
+
+
+def read(config: Config) -> MetaModel:
+    """Return the model of a run.
+
+    A hub model that is not in the local cache counts as the published model it is named like; a single file does so by
+    the names of its tensors.
+
+    Raises:
+        ModelError: a path that does not exist, or a folder that is no pipeline of a supported family.
+    """
+    name, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    if Path(name).is_dir():
+        return _from_folder(Path(name), inspection.family_at(name), "from its config")
+    if Path(name).is_file():
+        family = inspection.family_at(name).family
+        return MetaModel(published.random_unet(family, device="meta"), family, f"counted as the published {family}")
+    if name.count("/") != 1:
+        raise ModelError(f'There is no model at "{name}". Give a diffusers folder, a .safetensors file or a hub id.')
+    cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
+    if isinstance(cached, str):
+        folder = Path(cached).parent
+        family = inspection.family_at(folder)
+        if (folder / family.denoiser_name / "config.json").is_file():
+            return _from_folder(folder, family, "from its config in the hub cache")
+    if name in published.TRANSFORMERS or "diffusion-3" in name:
+        known = name if name in published.TRANSFORMERS else next(iter(published.TRANSFORMERS))
+        network = published.random_transformer(known, device="meta")
+        return MetaModel(network, "sd3", f"not read; counted as the published {known}")
+    family = published.MODELS.get(name) or ("sdxl" if "xl" in name.lower() else "sd15")
+    origin = f"not read; counted as the published {family}"
+    return MetaModel(published.random_unet(family, device="meta"), family, origin)
+
+
+def count(config: Config, denoiser: nn.Module, kind: type[Backbone]) -> tuple[int, int]:
+    """Return how many parameters the denoiser has and how many of them, or of adapters added here, are trained."""
+    total = sum(p.numel() for p in denoiser.parameters())
+    if config.model.tune == "full":
+        return total, total
+    lora = config.lora
+    targets, idle = lora.lora_target_modules or kind.lora_targets, kind.idle_layers(denoiser)
+    trained = adapters.add_lora(denoiser, lora.rank, lora.lora_alpha, targets, blocks=lora.blocks, idle=idle)
+    return total, sum(p.numel() for p in trained)
+
+
+def _from_folder(folder: Path, family: type[Backbone], origin: str) -> MetaModel:
+    with torch.device("meta"):
+        loader = family.denoiser_class
+        denoiser = loader.from_config(loader.load_config(folder / family.denoiser_name))
+    file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = json.loads(file.read_text(encoding="utf8")) if file.is_file() else None
+    return MetaModel(denoiser, family.family, origin, _scale_factor(folder / "vae", family), scheduler)
+
+
+def _scale_factor(folder: Path, family: type[Backbone]) -> int:
+    """Return how many pixels a latent stands for in each direction; the published 8 where no VAE is."""
+    if not (folder / "config.json").is_file():
+        return 8
+    return family.scale_factor_of(family.vae_class.load_config(folder))

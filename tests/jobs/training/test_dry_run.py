@@ -1,0 +1,198 @@
+"""`diffalign train --dry-run`: its numbers against what is really written, and the report as scripts see it."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from rich.console import Console
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from diffalign import config as configuration
+from diffalign.backbones import loading, published
+from diffalign.data import LatentCache
+from diffalign.jobs.training import examples, memory, meta_model, plan, preflight, storage, survey
+from diffalign.training.batching import BatchPlan
+from diffalign.training.reference_cache import ReferenceCache
+from tests.data.world import picture, rows, write_parquet
+from tests.e2e.pairs import write_pairs
+
+SDXL = Path(__file__).parents[3] / "configs" / "sdxl"
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """Plan for a machine without a GPU or downloads, with much room: whatever this one has."""
+    monkeypatch.setattr(memory, "device_memory", lambda: None)
+    monkeypatch.setattr(preflight, "world_size", lambda: 1)
+    monkeypatch.setattr(storage, "downloaded_snapshot", lambda *repository: None)
+    monkeypatch.setattr(storage, "free", lambda folder: 10**15)
+
+
+@pytest.fixture
+def content(tiny_sdxl, tmp_path):
+    """Return a valid configuration as a dictionary."""
+    return {
+        "model": {"pretrained_model_name_or_path": str(tiny_sdxl)},
+        "data": {
+            "train_data_dir": str(write_pairs(tmp_path / "pairs", 32)),
+            "resolution": 64,
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "reference": {"cache_draws": 3},
+        "objective": {"name": "dpo"},
+        "train": {"output_dir": str(tmp_path / "run"), "train_batch_size": 2, "max_train_steps": 4},
+        "logging": {"report_to": []},
+    }
+
+
+def lines(config, *arguments):
+    """Return the summary as a script reads it, by the names of its lines."""
+    console = Console(record=True, width=60, file=open("/dev/null", "w", encoding="utf8"))
+    plan.show(config, preflight.examine(config), console, *arguments)
+    summary = console.export_text().split("\n\n")[0].splitlines()
+    return {line[: plan.WIDTH].strip(): line[plan.WIDTH :] for line in summary}
+
+
+@pytest.mark.parametrize(("dtype", "flip"), [("float16", True), ("float32", False)])
+def test_the_latent_cache_is_as_large_as_foretold(content, dtype, flip):
+    content["data"] |= {"cache_dtype": dtype, "random_flip": flip}
+    config = configuration.check(content)
+    source, model = examples.open_source(config), meta_model.read(config)
+    foretold = storage.latent_cache(config, model, storage.Content.of(source))
+    assert foretold.there == 0
+    backbone = loading.load(config.model.pretrained_model_name_or_path)
+    cache = LatentCache.build(
+        source, backbone, examples.transform_of(config), config.data.cache_dir, dtype=dtype, progress=False
+    )
+    written = sum(file.stat().st_size for file in cache.folder.glob("*.npy"))
+    assert foretold.size == pytest.approx(written, rel=0.02)  # but for the headers of ten files
+    assert len(cache) == 28
+    again = storage.latent_cache(config, model, storage.Content.of(source))
+    assert (again.there, again.missing) == (math.inf, 0)
+    content["data"]["resolution"] = 32
+    smaller = storage.latent_cache(configuration.check(content), model, storage.Content.of(source))
+    assert (smaller.there, smaller.missing) == (0, smaller.size)
+
+
+def test_the_reference_cache_is_as_large_as_foretold(content):
+    config = configuration.check(content)
+    data = storage.Content.of(examples.open_source(config))
+    foretold = storage.reference_cache(config, data)
+    assert foretold.there == 0
+    identity = {"seed": 0, "noising": "shared"}
+    kept = ReferenceCache.open(config.data.cache_dir, identity, (3, 28, 2))
+    assert foretold.size == np.load(kept.folder / "errors.npy").nbytes
+    assert storage.reference_cache(config, data).missing == 0
+    content["train"]["seed"] = 1
+    assert storage.reference_cache(configuration.check(content), data).missing == foretold.size
+
+
+MADE = {
+    "UNet2DConditionModel": UNet2DConditionModel.from_config,
+    "AutoencoderKL": AutoencoderKL.from_config,
+    "CLIPTextModel": lambda shape: CLIPTextModel(CLIPTextConfig(**shape)),
+    "CLIPTextModelWithProjection": lambda shape: CLIPTextModelWithProjection(CLIPTextConfig(**shape)),
+}
+
+
+@pytest.mark.parametrize("family", published.PARAMETERS)
+def test_the_published_parameters_are_counted(family):
+    for part, expected in published.PARAMETERS[family].items():
+        _, class_name, shape = published.COMPONENTS[family][part]
+        with torch.device("meta"):
+            module = MADE[class_name](shape)
+        assert sum(parameter.numel() for parameter in module.parameters()) == expected, part
+
+
+def test_crops_are_told_from_headers(tmp_path):
+    shapes = [(64, 64)] * 4 + [(128, 64)] * 2 + [(30, 40)] * 2
+    made = rows(4)
+    for index, row in enumerate(made):
+        row["jpg_0"], row["jpg_1"] = (picture(2 * index + k, shapes[2 * index + k]) for k in (0, 1))
+    source = examples.open_pairs(write_parquet(tmp_path / "a.parquet", made))
+    found = survey.survey(source, 64)
+    assert (found.images, found.of, found.upscaled, found.cropped, found.unreadable) == (8, 8, 2, 4, 0)
+    assert found.lost == pytest.approx((2 * 0.5 + 2 * 0.25) / 4)
+    words = "of all 8 images (median 64x64): 2 upscaled to 64, 4 cropped, which lose 38% of their area on average"
+    assert found.describe(64) == words
+
+
+def test_a_large_data_set_is_sampled_from_end_to_end(monkeypatch):
+    monkeypatch.setattr(survey, "STRETCHES", 4)
+    assert list(survey._sample(100, 8)) == [0, 1, 32, 33, 65, 66, 98, 99]
+    assert list(survey._sample(3, 8)) == [0, 1, 2]
+
+
+def test_broken_images_are_counted(tmp_path):
+    made = rows(3)
+    made[1]["jpg_0"] = b"no picture"
+    found = survey.survey(examples.open_pairs(write_parquet(tmp_path / "a.parquet", made)), 8)
+    assert (found.unreadable, "1 cannot be opened" in found.describe(8)) == (1, True)
+
+
+@pytest.mark.parametrize("kind", memory.KINDS)
+def test_the_largest_batch_fits_and_one_more_does_not(kind):
+    config = configuration.load(SDXL / "dpo-lora.yaml")
+    model = meta_model.read(config)
+    counts = memory.Counts(model.family, model.denoiser, *meta_model.count(config, model.denoiser, model.kind))
+    largest = memory.largest_batch(config, counts, kind, 24)
+    assert largest >= 1
+    fits, too_many = (memory.estimate(config, BatchPlan(n, 1, 1), counts, kind).total for n in (largest, largest + 1))
+    assert fits <= memory.HEADROOM * 24 < too_many
+    assert memory.largest_batch(config, counts, kind, 4) == 0
+
+
+class TestReport:
+    def test_local_data_is_read(self, content):
+        told = lines(configuration.check(content))
+        assert told["data"].endswith("train.parquet: 32 rows, 28 pairs, 4 ties dropped")
+        assert told["pairs seen"] == "4 steps of 2 = 8: 0.286 epochs of 28"
+        assert told["verdict"] == "fits, leaving out memory: there is no GPU here, and --gpu-memory GIB names none"
+
+    def test_a_gpu_that_is_planned_for(self):
+        config = configuration.load(SDXL / "dpo-lora.yaml", ["optimizer.name=adamw", "max_train_samples=100"])
+        told = lines(config, 24.0)
+        assert told["checkpointing"].startswith("full: about 9.0 of 21.6 GiB")
+        assert told["largest batch"].startswith("in 24 GiB, pairs a device: 1 with nothing recomputed")
+        assert "16 is the largest that divides 16" in told["largest batch"]
+        assert told["data"] == "yuvalkirstain/pickapic_v2 on the hub, split train, the first 100"
+        assert told["verdict"].startswith("fits, leaving out downloads of unknown size")
+        small = lines(config, 4.0)
+        assert small["verdict"].startswith("does not fit: about 9.0 GiB of the 3.6 GiB that a step may take")
+
+    def test_downloads_are_named_with_their_sizes(self):
+        config = configuration.load(SDXL / "dpo.yaml")
+        found = {download.what: download.size for download in storage.downloads(config)}
+        base = found["stabilityai/stable-diffusion-xl-base-1.0"]
+        assert base == 4 * (2_567_463_684 + 123_060_480 + 694_659_840)  # another VAE is taken
+        assert found["madebyollin/sdxl-vae-fp16-fix"] == 4 * 83_653_863
+        assert found["yuvalkirstain/pickapic_v2, all of it"] == 335e9
+
+    def test_a_full_disk_does_not_fit(self, content, monkeypatch):
+        monkeypatch.setattr(storage, "free", lambda folder: 1000)
+        assert lines(configuration.check(content))["verdict"].startswith("does not fit: the disk of ")
+
+    def test_faults_are_listed_after_the_summary(self, content, diffalign, tmp_path):
+        content["data"]["train_data_dir"] = "absent"
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+        code, said = diffalign("train", tmp_path / "run.yaml", "--dry-run")
+        assert code == 2
+        assert f"data {tmp_path}/absent: cannot be read" in " ".join(said.split())
+        assert "It would not start: 1 fault, listed below" in said
+        assert said.index("verdict") < said.index(f"Error: There is no file or folder {tmp_path}/absent")
+
+    def test_a_file_gets_the_changed_keys_and_no_colours(self, content, diffalign, tmp_path):
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+        code, short = diffalign("train", tmp_path / "run.yaml", "--dry-run")
+        _, full = diffalign("train", tmp_path / "run.yaml", "--dry-run", "--full")
+        assert code == 0
+        assert "\x1b" not in short + full
+        assert "cache_draws: 3" in short
+        assert "lr_scheduler" not in short
+        assert "lr_scheduler: constant_with_warmup" in full
+        assert not (tmp_path / "run").exists()
+        assert not (tmp_path / "cache").exists()
