@@ -165,7 +165,7 @@ class FixedList:
                 f"None of the timesteps {list(self.values)} lies between {low:g} and {high:g}: change the list, or "
                 "denoising.timestep_low and timestep_high."
             )
-        values = torch.tensor(inside, dtype=torch.float64, device=fraction.device)
+        values = torch.tensor(inside, dtype=torch.float64).to(fraction.device, non_blocking=True)
         return values[(fraction * len(inside)).long()]
 
     def __str__(self) -> str:
