@@ -56,6 +56,11 @@ def looks_local(text: str, folder: Path | None = None, *, files: bool = False) -
     return owner in OWN or ((folder or Path()) / owner).is_dir()
 
 
+def is_hub_id(text: object) -> bool:
+    """Tell whether `text` names a repository of the hub: owner/name, and nothing of that name is on this machine."""
+    return isinstance(text, str) and find(text) is None and not looks_local(text)
+
+
 def anchor(text: str, folder: Path | None = None, *, files: bool = False) -> str:
     """Return a path written in a file of `folder` as it is written from here; hub ids stay as they are.
 

@@ -155,7 +155,12 @@ def free_name(denoiser: nn.Module) -> str:
 
 def count_adapted(denoiser: nn.Module, name: str) -> int:
     """Return how many layers of `denoiser` carry the LoRA `name`."""
-    return sum(name in part.lora_A for part in denoiser.modules() if hasattr(part, "lora_A"))
+    return len(adapted_layers(denoiser, name))
+
+
+def adapted_layers(denoiser: nn.Module, name: str) -> list[str]:
+    """Return the names of the layers of `denoiser` that carry the LoRA `name`."""
+    return [place for place, part in denoiser.named_modules() if name in getattr(part, "lora_A", ())]
 
 
 def has_adapters(module: nn.Module) -> bool:

@@ -11,8 +11,8 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffalign.backbones.adapters import ADAPTER, count_adapted, free_name, has_adapters
-from diffalign.backbones.families import denoiser_name, denoiser_of, family_of, with_denoiser
+from diffalign.backbones.adapters import ADAPTER, adapted_layers, count_adapted, free_name, has_adapters
+from diffalign.backbones.families import denoiser_name, denoiser_of, family_of, name_of, with_denoiser
 from diffalign.backbones.files import LORA_FILE, load_errors, quiet_diffusers, read_header, write_atomically
 from diffalign.backbones.kohya import kohya_metadata, kohya_tensors
 from diffalign.backbones.loading import load, load_denoiser
@@ -29,7 +29,6 @@ def save_lora(
     base_model: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     *,
-    name: str = "unet",
     state_dict: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
@@ -40,14 +39,23 @@ def save_lora(
         directory: folder to write to; made if missing.
         base_model: what the adapters belong on, for the file's metadata.
         metadata: further entries of the file's metadata; values become strings.
-        name: of the denoiser in the family's pipelines ("unet", "transformer"), which begins every key.
         state_dict: the network's full state dict, where its own is sharded or an average is wanted.
         dtype: of the file; the tensors' own (float32) when None.
 
     Raises:
         ModelError: there are no adapters, or the file cannot be written (a previous one is intact).
     """
-    lora, config = _adapter(denoiser, state_dict, dtype)
+    lora, _ = _adapter(denoiser, state_dict, dtype)
+    header = lora_header(denoiser, base_model, metadata)
+    tensors = {f"{name_of(denoiser)}.{key}": tensor for key, tensor in lora.items()}
+    return write_atomically(Path(directory) / LORA_FILE, lambda path: save_file(tensors, path, metadata=header))
+
+
+def lora_header(
+    denoiser: nn.Module, base_model: str | None = None, metadata: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Return the metadata of the file that `save_lora` writes."""
+    config = denoiser.peft_config[ADAPTER]
     # Only what decides the result, so that other versions of peft accept it.
     settings = {
         "r": config.r,
@@ -55,12 +63,20 @@ def save_lora(
         "target_modules": sorted(config.target_modules),
         "lora_dropout": config.lora_dropout,
     }
-    if config.exclude_modules:  # of lora.blocks: else peft warns that the file lacks the other blocks
-        settings["exclude_modules"] = config.exclude_modules
+    if config.exclude_modules:  # peft warns of targets that the file lacks, and of exclusions too, so name each layer
+        settings["target_modules"] = sorted(adapted_layers(denoiser, ADAPTER))
     header = _strings(base_model, metadata)
+    name = name_of(denoiser)
     header[LORA_ADAPTER_METADATA_KEY] = json.dumps({f"{name}.{key}": value for key, value in settings.items()})
-    tensors = {f"{name}.{key}": tensor for key, tensor in lora.items()}
-    return write_atomically(Path(directory) / LORA_FILE, lambda path: save_file(tensors, path, metadata=header))
+    return header
+
+
+def lora_keys(denoiser: nn.Module) -> dict[str, str]:
+    """Return how the file that `save_lora` writes calls the adapters' parameters, by their names in the network."""
+    parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    named = get_peft_model_state_dict(denoiser, state_dict=parameters, adapter_name=ADAPTER)
+    keys = {id(parameter): key for key, parameter in named.items()}  # peft names what it is given, and copies nothing
+    return {name: f"{name_of(denoiser)}.{keys[id(parameter)]}" for name, parameter in parameters.items()}
 
 
 def save_kohya_lora(
@@ -80,6 +96,7 @@ def save_kohya_lora(
     file = Path(file)
     if file.suffix != ".safetensors":
         raise ModelError(f'A kohya LoRA is one .safetensors file, got "{file}".')
+    require_kohya(denoiser)
     lora, config = _adapter(denoiser, state_dict, dtype)
     tensors = kohya_tensors(lora, denoiser, config.lora_alpha)
     header = kohya_metadata(denoiser, config.r, config.lora_alpha, prediction_type, file.stem)
@@ -89,15 +106,23 @@ def save_kohya_lora(
     return write_atomically(file, lambda path: save_file(tensors, path, metadata=header))
 
 
+def require_kohya(denoiser: nn.Module) -> None:
+    """Raise ModelError for networks whose LoRAs have no layout of kohya's here."""
+    if name_of(denoiser) != "unet":
+        raise ModelError(
+            f"The kohya layout is written for UNets only, and this is a {type(denoiser).__name__}. Leave it out: "
+            "ComfyUI loads diffusers' layout of this family."
+        )
+
+
 def save_denoiser(
     denoiser: nn.Module,
     directory: str | Path,
     *,
-    name: str = "unet",
     state_dict: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write `directory/unet/` (config.json and safetensors), which the network's own `from_pretrained` loads.
+    """Write `directory/unet/` or `transformer/`, config.json and safetensors, which diffusers' `from_pretrained` loads.
 
     Arguments and errors as in `save_lora`. The new folder takes the old one's place only once it is complete.
     """
@@ -110,7 +135,7 @@ def save_denoiser(
         denoiser.save_config(folder)
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
-    return write_atomically(Path(directory) / name, write)
+    return write_atomically(Path(directory) / name_of(denoiser), write)
 
 
 def load_adapter_into(pipeline: Any, source: str | Path) -> Any:

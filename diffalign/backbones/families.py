@@ -17,6 +17,16 @@ BY_NAME = {family.family: family for family in FAMILIES}
 DENOISERS = tuple(dict.fromkeys(family.denoiser_name for family in FAMILIES))  # names of folders, too: unet/ ...
 
 
+def kind_of(denoiser: nn.Module) -> type[Backbone]:
+    """Return the first family with denoisers of this class; those that share one share all that is asked of it here."""
+    return next(family for family in FAMILIES if isinstance(denoiser, family.denoiser_class))
+
+
+def name_of(denoiser: nn.Module) -> str:
+    """Return what pipelines, folders and the keys of LoRA files call such a denoiser."""
+    return kind_of(denoiser).denoiser_name
+
+
 def denoiser_name(pipeline: DiffusionPipeline) -> str:
     """Return under which name a pipeline of any of the families holds its denoiser."""
     return next(name for name in DENOISERS if getattr(pipeline, name, None) is not None)

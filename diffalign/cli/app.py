@@ -6,7 +6,19 @@ import sys
 import typer
 from rich.console import Console
 
-from diffalign.cli import about, evaluating, filtering, labelling, pictures, ranking, reward, scoring, training, world
+from diffalign.cli import (
+    about,
+    evaluating,
+    exporting,
+    filtering,
+    labelling,
+    pictures,
+    ranking,
+    reward,
+    scoring,
+    training,
+    world,
+)
 from diffalign.errors import UserError
 
 app = typer.Typer(
@@ -17,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for module in (training, pictures, scoring, ranking, evaluating, labelling, filtering, reward, about, world):
+for module in (training, exporting, pictures, scoring, ranking, evaluating, labelling, filtering, reward, about, world):
     module.register(app)
 
 

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from diffalign.data.batch import Augment, PairEncoder, PreferenceBatch, as_float32
@@ -19,6 +18,7 @@ from diffalign.data.rejects import from_record
 from diffalign.data.source import PairSource
 from diffalign.data.transforms import PairTransform
 from diffalign.errors import DataError, suggestion
+from diffalign.progress import waiting
 
 FORMAT = 2  # raise it whenever the files or the numbers in them change
 META = "meta.json"
@@ -65,6 +65,7 @@ class LatentCache:
         dtype: str = "float16",
         batch_size: int = 8,
         progress: bool = True,
+        announce: bool = True,
         workers: int | None = None,
     ) -> Self:
         """Encode a data set, or what is missing of it, and open the result; a finished cache is just opened.
@@ -79,7 +80,8 @@ class LatentCache:
             directory: where caches lie, each in a folder of its own.
             dtype: stored precision, "float16", "bfloat16" or "float32".
             batch_size: images encoded at once.
-            progress: show a progress bar.
+            progress: show how far the encoding is; of several processes one encodes.
+            announce: say that identities are computed first, which every process does.
             workers: threads that decode images; default: up to 8.
 
         Raises:
@@ -92,9 +94,7 @@ class LatentCache:
             raise DataError("A random crop cannot be cached: set center_crop, or train without a cache (OnlinePairs).")
         if batch_size < 1:
             raise DataError(f"The cache's batch_size must be at least 1, got {batch_size}.")
-        with Progress(SpinnerColumn(), TextColumn("hashing models and data"), TimeElapsedColumn(),
-                      transient=True, disable=not progress) as hashing:  # fmt: skip
-            hashing.add_task("")
+        with waiting("hashing models and data", progress and announce):
             fields = cls.fields(source, encoder, transform, dtype, directory)
         folder = Path(directory) / _key(fields)[:16]
         with exclusive(folder):

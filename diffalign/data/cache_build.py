@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from diffalign.data.batch import PairEncoder
@@ -17,6 +16,7 @@ from diffalign.data.rejects import as_record, from_record
 from diffalign.data.source import PairSource
 from diffalign.data.transforms import PairTransform, View, to_images
 from diffalign.errors import DataError
+from diffalign.progress import Progress
 
 # numpy has no bfloat16: its bits are kept as uint16.
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -53,10 +53,7 @@ class CacheBuilder:
     ):
         self.source, self.encoder, self.transform, self.store = source, encoder, transform, store
         self.dtype, self.batch_size, self.workers = STORED[dtype], batch_size, workers
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
-            disable=not progress,
-        )  # fmt: skip
+        self.progress = progress
         digests = store.read("image_digests.npy")
         self.images = {} if digests is None else {bytes(digest): row for row, digest in enumerate(digests)}
         self.encoded = len(self.images)
@@ -71,15 +68,16 @@ class CacheBuilder:
 
     def run(self) -> None:
         """Encode what is missing and commit it."""
-        with self.progress, torch.no_grad():
-            if not self.store.state.get("images_done"):
-                self._run_images()
-            self._run_prompts()
-
-    def _run_images(self) -> None:
         done = self.store.state.get("next", 0)
         total = None if self.source.window else len(self.source)
-        task = self.progress.add_task(f"encoding {self.source.counts.unit}", total=total, completed=done)
+        with torch.no_grad():
+            if not self.store.state.get("images_done"):
+                what = f"encoding {self.source.counts.unit}"
+                with Progress(what, total, done=done, enabled=self.progress) as shown:
+                    self._run_images(done, shown)
+            self._run_prompts()
+
+    def _run_images(self, done: int, shown: Progress) -> None:
         for row, outcome in self._prepared(done):
             if isinstance(outcome, RowError):
                 self.source.rejects.add(outcome)
@@ -89,7 +87,7 @@ class CacheBuilder:
                 self._encode_images(self.batch_size)
                 self._append_examples()
                 self.store.commit()
-            self.progress.update(task, completed=row.index + 1)
+            shown.reach(row.index + 1)
         if self.views:
             self._encode_images(len(self.views))
         self._append_examples()
@@ -189,13 +187,13 @@ class CacheBuilder:
     def _run_prompts(self) -> None:
         prompts = self.store.read_lines("prompts.jsonl")
         done = self.store.rows("prompt_embeds.npy")
-        task = self.progress.add_task("encoding prompts", total=len(prompts), completed=done)
-        for start in range(done, len(prompts), PROMPT_BATCH):
-            encoded = prompts[start : start + PROMPT_BATCH]
-            for name, column in self.encoder.encode_prompts(encoded).items():
-                self.store.append(f"{name}.npy", self._stored(column.cpu(), "The text encoder"))
-            self.store.commit()
-            self.progress.update(task, completed=start + len(encoded))
+        with Progress("encoding prompts", len(prompts), done=done, enabled=self.progress) as shown:
+            for start in range(done, len(prompts), PROMPT_BATCH):
+                encoded = prompts[start : start + PROMPT_BATCH]
+                for name, column in self.encoder.encode_prompts(encoded).items():
+                    self.store.append(f"{name}.npy", self._stored(column.cpu(), "The text encoder"))
+                self.store.commit()
+                shown.reach(start + len(encoded))
 
     def _stored(self, tensor: Tensor, who: str) -> np.ndarray:
         cast = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
@@ -206,9 +204,3 @@ class CacheBuilder:
                 "madebyollin/sdxl-vae-fp16-fix, or run the encoders in bfloat16 or float32."
             )
         return (cast.view(torch.uint16) if cast.dtype == torch.bfloat16 else cast).numpy()
-
-
-class _Rate(ProgressColumn):
-    def render(self, task) -> str:
-        speed = task.finished_speed or task.speed
-        return f"{speed:.1f}/s" if speed else ""

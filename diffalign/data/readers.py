@@ -19,7 +19,7 @@ from diffalign.data.schema import TableSchema
 from diffalign.data.shards import Shards, downloaded_snapshot, files_of
 from diffalign.data.source import PairSource
 from diffalign.errors import DataError, suggestion
-from diffalign.places import find, looks_local
+from diffalign.places import find, is_hub_id
 
 PARQUET = ".parquet"
 FORMATS = ("pickapic", "jsonl", "folders", "lists", "singles")
@@ -238,11 +238,6 @@ def _container(source: str | Path | Sequence[str | Path], format: str | None) ->
             f"Cannot tell what {path} is: expected .parquet or .jsonl. Set format to one of {', '.join(FORMATS)}."
         )
     return "parquet"
-
-
-def is_hub_id(source: str | Path | Sequence[str | Path]) -> bool:
-    """Tell whether a source is on the hub: it looks like owner/name, and nothing is there on this machine."""
-    return isinstance(source, str) and find(source) is None and not looks_local(source)
 
 
 def _existing(source: str | Path) -> Path:

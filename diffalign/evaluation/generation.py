@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffalign.errors import DataError, ModelError, UserError
 from diffalign.evaluation.manifest import Manifest, atomic_write
-from diffalign.evaluation.progress import progress_bar
+from diffalign.progress import progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)

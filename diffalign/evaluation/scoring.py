@@ -10,7 +10,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from diffalign.errors import DataError, UserError
-from diffalign.evaluation.progress import progress_bar
+from diffalign.progress import progress_bar
 
 ImageLike = Image.Image | str | Path
 

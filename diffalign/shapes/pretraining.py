@@ -12,10 +12,11 @@ from itertools import islice
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
-from rich.progress import Progress
+from rich.console import Console
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from diffalign.progress import Progress
 from diffalign.shapes.captions import scenes
 from diffalign.shapes.pipeline import RESOLUTION
 from diffalign.shapes.render import render
@@ -66,27 +67,30 @@ def _batches(number: int, batch_size: int, steps: int, seed: int) -> Iterator[to
         yield torch.randint(0, number, (batch_size,), generator=generator)
 
 
-def train_vae(pipeline: StableDiffusionXLPipeline, images: torch.Tensor, recipe: Pretraining, bar: Progress) -> float:
+def train_vae(
+    pipeline: StableDiffusionXLPipeline, images: torch.Tensor, recipe: Pretraining, console: Console
+) -> float:
     """Train the VAE to reconstruct, set its scaling factor to 1 / std of the latents, and return the final error."""
     vae = pipeline.vae.train()
     _start_precise(vae)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
     rng = random.Random(recipe.seed)
     schedule = _schedule(optimizer, recipe.vae_steps)
-    task, error = bar.add_task("VAE", total=recipe.vae_steps), torch.tensor(0.0)
-    for index in _batches(len(images), recipe.vae_batch_size, recipe.vae_steps, recipe.seed):
-        top, left = (rng.randint(0, RESOLUTION - recipe.vae_crop) for _ in range(2))
-        batch = images[index, :, top : top + recipe.vae_crop, left : left + recipe.vae_crop]
-        posterior = vae.encode(batch).latent_dist
-        decoded = vae.decode(posterior.sample()).sample
-        error = functional.mse_loss(decoded, batch)
-        loss = error + 0.5 * functional.l1_loss(decoded, batch) + 1e-6 * posterior.kl().mean() / batch[0].numel()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.update(task, advance=1, description=f"VAE, error {error.item():.4f}")
+    error = torch.tensor(0.0)
+    with Progress("VAE, step", recipe.vae_steps, console=console) as shown:
+        for index in _batches(len(images), recipe.vae_batch_size, recipe.vae_steps, recipe.seed):
+            top, left = (rng.randint(0, RESOLUTION - recipe.vae_crop) for _ in range(2))
+            batch = images[index, :, top : top + recipe.vae_crop, left : left + recipe.vae_crop]
+            posterior = vae.encode(batch).latent_dist
+            decoded = vae.decode(posterior.sample()).sample
+            error = functional.mse_loss(decoded, batch)
+            loss = error + 0.5 * functional.l1_loss(decoded, batch) + 1e-6 * posterior.kl().mean() / batch[0].numel()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            shown.advance(note=f"error {error.item():.4f}")
     vae.eval()
     scale = 1 / encode(pipeline, images[:2048]).std().item()
     vae.register_to_config(scaling_factor=round(scale, 5))
@@ -123,7 +127,7 @@ def _tokenize(pipeline: StableDiffusionXLPipeline, captions: list[str]) -> list[
 
 
 def train_unet(
-    pipeline: StableDiffusionXLPipeline, x0: torch.Tensor, captions: list[str], recipe: Pretraining, bar: Progress
+    pipeline: StableDiffusionXLPipeline, x0: torch.Tensor, captions: list[str], recipe: Pretraining, console: Console
 ) -> float:
     """Train text encoders and UNet on scaled latents [N, 4, 16, 16]; keep the moving average; return the last error."""
     model = TextToLatent(pipeline).train()
@@ -133,30 +137,31 @@ def train_unet(
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.unet_learning_rate, weight_decay=1e-3)
     schedule = _schedule(optimizer, recipe.unet_steps)
     generator = torch.Generator().manual_seed(recipe.seed + 1)
-    task, smoothed = bar.add_task("UNet", total=recipe.unet_steps), None
-    for index in _batches(len(x0), recipe.unet_batch_size, recipe.unet_steps, recipe.seed + 2):
-        noise = torch.randn(x0[index].shape, generator=generator)
-        timesteps = torch.randint(0, noising.config.num_train_timesteps, (len(index),), generator=generator)
-        dropped = torch.rand(len(index), 1, generator=generator) < recipe.caption_dropout
-        rows = [torch.where(dropped, blank, full[index]) for blank, full in zip(empty, ids, strict=True)]
-        xt = noising.add_noise(x0[index], noise, timesteps)
-        loss = functional.mse_loss(model(xt, timesteps, rows), noise)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(model)
-        smoothed = loss.item() if smoothed is None else 0.98 * smoothed + 0.02 * loss.item()
-        bar.update(task, advance=1, description=f"UNet, error {smoothed:.4f}")
+    smoothed = None
+    with Progress("UNet, step", recipe.unet_steps, console=console) as shown:
+        for index in _batches(len(x0), recipe.unet_batch_size, recipe.unet_steps, recipe.seed + 2):
+            noise = torch.randn(x0[index].shape, generator=generator)
+            timesteps = torch.randint(0, noising.config.num_train_timesteps, (len(index),), generator=generator)
+            dropped = torch.rand(len(index), 1, generator=generator) < recipe.caption_dropout
+            rows = [torch.where(dropped, blank, full[index]) for blank, full in zip(empty, ids, strict=True)]
+            xt = noising.add_noise(x0[index], noise, timesteps)
+            loss = functional.mse_loss(model(xt, timesteps, rows), noise)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            average.update_parameters(model)
+            smoothed = loss.item() if smoothed is None else 0.98 * smoothed + 0.02 * loss.item()
+            shown.advance(note=f"error {smoothed:.4f}")
     model.load_state_dict(average.module.state_dict())
     model.eval()
     return smoothed
 
 
-def pretrain(pipeline: StableDiffusionXLPipeline, recipe: Pretraining, bar: Progress) -> dict[str, float]:
+def pretrain(pipeline: StableDiffusionXLPipeline, recipe: Pretraining, console: Console) -> dict[str, float]:
     """Train the whole pipeline in place; return the final reconstruction and denoising errors."""
     images, captions = render_dataset(recipe.images, recipe.seed)
-    vae_error = train_vae(pipeline, images, recipe, bar)
+    vae_error = train_vae(pipeline, images, recipe, console)
     x0 = encode(pipeline, images) * pipeline.vae.config.scaling_factor
-    return {"vae_error": vae_error, "denoising_error": train_unet(pipeline, x0, captions, recipe, bar)}
+    return {"vae_error": vae_error, "denoising_error": train_unet(pipeline, x0, captions, recipe, console)}

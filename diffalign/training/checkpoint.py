@@ -4,7 +4,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,34 @@ REPLACED = "replaced-"
 
 class CheckpointError(UserError):
     """Report a checkpoint that cannot be written, read or resumed from."""
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """Say how the trained weights lie in a checkpoint, so that other programs can load them from there.
+
+    Args:
+        name: of the file.
+        keys: names of its tensors by the names of the parameters; None: the same.
+        metadata: of the file; training_steps is added.
+    """
+
+    name: str = WEIGHTS
+    keys: Mapping[str, str] | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path, parameters: Mapping[str, Tensor], step: int) -> None:
+        """Write the weights as they are, bit for bit."""
+        keys = self.keys or {name: name for name in parameters}
+        tensors = {keys[name]: value.detach().cpu().contiguous() for name, value in parameters.items()}
+        save_file(tensors, folder / self.name, metadata={**self.metadata, "training_steps": str(step)})
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        """Return the weights by the names of the parameters. Checkpoints before 2026-12 have WEIGHTS instead."""
+        if not (folder / self.name).exists() and (folder / WEIGHTS).exists():
+            return _read(folder, WEIGHTS, load_file)
+        names = {key: name for name, key in (self.keys or {}).items()}
+        return {names.get(key, key): tensor for key, tensor in _read(folder, self.name, load_file).items()}
 
 
 def folders(output_dir: Path) -> list[Path]:
@@ -59,6 +88,7 @@ def save(
     optimizer_state: dict[str, Any],
     identity: dict[str, Any],
     limit: int | None,
+    weights_file: WeightsFile = WeightsFile(),
 ) -> Path:
     """Write `checkpoint-<step>` beside its final place, move it there when complete, then drop the oldest ones.
 
@@ -70,8 +100,7 @@ def save(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in parameters.items()}
-        save_file(tensors, partial / WEIGHTS)
+        weights_file.write(partial, parameters, step)
         torch.save(optimizer_state, partial / OPTIMIZER)
         (partial / STATE).write_text(json.dumps({"step": step, "identity": identity}, indent=1), encoding="utf8")
         shutil.rmtree(final, ignore_errors=True)
@@ -123,14 +152,19 @@ def _superseded(output_dir: Path, step: int, limit: int | None) -> list[Path]:
     return [*later, *(path for path in existing if path not in later)][:-limit] if limit else []
 
 
-def load(path: Path, parameters: dict[str, nn.Parameter], identity: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+def load(
+    path: Path,
+    parameters: dict[str, nn.Parameter],
+    identity: dict[str, Any],
+    weights_file: WeightsFile = WeightsFile(),
+) -> tuple[int, dict[str, Any]]:
     """Restore the weights in place; return the number of finished steps and the optimizer's state.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or belongs to a run with other settings, data or model.
     """
     step, saved = _state(path)
-    tensors = _read(path, WEIGHTS, load_file)
+    tensors = weights_file.read(path)
     optimizer_state = _read(path, OPTIMIZER, lambda file: torch.load(file, map_location="cpu", weights_only=True))
     _require_same(path, saved, identity)
     if tensors.keys() != parameters.keys():
@@ -169,6 +203,18 @@ def _state(path: Path) -> tuple[int, dict[str, Any]]:
     return _read(path, STATE, lambda file: _step_and_identity(json.loads(file.read_text(encoding="utf8"))))
 
 
+def steps_of(path: Path) -> int:
+    """Return how many steps the checkpoint at `path` has done."""
+    return _state(path)[0]
+
+
+def averages(path: Path) -> list[Tensor]:
+    """Return the moving averages of the trained weights, in the order of the network's parameters."""
+    return _read(path, OPTIMIZER, lambda file: torch.load(file, map_location="cpu", weights_only=True, mmap=True))[
+        "ema"
+    ]["shadow_params"]
+
+
 def _read(path: Path, name: str, read: Callable[[Path], Any]) -> Any:
     try:
         return read(path / name)
@@ -180,7 +226,10 @@ def _read(path: Path, name: str, read: Callable[[Path], Any]) -> Any:
 
 
 def _step_and_identity(state: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    return state["step"], state["identity"]
+    identity = state["identity"]
+    identity.get("lora", {}).pop("export_kohya", None)  # compared before 2026-12, though no weight depends on it
+    identity.get("inversion", {}).pop("batch_size", None)
+    return state["step"], identity
 
 
 def _require_same(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:

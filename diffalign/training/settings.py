@@ -104,6 +104,13 @@ class TrainSettings(Settings):
     """Checkpoints kept, the newest; null: all."""
     resume_from_checkpoint: str | None = None
     """latest, or the folder of a checkpoint; the option --resume sets it. null: start afresh."""
+    push_to_hub: bool = False
+    """Upload the result (model card, LoRA or UNet, validation pictures) to the Hugging Face hub when it is done. Who
+    you are says `hf auth login` or HF_TOKEN; a token never goes into a configuration."""
+    hub_model_id: str | None = None
+    """Where to, such as me/sdxl-dpo; null: the name of output_dir, under the name that is logged in."""
+    hub_private: bool = False
+    """Make the repository private, if it does not exist yet."""
 
     @model_validator(mode="after")
     def _one_way_to_accumulate(self) -> "TrainSettings":

@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
+from diffalign.progress import Progress
 from diffalign.training import checkpoint, optimizer, sharding
 from diffalign.training.batching import BatchPlan
 from diffalign.training.hooks import StepHook
@@ -48,6 +48,7 @@ class Trainer:
         identity: what a checkpoint must agree on to be resumed: settings, data, model.
         on_step: called with the network and the number of finished steps, e.g. to draw validation pictures.
         hooks: told of every step, their state saved under their names.
+        weights_file: how checkpoints keep the trained weights.
         static: takes micro-steps in the place of `loss`, from recordings; gradients then stay where they are.
         repeated_blocks: classes of the network's parts, which FSDP makes whole one at a time.
     """
@@ -63,6 +64,7 @@ class Trainer:
     identity: dict[str, Any] = field(default_factory=dict)
     on_step: Callable[[nn.Module, int], None] | None = None
     hooks: Mapping[str, StepHook] = field(default_factory=dict)
+    weights_file: checkpoint.WeightsFile = field(default_factory=checkpoint.WeightsFile)
     static: StaticStep | None = None
     repeated_blocks: Sequence[str] = ()
     console: Console = field(default_factory=Console)
@@ -86,21 +88,20 @@ class Trainer:
         log = MetricsLog(self.output_dir / "metrics.jsonl", self.accelerator, done, pairs)
         line = log.last
         self.network.train()
-        with self._progress() as bar:
-            task = bar.add_task("training", total=self.train.max_train_steps, completed=done, note="")
+        with self._progress(done) as shown:
             for step in range(done, self.train.max_train_steps):
                 self._optimizer_step(step, self.sampler.indices(step * pairs, pairs))
                 finished = step + 1
                 last = finished == self.train.max_train_steps
                 if finished % self.logging.logging_steps == 0 or last:
                     line = log.write(finished, self.metrics.pop(self.accelerator))
-                    bar.update(task, note=_note(line))
+                    shown.reach(finished, note=_note(line))
                 with log.paused():
                     if finished % self.train.checkpointing_steps == 0 or last:
                         self._save(finished)
                     if self.on_step is not None:
                         self.on_step(self.policy, finished)
-                bar.update(task, advance=1)
+                shown.reach(finished)
         if self.ema is not None:
             self.ema.copy_to(list(self.parameters.values()))
         return line
@@ -181,7 +182,7 @@ class Trainer:
         return step
 
     def _restore(self, path: Path) -> int:
-        step, state = checkpoint.load(path, self.parameters, self.identity)
+        step, state = checkpoint.load(path, self.parameters, self.identity, self.weights_file)
         checkpoint.require_steps_left(path, step, self.train.max_train_steps)
         if not state["optimizer"].keys() <= self.parameters.keys():
             raise checkpoint.CheckpointError(
@@ -213,14 +214,19 @@ class Trainer:
                 state["scaler"] = self.accelerator.scaler.state_dict()
             state["hooks"] = {name: hook.state_dict() for name, hook in self.hooks.items()}
             limit = self.train.checkpoints_total_limit
-            checkpoint.save(self.output_dir, step, weights, state, self.identity, limit)
+            checkpoint.save(self.output_dir, step, weights, state, self.identity, limit, self.weights_file)
         self.accelerator.wait_for_everyone()
 
-    def _progress(self) -> Progress:
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn())
-        note = TextColumn("{task.fields[note]}")
-        hidden = not self.accelerator.is_main_process
-        return Progress(TextColumn("{task.description}"), *columns, note, console=self.console, disable=hidden)
+    def _progress(self, done: int) -> Progress:
+        return Progress(
+            "step",
+            self.train.max_train_steps,
+            done=done,
+            rate=False,  # the notes say pairs
+            only_notes=True,
+            enabled=self.accelerator.is_main_process,
+            console=self.console,
+        )
 
 
 def _note(line: dict[str, float]) -> str:

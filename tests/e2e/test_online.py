@@ -97,7 +97,7 @@ def test_two_ranks_equal_one(name, online, tmp_path):
         command = [sys.executable, *launcher, "-m", "diffalign", "train", str(file)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
-        found[ranks] = load_file(tmp_path / ranks / "checkpoint-2" / "trainable.safetensors")
+        found[ranks] = load_file(tmp_path / ranks / "checkpoint-2" / "pytorch_lora_weights.safetensors")
     for key, tensor in found["one"].items():
         torch.testing.assert_close(found["two"][key], tensor, rtol=2e-2, atol=2e-4)
     assert max(t.abs().max().item() for key, t in found["one"].items() if "lora_B" in key) > 1e-3

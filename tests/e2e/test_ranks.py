@@ -20,6 +20,7 @@ from tests.jobs.material import png, write_pairs, write_scorers
 
 ROOT = Path(__file__).parents[2]
 EXPORTED = {"lora": "pytorch_lora_weights.safetensors", "full": "unet/diffusion_pytorch_model.safetensors"}
+CHECKPOINTED = {"lora": "pytorch_lora_weights.safetensors", "full": "trainable.safetensors"}
 PARTS = {
     "ddp": "",
     "fsdp2": "FSDP2: weights, gradients and optimizer state in 2 parts",
@@ -68,10 +69,11 @@ def test_two_ranks_equal_one(content, run, tmp_path, kind, tune):
     run(one)
     printed = launch_train(kind, two, tmp_path / "two.yaml")
     assert "2 pairs x 1 accumulation steps x 2 processes = 4 pairs" in printed
+    assert printed.count("step 2/2 loss") == 1  # by one of the processes
     assert PARTS[kind] in printed
     assert ("in 2 parts" in printed) == (kind != "ddp")
     start = loading.load(content["model"]["pretrained_model_name_or_path"]).denoiser.state_dict()
-    for file in ("checkpoint-2/trainable.safetensors", EXPORTED[tune]):
+    for file in (f"checkpoint-2/{CHECKPOINTED[tune]}", EXPORTED[tune]):
         ours, theirs = load_file(tmp_path / "two" / file), load_file(tmp_path / "one" / file)
         assert ours.keys() == theirs.keys()
         for name, tensor in theirs.items():

@@ -1,20 +1,26 @@
 """Whole training runs on a random-weight tiny SDXL: what they leave, and that equal runs leave equal weights."""
 
 import copy
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffalign.backbones import loading
 from diffalign.backbones.export import load_adapter_into
+from diffalign.backbones.files import LORA_FILE, read_header
 from diffalign.errors import UserError
 from diffalign.evaluation import SamplingSettings, generate
 from diffalign.training import metrics
+from tests.jobs.material import as_it_was
 
-WEIGHTS = "trainable.safetensors"
 STEPS = SamplingSettings(num_inference_steps=3, guidance_scale=3.0)
 
 
@@ -28,7 +34,8 @@ def variant(content, tmp_path, name, **sections):
 
 
 def weights(content, step=4):
-    return load_file(Path(content["train"]["output_dir"]) / f"checkpoint-{step}" / WEIGHTS)
+    (file,) = (Path(content["train"]["output_dir"]) / f"checkpoint-{step}").glob("*.safetensors")
+    return load_file(file)
 
 
 def assert_same_bits(first, second):
@@ -71,6 +78,21 @@ class TestLora:
         after = generate(pipeline, ["a red circle"], [0], STEPS, progress=False)[0]
         assert before.tobytes() != after.tobytes()
 
+    def test_stock_diffusers_loads_the_checkpoints(self, content, run, tiny_sdxl):
+        run(content)
+        output = Path(content["train"]["output_dir"])
+        drawn = []
+        for folder in (output / "checkpoint-2", output / "checkpoint-4", output):
+            pipeline = DiffusionPipeline.from_pretrained(tiny_sdxl)
+            pipeline.load_lora_weights(folder)
+            drawn.append(generate(pipeline, ["a red circle"], [0], STEPS, progress=False)[0].tobytes())
+        assert drawn[0] != drawn[1]
+        assert drawn[1] == drawn[2]
+        files = [read_header(folder / LORA_FILE)["__metadata__"] for folder in (output / "checkpoint-2", output)]
+        assert [said.pop("training_steps") for said in files] == ["2", "4"]
+        assert files[0] == files[1]
+        assert files[0]["objective"] == "dpo"
+
     def test_kohya_export_if_asked_for(self, content, run):
         content["lora"]["export_kohya"] = True
         run(content)
@@ -99,6 +121,36 @@ class TestEqualRuns:
         exported = "pytorch_lora_weights.safetensors" if tune == "lora" else "unet/diffusion_pytorch_model.safetensors"
         paths = [Path(c["train"]["output_dir"]) / exported for c in (whole, halves)]
         assert_same_bits(*map(load_file, paths))
+
+    def test_output_may_change_on_resume(self, content, run, tmp_path):
+        whole, halves = (variant(content, tmp_path, name) for name in ("whole", "halves"))
+        run(whole)
+        halves["train"]["max_train_steps"] = 2
+        run(halves)
+        folder = (tmp_path / "halves").rename(tmp_path / "moved") / "checkpoint-2"
+        state = json.loads((as_it_was(folder) / "state.json").read_text())
+        state["identity"]["lora"]["export_kohya"] = False  # was compared once
+        (folder / "state.json").write_text(json.dumps(state))
+        halves["train"] |= {
+            "output_dir": str(tmp_path / "moved"),
+            "max_train_steps": 4,
+            "checkpointing_steps": 1,
+            "checkpoints_total_limit": 1,
+            "resume_from_checkpoint": "latest",
+        }
+        halves["lora"]["export_kohya"] = True
+        halves["logging"] = {"logging_steps": 2, "report_to": ["tensorboard"]}
+        halves["validation"] = {"validation_steps": 2, "validation_prompts": ["a red circle"], "num_inference_steps": 1}
+        run(halves)
+        assert_same_bits(weights(whole), weights(halves))
+        assert [path.name for path in (tmp_path / "moved").glob("checkpoint-*")] == ["checkpoint-4"]
+        assert (tmp_path / "moved" / "kohya" / "moved.safetensors").is_file()
+        (grid,) = (tmp_path / "moved" / "validation").iterdir()
+        (events,) = (tmp_path / "moved" / "diffalign").glob("events.out.tfevents.*")
+        shown = EventAccumulator(str(events), {"images": 0}).Reload().Images("validation")
+        assert [picture.step for picture in shown] == [4]
+        (picture,) = (Image.open(io.BytesIO(picture.encoded_image_string)) for picture in shown)
+        assert picture.convert("RGB").tobytes() == Image.open(grid).convert("RGB").tobytes()
 
     def test_accumulation_equals_the_large_batch(self, content, run, tmp_path):
         large = variant(content, tmp_path, "large")
@@ -164,10 +216,15 @@ class TestVariants:
         grids = sorted((Path(content["train"]["output_dir"]) / "validation").iterdir())
         assert [grid.name for grid in grids] == ["step-000002.png", "step-000004.png"]
 
-    def test_tensorboard_is_written(self, content, run):
-        content["logging"]["report_to"] = ["tensorboard"]
+    def test_without_a_terminal_every_logging_step_is_a_line(self, content, run, capsys):
+        content["logging"] = {"logging_steps": 2, "report_to": ["tensorboard"]}
         run(content)
         assert list(Path(content["train"]["output_dir"]).rglob("events.out.tfevents.*"))
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+        wanted = r"step {}/4  loss \d\.\d{{4}}  accuracy \d\.\d\d  \d+\.\d pairs/s  {}"
+        assert re.fullmatch(wanted.format(2, r"\d:\d\d left"), lines[0])
+        assert re.fullmatch(wanted.format(4, r"in \d:\d\d"), lines[1])
+        assert len(lines) == 2
 
 
 class TestRefusals:

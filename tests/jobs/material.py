@@ -1,15 +1,18 @@
 """Real things for the commands to work on: a finished run, tiny scorers, labelled pairs."""
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.torch import load_file, save_file
 
 from diffalign import backbones
 from diffalign import config as configuration
 from diffalign.backbones import adapters, export
+from diffalign.backbones.files import LORA_FILE
 from diffalign.training import checkpoint
 from reward_models.tiny import TinySizes, build_tiny_hpsv2, build_tiny_pickscore
 from reward_models.tokenization import learn_merges, write_bpe_file, write_hf_tokenizer
@@ -46,15 +49,27 @@ def write_run(folder: Path, base: Path, tune: str = "lora", seed: int = 1, alpha
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(configuration.dump(configuration.check(content)))
     denoiser = backbones.load(base).denoiser
+    weights_file = checkpoint.WeightsFile()
     if tune == "lora":
         perturb(adapters.add_lora(denoiser, 2, alpha), seed, scale=0.3)
         export.save_lora(denoiser, folder, str(base))
+        header = export.lora_header(denoiser, str(base))
+        weights_file = checkpoint.WeightsFile(LORA_FILE, export.lora_keys(denoiser), header)
     else:
         perturb(denoiser.parameters(), seed, scale=0.02)
         export.save_denoiser(denoiser, folder)
     trained = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
-    checkpoint.save(folder, 3, trained, {}, {}, None)
+    checkpoint.save(folder, 3, trained, {}, {}, None, weights_file)
     return Run(folder, base)
+
+
+def as_it_was(folder: Path) -> Path:
+    """Give a checkpoint of a LoRA the layout it had before 2026-12: weights by the names of the parameters."""
+    tensors = load_file(folder / LORA_FILE)
+    named = {re.sub(r"^unet\.(.+\.lora_[AB])\.", r"\1.default.", key): tensor for key, tensor in tensors.items()}
+    save_file(named, folder / checkpoint.WEIGHTS)
+    (folder / LORA_FILE).unlink()
+    return folder
 
 
 def write_scorers(root: Path) -> dict[str, Path]:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-from rich.progress import Progress
+from rich.console import Console
 
 from diffalign.backbones import loading
 from diffalign.backbones.published import COMPONENTS
@@ -129,17 +129,17 @@ def test_the_learning_rate_rises_and_falls_over_any_number_of_steps(steps):
 
 
 def test_a_few_steps_lower_both_errors():
-    pipeline, bar = build_pipeline(0), Progress(disable=True)
+    pipeline, console = build_pipeline(0), Console(quiet=True)
     images, captions = pretraining.render_dataset(RECIPE.images, RECIPE.seed)
     before = reconstruction_error(pipeline, images)
-    pretraining.train_vae(pipeline, images, RECIPE, bar)
+    pretraining.train_vae(pipeline, images, RECIPE, console)
     assert reconstruction_error(pipeline, images) < 0.9 * before
 
     x0 = pretraining.encode(pipeline, images) * pipeline.vae.config.scaling_factor
     assert x0.shape == (RECIPE.images, 4, 16, 16)
     assert x0.std().item() == pytest.approx(1.0, abs=1e-2)
     before = denoising_error(pipeline, x0, captions)
-    reported = pretraining.train_unet(pipeline, x0, captions, RECIPE, bar)
+    reported = pretraining.train_unet(pipeline, x0, captions, RECIPE, console)
     after = denoising_error(pipeline, x0, captions)
     assert after < 0.9 * before
     assert 0 < reported < 2

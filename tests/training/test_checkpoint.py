@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from diffalign.training import checkpoint
@@ -130,7 +130,7 @@ def full_disk(kind):
         "os.replace": OSError(errno.ENOSPC, "No space left on device"),
     }[kind]
 
-    def fail(_, path):
+    def fail(_, path, **_options):
         if Path(path).parent.name.endswith(".partial"):
             Path(path).write_bytes(b"half")
         raise error
@@ -213,3 +213,27 @@ def test_other_weights_are_refused_and_nothing_is_overwritten(tmp_path):
     with pytest.raises(CheckpointError, match='"bias" is only in one of them'):
         checkpoint.load(path, other, IDENTITY)
     assert other["layer.weight"].abs().sum() == 0
+
+
+FORM = checkpoint.WeightsFile("lora.safetensors", {"layer.weight": "unet.layer", "bias": "unet.bias"}, {"r": "4"})
+
+
+def test_weights_may_lie_as_others_read_them(tmp_path):
+    trained = parameters(1 / 3)
+    path = checkpoint.save(tmp_path, 2, trained, {}, IDENTITY, None, FORM)
+    assert names(path) == ["lora.safetensors", "optimizer.pt", "state.json"]  # once, not twice
+    with safe_open(path / "lora.safetensors", "pt") as file:
+        assert set(file.keys()) == {"unet.layer", "unet.bias"}
+        assert file.metadata() == {"r": "4", "training_steps": "2"}
+    restored = parameters(0.0)
+    checkpoint.load(path, restored, IDENTITY, FORM)
+    assert all(torch.equal(restored[name], value) for name, value in trained.items())
+    (path / "lora.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 is damaged: lora\.safetensors cannot be read"):
+        checkpoint.load(path, restored, IDENTITY, FORM)
+
+
+def test_weights_of_before_are_still_read(tmp_path):
+    restored = parameters(0.0)
+    assert checkpoint.load(save(tmp_path, 7), restored, IDENTITY, FORM)[0] == 7
+    assert {value for p in restored.values() for value in p.detach().flatten().tolist()} == {7.0}

@@ -12,8 +12,8 @@ from torch import Tensor
 from diffalign import config as configuration
 from diffalign.backbones import adapters
 from diffalign.backbones.export import load_adapter_into
-from diffalign.backbones.families import denoiser_of, family_of, with_denoiser
-from diffalign.backbones.files import load_errors, quiet_diffusers
+from diffalign.backbones.families import denoiser_of, kind_of, with_denoiser
+from diffalign.backbones.files import LORA_FILE, load_errors, quiet_diffusers
 from diffalign.config.sections import LoraSettings
 from diffalign.errors import ModelError
 from diffalign.training.checkpoint import STATE, WEIGHTS
@@ -21,7 +21,8 @@ from diffalign.training.checkpoint import STATE, WEIGHTS
 
 def is_checkpoint(folder: str | Path) -> bool:
     """Tell whether `folder` is the checkpoint of a run."""
-    return all((Path(folder) / name).is_file() for name in (STATE, WEIGHTS))
+    folder = Path(folder)
+    return (folder / STATE).is_file() and any((folder / name).is_file() for name in (LORA_FILE, WEIGHTS))
 
 
 def load_weights(pipeline: DiffusionPipeline, weights: str) -> DiffusionPipeline:
@@ -39,25 +40,20 @@ def load_into(pipeline: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
     Raises:
         ModelError: the checkpoint is damaged or its run trained something else.
     """
+    if (folder / LORA_FILE).is_file():
+        return load_adapter_into(pipeline, folder)
     config = configuration.load(folder.parent / "config.yaml")
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder} is damaged ({error}). Use another checkpoint.") from error
-    denoiser = denoiser_of(pipeline)
-    if config.model.tune == "lora":
-        lora = config.lora
-        if adapters.has_adapters(denoiser):
-            return _load_beside(pipeline, folder, tensors, lora)
-        family = family_of(type(pipeline).__name__, str(folder))
-        targets, idle = lora.lora_target_modules or family.lora_targets, family.idle_layers(denoiser)
-        adapters.add_lora(denoiser, lora.rank, lora.lora_alpha, targets, blocks=lora.blocks, idle=idle)
-    else:
-        denoiser = copy.deepcopy(denoiser)
-        if adapters.has_adapters(denoiser):
-            denoiser.unload_lora()
-        with_denoiser(pipeline, denoiser.requires_grad_(True))
-    parameters = {name: value for name, value in denoiser.named_parameters() if value.requires_grad}
+    if config.model.tune == "lora":  # written before 2026-12
+        return _load_named(pipeline, folder, tensors, config.lora)
+    denoiser = copy.deepcopy(denoiser_of(pipeline))
+    if adapters.has_adapters(denoiser):
+        denoiser.unload_lora()
+    with_denoiser(pipeline, denoiser)
+    parameters = dict(denoiser.named_parameters())
     if parameters.keys() != tensors.keys() or any(tensors[name].shape != p.shape for name, p in parameters.items()):
         raise ModelError(f"{folder} does not fit {folder.parent / 'config.yaml'}: it holds other weights.")
     with torch.no_grad():
@@ -67,12 +63,12 @@ def load_into(pipeline: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
     return pipeline
 
 
-def _load_beside(
+def _load_named(
     pipeline: DiffusionPipeline, folder: Path, tensors: dict[str, Tensor], lora: LoraSettings
 ) -> DiffusionPipeline:
     settings = {"r": lora.rank, "lora_alpha": lora.lora_alpha or lora.rank, "lora_dropout": 0.0}
-    denoiser, family = denoiser_of(pipeline), family_of(type(pipeline).__name__, str(folder))
-    settings["target_modules"] = sorted(lora.lora_target_modules or family.lora_targets)
+    denoiser = denoiser_of(pipeline)
+    settings["target_modules"] = sorted(lora.lora_target_modules or kind_of(denoiser).lora_targets)
     adapter = adapters.free_name(denoiser)
     named = {name.replace(f".{adapters.ADAPTER}.", "."): tensor for name, tensor in tensors.items()}
     with load_errors("the LoRA", str(folder)), quiet_diffusers():

@@ -9,7 +9,6 @@ from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import reward_models
 from diffalign.backbones import loading
@@ -21,6 +20,7 @@ from diffalign.jobs.devices import pick_device
 from diffalign.jobs.rewards import reward_latents
 from diffalign.jobs.rewards.reward_latents import NoisyLatents
 from diffalign.jobs.rewards.reward_pictures import OneStepPictures
+from diffalign.progress import Progress
 from diffalign.rollout import LatentReward
 from reward_models import training
 from reward_models.base import Scorer
@@ -185,15 +185,13 @@ def _log(stack: ExitStack, out: Path, recipe: training.RewardRecipe, console: Co
     """Return what is called after every step: it writes metrics.jsonl and moves the bar."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1), encoding="utf8")
-    columns = (TextColumn("training {task.fields[note]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = stack.enter_context(Progress(*columns, console=console))
+    shown = stack.enter_context(Progress("step", recipe.max_steps, console=console))
     metrics = stack.enter_context((out / "metrics.jsonl").open("a" if resume else "w", encoding="utf8"))
-    task = bar.add_task("training", total=recipe.max_steps, note="")
 
     def log(record: dict[str, float]) -> None:
         metrics.write(json.dumps(record) + "\n")
         metrics.flush()
-        bar.update(task, completed=record["step"], note=f"loss {record['loss']:.3f}")
+        shown.reach(int(record["step"]), note=f"loss {record['loss']:.3f}")
 
     return log
 

@@ -15,7 +15,6 @@ from diffalign.data import PairSource, open_pairs
 from diffalign.data.fingerprints import digest_files
 from diffalign.errors import ConfigError, DataError, UserError, suggestion
 from diffalign.evaluation.manifest import atomic_write
-from diffalign.evaluation.progress import progress_bar
 from diffalign.filtering import baselines, cleaning, margin, report, selection, text_entropy, text_quality, writing
 from diffalign.filtering.components import KEPT_NEIGHBOURS, Components
 from diffalign.filtering.files import weights_identity
@@ -23,6 +22,7 @@ from diffalign.filtering.importance import ImportanceSettings
 from diffalign.filtering.language_model import LanguageModelRater
 from diffalign.jobs.devices import pick_device, pick_dtype
 from diffalign.jobs.scoring import score, scorers, tables
+from diffalign.progress import progress_bar
 
 COMPONENTS, SELECTION, SCORES = "components.parquet", "selection.parquet", "scores.parquet"
 TRAIN, VALIDATION, REPORT, RATINGS = "train.parquet", "validation.parquet", "report.html", "text_quality.jsonl"

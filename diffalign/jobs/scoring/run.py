@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +13,14 @@ from rich.console import Console
 
 from diffalign.errors import DataError, UserError
 from diffalign.evaluation.manifest import atomic_write
-from diffalign.evaluation.progress import progress_bar
 from diffalign.jobs.scoring import scorers
 from diffalign.jobs.scoring.engine import CHUNK, CHUNK_ON_GPU, Judge, pick_workers, scan
 from diffalign.jobs.scoring.items import Source
 from diffalign.jobs.scoring.shares import Index, Share, read_indices, request_id, write_index
 from diffalign.jobs.scoring.store import Known, Store
+from diffalign.progress import Progress
 
 LISTED = 5  # broken pictures in a message
-SECONDS = 30.0  # between lines of progress where there is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +118,9 @@ def _score_share(
     keys, names, captions, faults, computed = [], [], [], [], 0
     workers = pick_workers(options.workers, stop - start, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     items = source.items(start, stop)
-    with progress(stop - start, share, console) as advance:
+    what = f"Scoring, part {share.index + 1} of {share.count}" if share.count > 1 else "Scoring"
+    # Only the first has the terminal to itself.
+    with Progress(what, stop - start, bar=share.index == 0, console=console) as shown:
         for scored in scan(items, judges, known, workers=workers, chunk=_chunk(options, judges)):
             prepared = scored.prepared
             for judge, (rows, values) in zip(judges, scored.scores, strict=True):
@@ -138,30 +137,8 @@ def _score_share(
             names += [item.name for item in prepared.items]
             captions += [item.prompt if item.caption is None else item.caption for item in prepared.items]
             faults += [prepared.faults.get(row, "") for row in range(len(prepared.items))]
-            advance(len(prepared.items))
+            shown.advance(len(prepared.items))
     return Index(start, np.concatenate([np.zeros(0, "S32"), *keys]), names, captions, faults), computed
-
-
-@contextmanager
-def progress(total: int, share: Share, console: Console) -> Iterator[Callable[[int], None]]:
-    """Show rate and time left: a bar on a terminal, in the first process; else a line now and then."""
-    if console.is_terminal and share.index == 0:
-        with progress_bar(total, "Scoring", True) as advance:
-            yield advance
-        return
-    began = told = time.monotonic()
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done, told
-        done, now = done + count, time.monotonic()
-        if now - told >= SECONDS and done < total:
-            told, rate = now, done / (now - began)
-            left = f"{(total - done) / rate:.0f} s left"
-            part = f" (part {share.index + 1} of {share.count})" if share.count > 1 else ""
-            console.print(f"{done} of {total} pictures{part}, {rate:.1f}/s, {left}", markup=False, highlight=False)
-
-    yield advance
 
 
 def _chunk(options: Options, judges: Sequence[Judge]) -> int:

@@ -12,7 +12,6 @@ from rich.console import Console
 
 from diffalign.data import PairSource, RowError, open_pairs
 from diffalign.errors import DataError
-from diffalign.evaluation.progress import progress_bar
 from diffalign.jobs.scoring import pairs as paired
 from diffalign.jobs.scoring import scorers, tables
 from diffalign.jobs.scoring.engine import Judge, scan
@@ -22,6 +21,7 @@ from diffalign.jobs.scoring.places import open_places
 from diffalign.jobs.scoring.run import Options, Outcome, load_judges, parts_folder, run
 from diffalign.jobs.scoring.shares import Index
 from diffalign.jobs.scoring.store import Known
+from diffalign.progress import progress_bar
 
 __all__ = [
     "Options",

@@ -141,7 +141,13 @@ def open_encoded(
         return OnlinePairs(source, backbone, transform)
     # Every rank asks; one builds behind a file lock while the others wait there. A barrier would time out on real data.
     cache = LatentCache.build(
-        source, backbone, transform, data.cache_dir, dtype=data.cache_dtype, batch_size=data.vae_encode_batch_size
+        source,
+        backbone,
+        transform,
+        data.cache_dir,
+        dtype=data.cache_dtype,
+        batch_size=data.vae_encode_batch_size,
+        announce=accelerator.is_main_process,
     )
     backbone.offload_encoders("cpu")
     return cache

@@ -11,10 +11,28 @@ from diffalign.data.fingerprints import digest_files
 from diffalign.jobs.training import assemble, own_code
 from diffalign.training.batching import BatchPlan
 
-# Of the section data: where things are, which says nothing about what they are, and what content is hashed instead.
-WHERE = ("cache_dir", "train_data_dir", "dataset_name", "prompts_file", "vae_encode_batch_size", "annotations_file")
-# Of the section denoising: how timesteps are drawn, of which the weights depend on what comes of it for the model.
-SAMPLING = {"timestep_density", "logit_mean", "logit_std", "mode_scale", "timesteps", "timestep_shift"}
+# Keys that may change on resume: where things are, what is written down, how many are done at a time. Those of
+# `performance`, `validation` and `logging` are free as well. What is new and not named here may not change.
+FREE = {
+    "lora": {"export_kohya"},
+    "data": {
+        *("cache_dir", "train_data_dir", "dataset_name", "prompts_file", "annotations_file"),  # the content decides
+        "vae_encode_batch_size",
+    },
+    # How timesteps are drawn: what comes of it for the model decides.
+    "denoising": {
+        *("timestep_density", "logit_mean", "logit_std", "mode_scale", "timesteps", "timestep_shift"),
+    },
+    "inversion": {"batch_size"},
+    "rollout": {"sample_batch_size", "decode_batch_size"},
+    "train": {
+        *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
+        *("push_to_hub", "hub_model_id", "hub_private"),
+        *("train_batch_size", "gradient_accumulation_steps", "global_batch_size"),  # their product decides
+        *("gradient_checkpointing", "enable_xformers_memory_efficient_attention", "allow_tf32"),
+        "max_train_steps",  # unless the learning rate depends on it
+    },
+}
 
 
 class Source(Protocol):
@@ -46,21 +64,20 @@ def _targets(config: Config, backbone: Backbone) -> dict[str, list[str]]:
 
 def settings_identity(config: Config, plan: BatchPlan) -> dict[str, Any]:
     """Return what of it can be told without the model and the data."""
-    sections = portable(config).model_dump(mode="json")
-    train = {key: sections["train"][key] for key in ("seed", "mixed_precision")}
+    wanted = ["objective", "denoising", "inversion", "reference", "loss", "optimizer", "train", "data"]
+    wanted += ["lora"] if config.model.tune == "lora" else []
+    wanted += ["rollout"] if config.is_online else []
+    sections = {
+        name: {key: value for key, value in keys.items() if key not in FREE.get(name, ())}
+        for name, keys in portable(config).model_dump(mode="json").items()
+        if name in wanted
+    }
+    performance, train = config.performance, sections["train"]
     train["global_batch_size"] = plan.global_batch_size
-    train["precision"] = [config.pure_bf16, config.performance.reference_dtype, config.performance.sampling_dtype]
+    train["precision"] = [config.pure_bf16, performance.reference_dtype, performance.sampling_dtype]
     if config.optimizer.lr_scheduler in ("linear", "cosine"):
         train["max_train_steps"] = config.train.max_train_steps
-    data = {key: value for key, value in sections["data"].items() if key not in WHERE}
-    adapter = {"lora": sections["lora"]} if config.model.tune == "lora" else {}
-    if config.lora.lora_target_modules is None:  # the family decides
+    if "lora" in sections and config.lora.lora_target_modules is None:  # the family decides
         del sections["lora"]["lora_target_modules"]
-    asked = ["objective", "denoising", "inversion", "reference", "loss", "optimizer"]
-    if config.is_online:
-        asked.append("rollout")
-        sections["rollout"] = {key: value for key, value in sections["rollout"].items() if "batch_size" not in key}
-    sections = {name: sections[name] for name in asked}
-    sections["denoising"] = {key: value for key, value in sections["denoising"].items() if key not in SAMPLING}
-    sections = {**sections, **adapter, "train": train, "model": {"tune": config.model.tune}, "data": data}
-    return sections | own_code.sources(config)
+    schedule = {"zero_terminal_snr": True} if config.model.zero_terminal_snr else {}  # no tensor shows it
+    return {**sections, "model": {"tune": config.model.tune, **schedule}, **own_code.sources(config)}

@@ -10,12 +10,13 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
-from diffalign.backbones import adapters, inspection, published
+from diffalign.backbones import inspection, published
+from diffalign.backbones.adapters import trainable_parameters
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.families import BY_NAME
 from diffalign.config import Config
-from diffalign.denoising import Shift
-from diffalign.errors import ModelError
+from diffalign.denoising import Shift, TimestepSampling
+from diffalign.jobs.training import assemble, networks
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,12 @@ def read(config: Config) -> MetaModel:
     Raises:
         ModelError: a path that does not exist, or a folder that is no pipeline of a supported family.
     """
-    name, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    name, revision = inspection.located(config.model.pretrained_model_name_or_path), config.model.revision
     if Path(name).is_dir():
         return _from_folder(Path(name), inspection.family_at(name), "from its config")
     if Path(name).is_file():
         family = inspection.family_at(name).family
         return MetaModel(published.random_unet(family, device="meta"), family, f"counted as the published {family}")
-    if name.count("/") != 1:
-        raise ModelError(f'There is no model at "{name}". Give a diffusers folder, a .safetensors file or a hub id.')
     cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
     if isinstance(cached, str):
         folder = Path(cached).parent
@@ -71,15 +70,25 @@ def read(config: Config) -> MetaModel:
     return MetaModel(published.random_unet(family, device="meta"), family, origin)
 
 
-def count(config: Config, denoiser: nn.Module, kind: type[Backbone]) -> tuple[int, int]:
+def timesteps(config: Config, model: MetaModel) -> str | None:
+    """Word how timesteps are drawn, None if it is as ever: all of DDPM's alike."""
+    if config.is_online:
+        return None
+    shift = model.shift_at(config.data.resolution)
+    sampling = assemble.timestep_sampling(config, shift or Shift())
+    if sampling == TimestepSampling() and model.kind.ddim_steps:
+        return None
+    known = shift is not None or config.denoising.timestep_shift is not None
+    return str(sampling) if known else f"{sampling.density}, shifted as the scheduler of the model says"
+
+
+def count(config: Config, denoiser: nn.Module) -> tuple[int, int]:
     """Return how many parameters the denoiser has and how many of them, or of adapters added here, are trained."""
     total = sum(p.numel() for p in denoiser.parameters())
     if config.model.tune == "full":
         return total, total
-    lora = config.lora
-    targets, idle = lora.lora_target_modules or kind.lora_targets, kind.idle_layers(denoiser)
-    trained = adapters.add_lora(denoiser, lora.rank, lora.lora_alpha, targets, blocks=lora.blocks, idle=idle)
-    return total, sum(p.numel() for p in trained)
+    networks.add_adapters(config, denoiser)
+    return total, sum(p.numel() for p in trainable_parameters(denoiser))
 
 
 def _from_folder(folder: Path, family: type[Backbone], origin: str) -> MetaModel:

@@ -12,10 +12,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from diffalign.backbones import adapters
+from diffalign.backbones import adapters, export
 from diffalign.backbones.attention import share_text, use_backend
 from diffalign.backbones.attention_probe import attention_shapes, probe
 from diffalign.backbones.base import Backbone
+from diffalign.backbones.families import kind_of
 from diffalign.backbones.fused_blocks import fuse_activations
 from diffalign.backbones.fused_lora import fuse_lora
 from diffalign.backbones.prefix import SharedPrefix
@@ -57,7 +58,7 @@ def prepare_networks(
     checkpointing: which activations are recomputed, "none", "selective" or "full".
     stored: errors of the reference; once they are complete, no copy is made of what would never run.
     """
-    denoiser, lora, performance = backbone.denoiser.to(accelerator.device), config.lora, config.performance
+    denoiser, performance = backbone.denoiser.to(accelerator.device), config.performance
     kernels.use(performance.kernels)
     acceleration.channels_last(denoiser, performance.channels_last)
     choose_attention(config, backbone)  # before it is copied: both must run the same kernels
@@ -68,16 +69,7 @@ def prepare_networks(
     if referenced and _has_a_copy(config):
         frozen = _frozen_copy(config, backbone, accelerator)
     if config.model.tune == "lora":
-        adapters.add_lora(
-            denoiser,
-            lora.rank,
-            lora.lora_alpha,
-            lora.lora_target_modules or backbone.lora_targets,
-            lora.lora_dropout,
-            seed=config.train.seed,
-            blocks=lora.blocks,
-            idle=backbone.idle_layers(denoiser),
-        )
+        add_adapters(config, denoiser)
         if performance.fused_lora:
             fuse_lora(denoiser)
     else:
@@ -87,6 +79,23 @@ def prepare_networks(
     for network in [denoiser] if frozen is None else [denoiser, frozen]:
         acceleration.compile_network(network, performance.compile, performance.cuda_graphs == "passes")
     return reference
+
+
+def add_adapters(config: Config, denoiser: nn.Module) -> None:
+    """Freeze `denoiser` and add the adapters of a run, as they are before the first step."""
+    lora, family = config.lora, kind_of(denoiser)
+    if lora.export_kohya:
+        export.require_kohya(denoiser)  # and not after the last step
+    adapters.add_lora(
+        denoiser,
+        lora.rank,
+        lora.lora_alpha,
+        lora.lora_target_modules or family.lora_targets,
+        lora.lora_dropout,
+        seed=config.train.seed,
+        blocks=lora.blocks,
+        idle=family.idle_layers(denoiser),
+    )
 
 
 def _has_a_copy(config: Config) -> bool:

@@ -14,11 +14,11 @@ from rich.text import Text
 from diffalign import config as configuration
 from diffalign.config import Config
 from diffalign.config.changes import dump_changed
-from diffalign.data.readers import is_hub_id
-from diffalign.denoising import INVERSIONS, STABLE_DIFFUSION, DDPMPath, Shift, TimestepSampling, inversion
+from diffalign.denoising import INVERSIONS, STABLE_DIFFUSION, DDPMPath, inversion
 from diffalign.errors import UserError
 from diffalign.jobs.training import assemble, memory, meta_model, online_costs, preflight, storage, survey
 from diffalign.objectives.base import UNITS
+from diffalign.places import is_hub_id
 from diffalign.training import optimizer
 from diffalign.training.batching import BatchPlan
 
@@ -100,7 +100,7 @@ class Plan:
         if self.model is None:
             return None
         denoiser = self.model.denoiser
-        return memory.Counts(self.model.family, denoiser, *meta_model.count(self.config, denoiser, self.model.kind))
+        return memory.Counts(self.model.family, denoiser, *meta_model.count(self.config, denoiser))
 
     @cached_property
     def available(self) -> float | None:
@@ -118,7 +118,8 @@ class Plan:
         yield "batch", self.batch.describe(unit)
         yield f"{unit} seen", self._seen(unit)
         yield "network passes", passes(config)
-        yield from self._timestep_rows()
+        if self.model is not None and (drawn := meta_model.timesteps(config, self.model)):
+            yield "timesteps", drawn
         rate = optimizer.peak_learning_rate(config.optimizer, self.batch.global_batch_size)
         yield "learning rate", f"{rate:.4g} after {config.optimizer.lr_warmup_steps} warm-up steps"
         if self.counts is not None:
@@ -130,16 +131,6 @@ class Plan:
         for note in self.found.notes:
             yield "note", note
         yield "verdict", self._verdict()
-
-    def _timestep_rows(self) -> Iterator[tuple[str, str]]:
-        """Yield how timesteps are drawn, unless it is as ever: uniformly."""
-        if self.config.is_online or self.model is None:
-            return
-        shift = self.model.shift_at(self.config.data.resolution)
-        sampling = assemble.timestep_sampling(self.config, shift or Shift())
-        if sampling != TimestepSampling() or not self.model.kind.ddim_steps:
-            known = shift is not None or self.config.denoising.timestep_shift is not None
-            yield "timesteps", str(sampling) if known else f"{sampling.density}, shifted as the model's scheduler says"
 
     def _data(self) -> str:
         data, source = self.config.data, self.found.source

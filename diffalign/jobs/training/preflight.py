@@ -16,7 +16,6 @@ import reward_models
 from diffalign.backbones import inspection
 from diffalign.config import Config
 from diffalign.data import PairSource
-from diffalign.data.readers import is_hub_id
 from diffalign.denoising import acceleration
 from diffalign.errors import ConfigError, UserError
 from diffalign.jobs.drawing.prompts import is_prompt_file, read_prompts
@@ -31,6 +30,7 @@ from diffalign.jobs.training import (
     online_costs,
     online_judges,
 )
+from diffalign.places import is_hub_id
 from diffalign.training import checkpoint, optimizer, zero
 from diffalign.training.batching import BatchPlan
 from reward_models.base import UNPUBLISHED

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffalign.backbones.base import Backbone
 from diffalign.config import Config
@@ -14,6 +13,7 @@ from diffalign.data.fingerprints import digest_bytes
 from diffalign.errors import ConfigError
 from diffalign.jobs.training import assemble, networks
 from diffalign.jobs.training.examples import SizedExamples
+from diffalign.progress import progress_bar
 from diffalign.training import sharding
 from diffalign.training.reference_cache import ReferenceCache
 
@@ -79,11 +79,10 @@ def fill(
     mine = stored.unknown()[accelerator.process_index :: accelerator.num_processes]
     accelerator.wait_for_everyone()  # or a slower process would divide what a faster one has left
     size = PASS * config.train.train_batch_size
-    hidden = not accelerator.is_main_process
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TextColumn("<"), TimeRemainingColumn(), console=console, disable=hidden) as bar:
-        for start in bar.track(range(0, len(mine), size), description="reference errors"):
+    with progress_bar(len(mine), "reference errors", accelerator.is_main_process, console) as advance:
+        for start in range(0, len(mine), size):
             step.fill(mine[start : start + size])
+            advance(len(mine[start : start + size]))
     accelerator.wait_for_everyone()
     draws, count, images = stored.shape
     size = 4 * draws * count * images / 2**20

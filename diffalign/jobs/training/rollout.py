@@ -11,11 +11,11 @@ from diffalign.backbones.base import Backbone
 from diffalign.config import Config
 from diffalign.evaluation import Manifest
 from diffalign.evaluation.manifest import atomic_write
-from diffalign.evaluation.progress import progress_bar
 from diffalign.jobs.drawing.prompts import read_prompts
 from diffalign.jobs.training import human_labels, online
 from diffalign.jobs.training.assemble import load_backbone
 from diffalign.jobs.training.train import make_accelerator
+from diffalign.progress import progress_bar
 from diffalign.rollout import PromptEncoder
 from diffalign.rollout.scoring import pictures
 from diffalign.rollout.trajectories import walk

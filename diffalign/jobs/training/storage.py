@@ -14,11 +14,11 @@ from diffalign.config import Config
 from diffalign.data import PairSource
 from diffalign.data.cache import META
 from diffalign.data.cache_store import COMPLETE, read_json
-from diffalign.data.readers import is_hub_id
 from diffalign.data.shards import downloaded_snapshot
 from diffalign.jobs.scoring import scorers
 from diffalign.jobs.training import examples, memory
 from diffalign.jobs.training.meta_model import MetaModel
+from diffalign.places import is_hub_id
 from reward_models.base import UNPUBLISHED
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")

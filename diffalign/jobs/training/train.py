@@ -17,12 +17,14 @@ from torch import Tensor
 from diffalign import config as configuration
 from diffalign.backbones import export
 from diffalign.backbones.base import Backbone
+from diffalign.backbones.files import LORA_FILE
 from diffalign.config import Config
 from diffalign.data import PairSource
 from diffalign.jobs.training import (
     assemble,
     distributed,
     examples,
+    hub,
     identity,
     memory,
     model_card,
@@ -36,6 +38,7 @@ from diffalign.jobs.training import (
 from diffalign.objectives.base import UNITS
 from diffalign.training import zero
 from diffalign.training.batching import BatchPlan
+from diffalign.training.checkpoint import WeightsFile
 from diffalign.training.trainer import Sampler, Trainer
 
 ERRORS = "unusable_rows.jsonl"
@@ -55,6 +58,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
     accelerator = make_accelerator(config)
     distributed.check(config, accelerator)
     console = console or Console(quiet=not accelerator.is_main_process)
+    repo = hub.check(config) if accelerator.is_main_process else None
     trainer, backbone = build_trainer(config, accelerator, console, found.source)
     unit = UNITS[config.build_objective().layout]
     console.print(f"Batch: {trainer.plan.describe(unit)}. Learning rate {trainer.peak:.3g}.")
@@ -65,8 +69,12 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
     line = trainer.fit()
     weights = trainer.weights()  # on every process: those of FSDP2 hold parts
     if accelerator.is_main_process:
-        export_model(config, backbone, output_dir, line, weights)
+        export_model(config, backbone, output_dir, weights)
+        card = model_card.render(config, backbone.family, line, repo=repo, processes=accelerator.num_processes)
+        (output_dir / "README.md").write_text(card, encoding="utf8")
         console.print(f"Done: {output_dir}")
+        if repo is not None:
+            hub.push(config, repo, console)
     accelerator.end_training()
     return line
 
@@ -83,7 +91,7 @@ def build_trainer(
     elif source is None:
         source = examples.open_source(config, Path(config.train.output_dir) / ERRORS)
     console.print(f"Data: {source.name}: {source.counts}.")
-    run_identity = identity.run_identity(config, plan, backbone, source)
+    known = identity.run_identity(config, plan, backbone, source)
     step, sampler, reference = learning(config, backbone, source, plan, accelerator, console)
     hooks = {"step": step, "reference": reference and reference.moving, "auto_beta": step.auto_beta}
     hooks["behavior"] = getattr(step, "behavior", None)
@@ -96,7 +104,8 @@ def build_trainer(
         train=config.train,
         optimizer=config.optimizer,
         logging=config.logging,
-        identity=run_identity,
+        identity=known,
+        weights_file=weights_file(config, backbone),
         on_step=validation.drawer(config, backbone, accelerator),
         hooks={name: hook for name, hook in hooks.items() if hook is not None},
         static=static.static_step(config, step, backbone.denoiser, accelerator, console),
@@ -135,6 +144,20 @@ def _checkpointing(config: Config, plan: BatchPlan, backbone: Backbone, console:
     if config.train.gradient_checkpointing == "auto" and torch.cuda.is_available():
         console.print(f"Gradient checkpointing: {decided.why}.")
     return decided.kind
+
+
+def weights_file(config: Config, backbone: Backbone) -> WeightsFile:
+    """Return how checkpoints keep what is trained: a LoRA as diffusers loads it, all weights by their names."""
+    if config.model.tune == "full":
+        return WeightsFile()
+    base = configuration.portable(config).model.pretrained_model_name_or_path
+    header = export.lora_header(backbone.denoiser, base, lora_metadata(config, backbone))
+    return WeightsFile(LORA_FILE, export.lora_keys(backbone.denoiser), header)
+
+
+def lora_metadata(config: Config, backbone: Backbone) -> dict[str, Any]:
+    """Return what the files of a run say about it, besides the number of steps."""
+    return {"objective": config.objective_name, "prediction_type": backbone.path.prediction_type}
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -190,21 +213,17 @@ def _installed(package: str) -> bool:
     return True
 
 
-def export_model(
-    config: Config, backbone: Backbone, output_dir: Path, metrics: dict[str, float], weights: dict[str, Tensor]
-) -> None:
-    """Write the trained `weights` in the formats of diffusers (and kohya, if asked for) and the model card."""
+def export_model(config: Config, backbone: Backbone, output_dir: Path, weights: dict[str, Tensor]) -> None:
+    """Write the trained `weights` in the formats of diffusers (and kohya, if asked for)."""
     base = configuration.portable(config).model.pretrained_model_name_or_path
-    metadata = {"objective": config.objective_name, "training_steps": config.train.max_train_steps}
+    metadata = lora_metadata(config, backbone) | {"training_steps": config.train.max_train_steps}
     if config.model.tune == "full":
-        export.save_denoiser(backbone.denoiser, output_dir, name=backbone.denoiser_name, state_dict=weights)
+        export.save_denoiser(backbone.denoiser, output_dir, state_dict=weights)
     else:
-        name = backbone.denoiser_name
-        export.save_lora(backbone.denoiser, output_dir, base, metadata, name=name, state_dict=weights)
+        export.save_lora(backbone.denoiser, output_dir, base, metadata, state_dict=weights)
         if config.lora.export_kohya:
             file = output_dir / "kohya" / f"{output_dir.name}.safetensors"
             prediction_type = backbone.path.prediction_type
             export.save_kohya_lora(
                 backbone.denoiser, file, base, metadata, prediction_type=prediction_type, state_dict=weights
             )
-    (output_dir / "README.md").write_text(model_card.render(config, backbone.family, metrics), encoding="utf8")

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import nn
 
 from diffalign.backbones.base import Backbone
@@ -62,6 +64,7 @@ def drawer(config: Config, backbone: Backbone, accelerator: Accelerator) -> Call
             [prompt for prompt, _ in rows],
         )
         save_grid(grid, Path(config.train.output_dir) / "validation" / f"step-{step:06d}.png")
+        send(grid, step, accelerator)
 
     return draw
 
@@ -71,3 +74,12 @@ def _prompts(given: list[str] | str) -> list[str]:
     if isinstance(given, list):
         return given
     return read_prompts(given) if is_prompt_file(given) or Path(given).is_file() else [given]
+
+
+def send(grid: Image.Image, step: int, accelerator: Accelerator) -> None:
+    """Hand a grid to the trackers of a run."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+        else:
+            tracker.log_images({"validation": [grid]}, step=step)

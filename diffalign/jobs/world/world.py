@@ -21,13 +21,13 @@ import pyarrow.parquet as pq
 import torch
 from diffusers import StableDiffusionXLPipeline
 from rich.console import Console
-from rich.progress import Progress
 
 import reward_models
 from diffalign.backbones import loading
 from diffalign.errors import ConfigError
 from diffalign.jobs.rewards import reward
 from diffalign.jobs.world.world_data import World, write_captions, write_lists, write_pairs
+from diffalign.progress import progress_bar
 from diffalign.rollout import LatentReward
 from diffalign.shapes import render
 from diffalign.shapes.captions import PALETTE, SHAPES, Scene, distinct_captions, scenes
@@ -68,9 +68,7 @@ def build(assets: Path, parts: list[str], world: World, pretraining: Pretraining
 def build_base(folder: Path, recipe: Pretraining, console: Console) -> None:
     """Train the base model and save it as a diffusers folder in float16."""
     pipeline = build_pipeline(recipe.seed)
-    with Progress(console=console) as bar:
-        errors = pretrain(pipeline, recipe, bar)
-    console.print(errors)
+    console.print(pretrain(pipeline, recipe, console))
     save_base(pipeline, folder)
 
 
@@ -120,15 +118,14 @@ def build_rewards(assets: Path, world: World, console: Console) -> None:
             folder = assets / f"tiny-{name}"
             makers[name](folder)
             scorer = reward_models.load(name, folder)
-            with Progress(console=console) as bar:
-                task = bar.add_task(name, total=recipe.max_steps)
+            with progress_bar(recipe.max_steps, name, console=console) as advance:
                 result = training.train_reward(
                     scorer,
                     pairs,
                     recipe,
                     validation=held_out,
                     directory=folder,
-                    log=lambda _, task=task: bar.advance(task),
+                    log=lambda _, advance=advance: advance(1),
                 )
             console.print(f"{name}: agrees with the oracle on {result.best_accuracy:.1%} of held-out rendered pairs")
 

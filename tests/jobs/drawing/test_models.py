@@ -12,7 +12,7 @@ from diffalign.errors import ModelError
 from diffalign.jobs.devices import pick_device, pick_dtype
 from diffalign.jobs.drawing import models
 from tests.backbones.drawing import draw
-from tests.jobs.material import write_run
+from tests.jobs.material import as_it_was, write_run
 
 LOADER = models.ModelLoader(device="cpu")  # shared, for speed: a test below shows that it keeps its base as it was
 
@@ -51,6 +51,11 @@ def test_a_checkpoint_draws_as_the_run_did_then(lora_run, run_image):
     loaded = load(lora_run.checkpoint)
     assert loaded.name == "dpo/checkpoint-3"
     assert (draw(loaded.pipeline) - run_image).abs().max() < 1e-5
+
+
+def test_a_checkpoint_of_before_draws_the_same(lora_run, run_image, tmp_path):
+    old = as_it_was(shutil.copytree(lora_run.folder, tmp_path / "run") / "checkpoint-3")
+    assert (draw(load(old).pipeline) - run_image).abs().max() < 1e-5
 
 
 def test_a_run_of_all_weights(tiny_sdxl, base_image, tmp_path):

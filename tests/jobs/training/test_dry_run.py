@@ -138,7 +138,7 @@ def test_broken_images_are_counted(tmp_path):
 def test_the_largest_batch_fits_and_one_more_does_not(kind):
     config = configuration.load(SDXL / "dpo-lora.yaml")
     model = meta_model.read(config)
-    counts = memory.Counts(model.family, model.denoiser, *meta_model.count(config, model.denoiser, model.kind))
+    counts = memory.Counts(model.family, model.denoiser, *meta_model.count(config, model.denoiser))
     largest = memory.largest_batch(config, counts, kind, 24)
     assert largest >= 1
     fits, too_many = (memory.estimate(config, BatchPlan(n, 1, 1), counts, kind).total for n in (largest, largest + 1))
