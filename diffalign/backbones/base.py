@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffalign.backbones.adapters import ATTENTION
 from diffalign.backbones.conditioning import Conditioning
@@ -35,6 +36,8 @@ class Backbone(ABC):
     denoiser_class: ClassVar[type[nn.Module]]
     denoiser_name: ClassVar[str]  # of the denoiser in a pipeline, of its folder and before its keys in a LoRA file
     vae_class: ClassVar[type[nn.Module]] = AutoencoderKL
+    encoder_classes: ClassVar[tuple[type, ...]] = (CLIPTextModel, CLIPTextModelWithProjection)
+    tokenizer_classes: ClassVar[tuple[type, ...]] = (CLIPTokenizer,)
     required: ClassVar[frozenset[str]]  # components without which there is nothing to train
     text_columns: ClassVar[tuple[str, ...]]  # what `encode_prompts` returns, and caches keep
     repeated_blocks: ClassVar[tuple[str, ...]]  # classes of the denoiser's parts that FSDP makes whole one at a time

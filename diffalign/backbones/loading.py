@@ -7,7 +7,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import PreTrainedModel
 
 from diffalign.backbones import base, single_file
 from diffalign.backbones.base import Backbone, present
@@ -15,10 +15,6 @@ from diffalign.backbones.families import PIPELINES
 from diffalign.backbones.files import check_weights, load_errors
 from diffalign.backbones.inspection import check_trainable, located, read_index
 from diffalign.errors import ModelError
-
-# By the names in model_index.json, where transformers 4 and 5 differ.
-TEXT_ENCODERS = {part.__name__: part for part in (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)}
-TOKENIZERS = {f"{part.__name__}{end}": part for part in (CLIPTokenizer, T5Tokenizer) for end in ("", "Fast")}
 
 
 def load(
@@ -176,11 +172,15 @@ def _loader(family: type[Backbone], name: str, class_name: str, source: str) -> 
     """Return the class that loads the component `name`, or None for those that training has no use for."""
     if name in (family.denoiser_name, "vae"):
         return family.denoiser_class if name == family.denoiser_name else family.vae_class
-    for names, classes in ((base.TOKENIZERS, TOKENIZERS), (base.TEXT_ENCODERS, TEXT_ENCODERS)):
+    parts = {base.TOKENIZERS: family.tokenizer_classes, base.TEXT_ENCODERS: family.encoder_classes}
+    for names, classes in parts.items():
         if name in names:
-            if class_name not in classes:
-                raise ModelError(f'The {name} of "{source}" is a {class_name}; supported: {", ".join(classes)}.')
-            return classes[class_name]
+            # Of a tokenizer, transformers 4 wrote "Fast" behind what transformers 5 calls it.
+            found = {part.__name__: part for part in classes}.get(class_name.removesuffix("Fast"))
+            if found is None:
+                known = ", ".join(part.__name__ for part in classes)
+                raise ModelError(f'The {name} of "{source}" is a {class_name}; supported: {known}.')
+            return found
     if name == "scheduler":
         if not hasattr(diffusers, class_name):
             raise ModelError(f'diffusers {diffusers.__version__} has no scheduler "{class_name}" ("{source}").')
@@ -193,7 +193,7 @@ def _component(loader: type, source: str, subfolder: str | None, **options: Any)
     is_module = issubclass(loader, torch.nn.Module)
     if is_module:
         options |= {"use_safetensors": True, "output_loading_info": True}
-        if loader in TEXT_ENCODERS.values():
+        if issubclass(loader, PreTrainedModel):
             options["dtype"] = options.pop("torch_dtype")
     options = {key: value for key, value in options.items() if value is not None}
     with load_errors(what, source):

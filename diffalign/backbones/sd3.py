@@ -8,6 +8,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from diffalign.backbones.base import CLIP_LENGTH
 from diffalign.backbones.conditioning import Conditioning
@@ -29,6 +30,8 @@ class SD3(FlowBackbone):
     required = frozenset(
         {"transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
     )
+    encoder_classes = (CLIPTextModelWithProjection, T5EncoderModel)
+    tokenizer_classes = (CLIPTokenizer, T5Tokenizer)
     text_columns = ("prompt_embeds", "pooled_prompt_embeds")
     repeated_blocks = ("JointTransformerBlock",)
     # Ends of names: `attn` of all blocks, and `attn2`, which the first blocks of SD3.5-medium have beside it.
