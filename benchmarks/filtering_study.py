@@ -43,18 +43,18 @@ class Selection:
     @property
     def options(self) -> str:
         """Return the options on the command line."""
-        words = {"margin": "--margin signed", "require_agreement": "--require-agreement"}
+        words = {"margin": f"--margin {self.settings.get('margin')}", "require_agreement": "--require-agreement"}
         return " ".join([f"--method {self.method}", *(words[name] for name in self.settings)])
 
 
-SIGNED, AGREED = {"margin": "signed"}, {"require_agreement": True}
+SIGNED, ABSOLUTE = {"margin": "signed"}, {"margin": "absolute"}
 SELECTIONS = {
     "fifa-signed": Selection("FiFA, signed margin", "fifa", SIGNED),
     "random": Selection("random", "random"),
-    "fifa": Selection("FiFA, absolute margin", "fifa"),
-    "fifa-agreed": Selection("FiFA, agreeing pairs", "fifa", AGREED),
+    "fifa": Selection("FiFA, absolute margin", "fifa", ABSOLUTE),
+    "fifa-agreed": Selection("FiFA, agreeing pairs", "fifa", {**ABSOLUTE, "require_agreement": True}),
     "margin-signed": Selection("signed margin alone", "margin", SIGNED),
-    "margin": Selection("absolute margin alone", "margin"),
+    "margin": Selection("absolute margin alone", "margin", ABSOLUTE),
     "quality-aware": Selection("quality-aware ranking", "quality-aware"),
 }
 

@@ -13,19 +13,19 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. A module imports its own package and the layers below it, never a neighbour in its layer.
 LAYERS = (
     {"errors", "places", "vocabulary"},
-    {"yaml_text", "plugins", "progress"},
+    {"yaml_text", "plugins", "progress", "webpages"},
     {"objectives"},
     {"denoising"},
     {"backbones", "data"},
     {"rollout", "training", "evaluation", "filtering", "labelling", "shapes"},
     {"config"},
     {"jobs"},
-    {"cli"},
+    {"api", "cli"},
     {"__main__"},
 )
 # The wings of jobs/, from the ground up, by the same rule.
 WINGS = (
-    {"devices", "sheets"},
+    {"devices", "sheets", "skipped"},
     {"drawing", "rewards"},
     {"scoring"},
     {"training"},
@@ -41,6 +41,19 @@ USES_REWARD_MODELS = (
     "diffalign.cli",
 )
 TORCH_ONLY = ("objectives", "denoising")
+HEAVY = {
+    "torch",
+    "numpy",
+    "pandas",
+    "pydantic",
+    "rich",
+    "yaml",
+    "PIL",
+    "typer",
+    "diffusers",
+    "transformers",
+    "accelerate",
+}
 OPTIONAL = {  # imported on demand, where they are installed
     "diffalign.denoising.kernels.triton_kernels": {"triton"},
     "diffalign.denoising.kernels.triton_activations": {"triton"},
@@ -59,11 +72,18 @@ def modules_of(package: str) -> dict[str, Path]:
     return {module_name(path): path for path in sorted((ROOT / package).rglob("*.py"))}
 
 
-def imports_of(path: Path) -> set[str]:
-    """Return the dotted names a file imports anywhere, in functions too."""
+class ForTypeCheckers(ast.NodeTransformer):
+    """Drop what only type checkers see: the blocks of `if TYPE_CHECKING`."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+
+def imports_of(path: Path, executed: bool = False) -> set[str]:
+    """Return the dotted names a file imports anywhere, in functions too; with `executed` not for type checkers only."""
     package = module_name(path).split(".") if path.name == "__init__.py" else module_name(path).split(".")[:-1]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    found, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(ForTypeCheckers().visit(tree) if executed else tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -118,7 +138,43 @@ def test_no_modules_import_each_other():
 
 
 def test_the_root_package_imports_no_layer():
-    assert not {name for name in imports_of(DIFFALIGN["diffalign"]) if within(name, "diffalign")}
+    file = DIFFALIGN["diffalign"]
+    assert not {name for name in imports_of(file, executed=True) if within(name, "diffalign")}
+    seen = {name.rpartition(".")[2] for name in imports_of(file) if within(name, "diffalign.api")}
+    assert {"evaluate", "generate", "load_config", "score", "train"} <= seen  # by type checkers
+
+
+def test_the_names_of_the_root_package_are_found_when_asked_for():
+    diffalign = importlib.import_module("diffalign")
+    assert dir(diffalign) == diffalign.__all__
+    names = [name for name in diffalign.__all__ if name != "__version__"]
+    assert [getattr(diffalign, name).__name__.removeprefix("diffalign.") for name in names] == names
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        diffalign.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "allowed"),
+    [
+        ("import diffalign; print('diffalign', diffalign.__version__)", "diffalign 0.1.0", set()),
+        ("runpy.run_module('diffalign', run_name='__main__')", "diffalign 0.1.0", {"rich", "typer"}),
+    ],
+    ids=["import", "--version"],
+)
+def test_what_computes_nothing_imports_nothing_heavy(code, said, allowed):
+    """Python is ready at once, and so is `diffalign --version`."""
+    lines = [
+        "import atexit, runpy, sys",
+        f"atexit.register(lambda: print(*({HEAVY} & sys.modules.keys())))",
+        "sys.argv = ['diffalign', '--version']",
+        code,
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    version, loaded = done.stdout.splitlines()
+    assert version == said
+    assert set(loaded.split()) <= allowed
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERED if name.split(".")[1] in TORCH_ONLY])

@@ -12,13 +12,13 @@ from rich.console import Console
 from diffalign.cli import options
 
 MODELS_HELP = (
-    "A hub id, folder, .safetensors file, LoRA or training run, or a folder drawn by `diffalign generate`. "
-    "dpo=runs/demo names it dpo."
+    "A hub id, folder, .safetensors file, LoRA or training run, or a folder drawn by `diffalign generate`; or, without "
+    "--prompts, folders of pictures of your own with equal file names. dpo=runs/demo names it dpo."
 )
 PROMPTS_HELP = (
     "embedded, a list of prompts (.txt or a table), or a published set: PartiPrompts.tsv, HPDv2's folder of .json, "
     "GenEval's .jsonl, DPG's folder or .csv, Pick-a-Pic's parquet. KIND=PATH says which: parti=, hpdv2=, geneval=, "
-    "dpg=, pickapic=."
+    "dpg=, pickapic=. Left out, all MODELs are folders of pictures, compared as they are."
 )
 JUDGE_HELP = (
     "Of --protocol geneval and dpg: oracle (the embedded world), or a detector or answerer of your own, MODULE:NAME or "
@@ -48,8 +48,8 @@ class Compared:
 def evaluate(
     *,
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODELS_HELP)],
-    prompts: Annotated[str, typer.Option(help=PROMPTS_HELP)],
     out: Annotated[Path, typer.Option(help="Folder for pictures, scores, summaries and reports.")],
+    prompts: Annotated[str | None, typer.Option(help=PROMPTS_HELP)] = None,
     judges: Judges,
     seeds: Annotated[str, typer.Option(help="Pictures of every prompt: 0, 0,3,7 or 0-3 (both ends included).")] = "0",
     noise: Annotated[str, typer.Option(help="own: every prompt draws from other noise; shared: as generate.")] = "own",
@@ -70,16 +70,25 @@ def evaluate(
 
     Example: `diffalign evaluate sdxl-base=... runs/dpo --prompts PartiPrompts.tsv --with pickscore,hpsv2.1 --out out/p`
 
+    Example: `diffalign evaluate mine/before mine/after --with pickscore --out out/mine`
+
     Example: `diffalign evaluate runs/dpo --show-base --prompts embedded --protocol geneval --seeds 0-3 --out out/g`
     """
     from diffalign.evaluation.results import Bootstrap
     from diffalign.jobs.drawing.prompt_sets import open_prompt_set
     from diffalign.jobs.drawing.prompts import parse_seeds
     from diffalign.jobs.evaluating import evaluate as job
+    from diffalign.jobs.scoring.own_pictures import compared_as_they_are
 
+    console, own = Console(), None
+    if prompts is None:
+        prompt_set, own = compared_as_they_are(models, out, limit, console)
+    else:
+        prompt_set = open_prompt_set(prompts, limit)
     request = job.Request(
         specs=models,
-        prompts=open_prompt_set(prompts, limit),
+        own=own,
+        prompts=prompt_set,
         seeds=parse_seeds(seeds),
         out=out,
         settings=sampling.settings(size),
@@ -90,7 +99,7 @@ def evaluate(
         **vars(compared),
         **machine.arguments,
     )
-    job.evaluate(request, command=shlex.join(["diffalign", *sys.argv[1:]]), console=Console())
+    job.evaluate(request, command=shlex.join(["diffalign", *sys.argv[1:]]), console=console)
 
 
 def arena(

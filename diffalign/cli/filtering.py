@@ -11,6 +11,11 @@ from rich.console import Console
 
 from diffalign.cli import options
 
+MARGIN_HELP = (
+    "signed: negative where the scorer contradicts the label; or absolute, as in FiFA's reconstruction. With 30 % of "
+    "the labels wrong the signed one chose pairs that train better: win rate 0.652 against 0.469 (docs/filtering.md)."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
@@ -37,7 +42,7 @@ class Importance:
     epsilon: Annotated[float, typer.Option(help="Added to distances before the logarithm.")] = 1e-6
     quality_scale: Annotated[float, typer.Option(help="Ratings are divided by it.")] = 10.0
     normalise: Annotated[str, typer.Option(help="zscore, minmax or none: of each component.")] = "zscore"
-    margin: Annotated[str, typer.Option(help="absolute, or signed: negative against the label.")] = "absolute"
+    margin: Annotated[str, typer.Option(help=MARGIN_HELP)] = "signed"
     margin_cap: Annotated[float | None, typer.Option(help="Larger margins count as this much.")] = None
     require_agreement: Annotated[
         bool, typer.Option("--require-agreement", help="Leave out pairs whose label the scorer contradicts.")

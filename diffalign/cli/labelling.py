@@ -6,16 +6,24 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from diffalign.cli import options
 from diffalign.cli.settings import ConfigFile, Overrides, WithSettings
 from diffalign.errors import UserError
+
+FOLDERS_HELP = (
+    "Folders drawn by `diffalign generate`, or folders of pictures with equal file names, as they are or as "
+    "name=FOLDER; or one source of pairs (parquet, .jsonl, w/ and l/, a hub data set)."
+)
 
 
 def label(
     folders: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[FOLDER]...", help="Drawn by `diffalign generate`; or name=FOLDER."),
+        typer.Argument(metavar="[FOLDER]...", help=FOLDERS_HELP),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank so many pictures at a time, each by another model.")] = None,
+    split: options.PairSplit = "train",
+    limit: options.PairLimit = None,
     votes: Annotated[Path, typer.Option(help="The SQLite file of votes; made if missing.")] = Path("votes.sqlite"),
     host: Annotated[str, typer.Option(help="Where to listen. 0.0.0.0 lets others on the network in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes any free one.")] = 8000,
@@ -29,13 +37,16 @@ def label(
 ) -> None:
     """Let people choose between two pictures, or rank several, in a browser, not knowing which model drew them.
 
-    Sides are random; a tie is an answer; arrow keys vote, 1, 2, ... rank, and u goes back. Every rater judges
+    Sides are random; a tie is an answer; arrow keys vote, 1, 2, ... rank, z zooms, and u goes back. Every rater judges
     under a name of their own and may stop and go on at any time. The server listens on this machine only, and a vote
-    survives a crash.
+    survives a crash. What a picture of your own should show stands in a .txt beside it, in captions.json or
+    metadata.jsonl, or is its file name.
 
     Example: `diffalign label out/base out/dpo --votes votes.sqlite`
 
     Example: `diffalign label out/base out/dpo out/mapo out/inpo --rank 4 --votes votes.sqlite`
+
+    Example: `diffalign label mine/before mine/after --votes votes.sqlite`
 
     Example: `diffalign label --votes votes.sqlite --results --export data/human/train.parquet`
     """
@@ -49,7 +60,8 @@ def label(
     if export:
         job.export(votes, export, layout, console)
     if not export and not results:
-        job.label(folders or [], votes, rank=rank, host=host, port=port, console=console)
+        wanted = job.Wanted(places=folders or [], rank=rank, split=split, limit=limit)
+        job.label(wanted, votes, host=host, port=port, console=console)
 
 
 def rollout(

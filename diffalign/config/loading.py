@@ -7,9 +7,11 @@ included, may be written without it. Unknown keys, wrong types and impossible co
 expected. Paths in a file start at its folder, paths in an override where one stands (diffalign/places.py).
 """
 
+import copy
 import dataclasses
 import shlex
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import ValidationError
@@ -24,20 +26,40 @@ from diffalign.yaml_text import dump_yaml, parse_yaml
 SOURCES = ("dataset_name", "train_data_dir", "prompts_file")  # of data: a run learns from one of them
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Load a configuration, lay it over its `base:`, apply `key=value` overrides and check the result.
+def load(path: str | Path, overrides: Iterable[str] | None = None, values: Mapping[str, Any] | None = None) -> Config:
+    """Load a configuration, lay it over its `base:`, change values and check the result.
 
-    path: a file, or the name of a shipped one such as "tiny/dpo".
+    Args:
+        path: a file, or the name of a shipped one such as "tiny/dpo".
+        overrides: key=value, as on a command line.
+        values: as of `change`.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, or a value has the wrong type or range.
     """
-    content = _with_base(find(path))
-    if meant := spelling.with_equals(overrides or []):
+    return change(_with_base(find(path)), overrides, values)
+
+
+def change(
+    config: Config | Mapping[str, Any],
+    overrides: Iterable[str] | None = None,
+    values: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return a configuration, or what a file of it would hold, with other values, all checked anew.
+
+    Args:
+        config: stays as it is; paths in it start where one stands.
+        overrides: key=value, as on a command line.
+        values: by key, {"train.seed": 1}, or by section, {"train": {"seed": 1}}; they win over `overrides`.
+    """
+    plain = config.model_dump(exclude_unset=True) if isinstance(config, Config) else copy.deepcopy(dict(config))
+    content, words = paths.anchored(plain, Path()), list(overrides or [])
+    if meant := spelling.with_equals(words):
         raise ConfigError(f"Settings are written KEY=VALUE, without spaces and colons: {shlex.join(meant)}")
+    changes = [*map(_parsed, words), *_flat(values or {})]
     # The objective's name first: it clears the block of another objective and decides which keys there are.
-    ordered = sorted(overrides or [], key=lambda text: text.partition("=")[0].strip() != "objective.name")
-    given = [_apply(content, override) for override in ordered]
+    ordered = sorted(changes, key=lambda change: change[0] != "objective.name")
+    given = [_apply(content, key, value) for key, value in ordered]
     sources = {key for section, key, value in given if section == "data" and key in SOURCES and value is not None}
     if sources:
         content["data"] = _without_sources(content["data"], sources)
@@ -154,13 +176,29 @@ def _without_sources(data: dict[str, Any], named: set[str]) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key not in SOURCES or key in named}
 
 
-def _apply(content: dict[str, Any], override: str) -> tuple[str, str, Any]:
-    """Set one value; return its section, key and value."""
+def _parsed(override: str) -> tuple[str, Any]:
+    """Return key and value of an override."""
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f'An override is written key=value, e.g. objective.beta=2000; got "{override}".')
-    section, _, leaf = _qualify(key.strip(), content).rpartition(".")
-    value, block = parse_yaml(text, f'The override "{override}"'), content.setdefault(section, {})
+    return key.strip(), parse_yaml(text, f'The override "{override}"')
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield keys and values, of sections too, in the types that YAML has."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat({f"{key}.{leaf}": inner for leaf, inner in value.items()})
+        elif isinstance(value, PurePath):
+            yield key, str(value)
+        else:
+            yield key, list(value) if isinstance(value, tuple) else value
+
+
+def _apply(content: dict[str, Any], key: str, value: Any) -> tuple[str, str, Any]:
+    """Set one value; return its section, key and value."""
+    section, _, leaf = _qualify(key, content).rpartition(".")
+    block = content.setdefault(section, {})
     if not isinstance(block, dict):
         raise ConfigError(f'"{section}" must hold keys, got {block!r}.')
     if (section, leaf) == ("objective", "name") and block.get("name") != value:

@@ -18,6 +18,8 @@ from diffalign.data.schema import TIE, Schema, check_caption, image_ref
 from diffalign.data.source import PairSource
 from diffalign.errors import DataError
 
+CAPTIONS_FILE = "captions.json"
+
 
 class FilePairs(PairSource):
     """Share what both layouts of image files need: opening checks every row and that its images exist."""
@@ -130,22 +132,11 @@ class FolderPairs(FilePairs):
     def __init__(self, folder: Path, *, max_samples: int | None = None, rejects: Rejects | None = None):
         super().__init__(rejects)
         self.name, self.folder, self.lists = str(folder), folder, []
-        captions = self._captions(folder / "captions.json")
+        captions = read_captions(folder / CAPTIONS_FILE)
         winners, losers = _images(folder / "w"), _images(folder / "l")
         rows = (self._pair(stem, winners, losers, captions) for stem in sorted({*winners, *losers}))
         self._pairs = [(r.prompt, r.chosen.path, r.rejected.path) for r in self._admit(rows, max_samples)]
         self._check_usable()
-
-    def _captions(self, file: Path) -> dict[str, Any]:
-        if not file.exists():
-            return {}
-        try:
-            captions = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{file} is not valid JSON ({error}).") from error
-        if not isinstance(captions, dict):
-            raise DataError(f"{file} must map file names without extension to captions, got {type(captions).__name__}.")
-        return captions
 
     def _pair(
         self, stem: str, winners: dict[str, list[Path]], losers: dict[str, list[Path]], captions: dict[str, Any]
@@ -183,6 +174,19 @@ class FolderPairs(FilePairs):
     def _describe(self, memo: Path | None) -> dict[str, Any]:
         prompts = blake2b("\0".join(prompt for prompt, *_ in self._pairs).encode(), digest_size=16)
         return {**super()._describe(memo), "prompts": prompts.hexdigest()}
+
+
+def read_captions(file: Path) -> dict[str, Any]:
+    """Return the captions by file name without its end that a captions.json holds; none if there is no such file."""
+    if not file.exists():
+        return {}
+    try:
+        captions = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file} is not valid JSON ({error}).") from error
+    if not isinstance(captions, dict):
+        raise DataError(f"{file} must map file names without extension to captions, got {type(captions).__name__}.")
+    return captions
 
 
 def _images(folder: Path) -> dict[str, list[Path]]:

@@ -1,6 +1,7 @@
 """How unusable rows are accounted for: counted, and raised or listed in a file."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class Rejects:
         self.on_error, self.error_log = on_error, Path(error_log) if error_log else None
         self.counts = Counts()
         self.listed: list[RowError] = []
+        self.told = 0  # of those listed, as many have been told to the user
+        self.listener: Callable[[], None] | None = None  # is called after a row was recorded
         self._places: set[Place] = set()
 
     def add(self, error: RowError) -> None:
@@ -57,6 +60,8 @@ class Rejects:
             self.error_log.parent.mkdir(parents=True, exist_ok=True)
             with open(self.error_log, "w" if len(self.listed) == 1 else "a", encoding="utf-8") as file:
                 file.write(json.dumps(as_record(error)) + "\n")
+        if self.listener is not None:
+            self.listener()
 
 
 def as_record(error: RowError) -> dict[str, Any]:

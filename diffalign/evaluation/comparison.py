@@ -17,7 +17,6 @@ from diffalign.evaluation.results import AttributeResult, Bootstrap, ScorerResul
 from diffalign.evaluation.statistics import holm, prompt_wins
 
 _KEYS = ["prompt_id", "seed"]
-_FEW_PROMPTS = 30  # below this the percentile bootstrap visibly undercovers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,13 +105,15 @@ class Comparison:
     def results(self) -> dict[str, ScorerResult]:
         """The summary of every scorer."""
         tables = {scorer: self.per_prompt(scorer) for scorer in self.scorers}
-        adjusted = holm([*(sign_test(table) for table in tables.values()), *self.further_tests])[: len(tables)]
+        tests = [*(sign_test(table) for table in tables.values()), *self.further_tests]
+        adjusted = holm(tests)[: len(tables)]
         return {
             scorer: ScorerResult.of(
                 table,
                 self.bootstrap,
                 n_images=int((self.pairs["scorer"] == scorer).sum()),
                 p_value_holm=p_value,
+                tests=len(tests),
             )
             for (scorer, table), p_value in zip(tables.items(), adjusted, strict=True)
         }
@@ -136,24 +137,19 @@ class Comparison:
         head = f"{self.aligned_name} scored higher than {self.base_name} on {rate} of {result.n_prompts} prompts"
         if result.ties:
             head += f", counting {result.ties} {'tie' if result.ties == 1 else 'ties'} as half"
-        if math.isnan(result.ci_low):
-            return f"{head}. One prompt alone says nothing about others."
-        head += f" ({self.bootstrap.level:.0%} interval {100 * result.ci_low:.1f}% to {100 * result.ci_high:.1f}%)."
-        tail = {
-            "better": f"The whole interval lies above 50%: {scorer} prefers {self.aligned_name}.",
-            "worse": f"The whole interval lies below 50%: {scorer} prefers {self.base_name}.",
-            "undecided": f"The interval contains 50%: these prompts do not settle which of the two {scorer} prefers.",
-        }[result.verdict]
-        if result.n_prompts < _FEW_PROMPTS:
-            tail += f" With only {result.n_prompts} prompts the interval itself is rough and tends to be too narrow."
-        return f"{head} {tail}"
+        if not math.isnan(result.ci_low):
+            head += f" ({self.bootstrap.level:.0%} interval {100 * result.ci_low:.1f}% to {100 * result.ci_high:.1f}%)"
+        return f"{head}. {result.evidence.sentence(scorer, self.base_name, self.aligned_name)}"
 
     def summary(self, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return what summary.json holds; `extra` adds keys such as pairs_per_second."""
         record = {
             "base": self.base_name,
             "aligned": self.aligned_name,
-            "scorers": {name: asdict(result) for name, result in self.results.items()},
+            "scorers": {
+                name: asdict(result) | {"verdict": result.verdict, "sentence": self.describe(name)}
+                for name, result in self.results.items()
+            },
             "attributes": {
                 name: {attribute: asdict(result) for attribute, result in results.items()}
                 for name, results in self.attribute_results.items()

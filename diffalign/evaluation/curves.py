@@ -3,27 +3,13 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from markupsafe import Markup
-
 from diffalign.errors import DataError
-from diffalign.evaluation.plots import curve_plot
 from diffalign.evaluation.scoring import format_score
+from diffalign.webpages.plots import Chart, curve_plot
 
 Series = tuple[list[float], list[float]]  # steps, values
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Describe a chart of a report."""
-
-    title: str
-    note: str
-    svg: Markup
-    legend: tuple[tuple[str, str], ...] = ()  # (colour variable, text)
-    last: str = ""
 
 
 # title, keys of metrics.jsonl, level to mark, what it means

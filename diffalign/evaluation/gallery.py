@@ -1,9 +1,8 @@
 """The pairs of pictures a report shows, and how pictures get into the page."""
 
-import base64
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -12,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from diffalign.errors import DataError
-from diffalign.evaluation.comparison import Comparison
+from diffalign.evaluation.comparison import Comparison, pick_prompts
 from diffalign.evaluation.scoring import ImageLike, open_image
+from diffalign.webpages import data_uri
 
 Images = Mapping[str, Mapping[tuple[int, int], ImageLike]]  # model -> (prompt_id, seed) -> picture
 
@@ -76,19 +76,25 @@ def choose_pairs(comparison: Comparison, scorer: str, count: int) -> list[tuple[
     return list(zip(chosen["prompt_id"].tolist(), chosen["seed"].tolist(), strict=True))
 
 
+def choose_examples(comparison: Comparison, scorer: str, count: int) -> list[tuple[int, int]]:
+    """Return (prompt_id, seed) of up to `count` prompts from the largest win to the largest loss, their first seed."""
+    pairs = comparison.pairs[comparison.pairs["scorer"] == scorer]
+    seeds = pairs.groupby("prompt_id", sort=False)["seed"].first()
+    return [(prompt_id, int(seeds[prompt_id])) for prompt_id in pick_prompts(comparison, scorer, count)]
+
+
 def gallery(
     comparison: Comparison,
     images: Images,
-    scorer: str,
-    count: int,
+    keys: Sequence[tuple[int, int]],
     folder: Path | None,
     categories: Mapping[int, tuple[str, ...]] | None = None,
 ) -> list[Pair]:
-    """Return the pairs to show; pictures are embedded, or referred to relative to `folder` if one is given."""
+    """Return the pairs of these (prompt_id, seed); pictures are embedded, or linked relative to `folder` if given."""
     names = comparison.base_name, comparison.aligned_name
     rows = comparison.pairs.set_index(["prompt_id", "seed"]).sort_index()
     pairs = []
-    for key in choose_pairs(comparison, scorer, count):
+    for key in keys:
         of_pair = rows.loc[[key]]
         base, aligned = (picture(find_image(images, name, key), folder) for name in names)
         scores = {row.scorer: (row.base, row.aligned) for row in of_pair.itertuples()}
@@ -112,4 +118,4 @@ def picture(image: ImageLike, folder: Path | None = None) -> Picture:
         kind = "webp"
         opened.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE), Image.Resampling.LANCZOS)
         opened.save(stream, format="WEBP", quality=86, method=4)
-    return Picture(f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}", *opened.size)
+    return Picture(data_uri(stream.getvalue(), f"image/{kind}"), *opened.size)

@@ -8,23 +8,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
 from diffalign import __version__
 from diffalign.errors import UserError, suggestion
 from diffalign.evaluation.comparison import Comparison
-from diffalign.evaluation.curves import Chart, read_metrics, training_charts
-from diffalign.evaluation.gallery import Images, gallery
+from diffalign.evaluation.curves import read_metrics, training_charts
+from diffalign.evaluation.gallery import Images, choose_examples, choose_pairs, gallery
 from diffalign.evaluation.manifest import atomic_write
-from diffalign.evaluation.plots import difference_plot, distribution_plot
 from diffalign.evaluation.published import TRUST, Beside
 from diffalign.evaluation.results import ScorerResult
 from diffalign.evaluation.scoring import format_score
 from diffalign.evaluation.several import Evaluation
+from diffalign.evaluation.verdict import p_text
+from diffalign.webpages import MINUS, page
+from diffalign.webpages.plots import Chart, difference_plot, distribution_plot
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
-_MINUS = "\N{MINUS SIGN}"
+_EXAMPLES = 6  # prompts under the verdict
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,9 +59,8 @@ class Report:
     def write(self, file: Path) -> Path:
         """Write the page and return its path."""
         folder = None if self.embed else file.parent.absolute()
-        text = (
-            _environment().get_template("report.html.j2").render(vars(self) | self._scores() | self._material(folder))
-        )
+        content = vars(self) | self._scores() | self._material(folder)
+        text = page("diffalign.evaluation", "report.html.j2", content, _FILTERS)
         with atomic_write(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
         return file
@@ -88,10 +88,15 @@ class Report:
     def _material(self, folder: Path | None) -> dict[str, Any]:
         """Return what the template says about training, pictures and how all was made."""
         categories = self.evaluation.categories_of_prompts if self.evaluation else {}
-        shown = self.comparison, self.images, self._primary, self.gallery_size, folder, categories
+        pairs, examples = [], []
+        if self.images and self.gallery_size:
+            shown = self.comparison, self._primary
+            pairs = gallery(self.comparison, self.images, choose_pairs(*shown, self.gallery_size), folder, categories)
+            examples = gallery(self.comparison, self.images, choose_examples(*shown, _EXAMPLES), folder)
         return {
             "training": training_charts(read_metrics(self.metrics) if self.metrics else {}),
-            "pairs": gallery(*shown) if self.images else [],
+            "pairs": pairs,
+            "examples": examples,
             "category_names": list(dict.fromkeys(name for names in categories.values() for name in names)),
             "settings": _flat(self.comparison.settings),
             "config": yaml.safe_dump(_plain(self.config), sort_keys=False, allow_unicode=True) if self.config else "",
@@ -104,30 +109,18 @@ def write_report(file: str | Path, comparison: Comparison, images: Images | None
     return Report(comparison=comparison, images=images, **content).write(Path(file))
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("diffalign.evaluation"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "score": lambda value, largest=None: format_score(value, largest).replace("-", _MINUS),
-        "signed": _signed,
-        "percent": lambda share, decimals=1: "n/a" if math.isnan(share) else f"{100 * share:.{decimals}f}%",
-        "p_value": lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}",
-        "position": lambda share: f"{100 * share:.2f}%",
-    }
-    environment.tests["missing"] = math.isnan
-    return environment
-
-
 def _signed(value: float, largest: float | None = None) -> str:
     if math.isnan(value):
         return "n/a"
     text = format_score(value, largest)
-    return text.replace("-", _MINUS) if text.startswith("-") or float(text) == 0 else f"+{text}"
+    return text.replace("-", MINUS) if text.startswith("-") or float(text) == 0 else f"+{text}"
+
+
+_FILTERS = {
+    "score": lambda value, largest=None: format_score(value, largest).replace("-", MINUS),
+    "signed": _signed,
+    "p_value": p_text,
+}
 
 
 def _score_charts(comparison: Comparison, scorer: str) -> list[Chart]:

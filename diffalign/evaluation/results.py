@@ -7,6 +7,7 @@ import pandas as pd
 
 from diffalign.errors import UserError
 from diffalign.evaluation.statistics import binomial_test, mean_difference, paired_bootstrap, wilson_interval
+from diffalign.evaluation.verdict import Evidence, Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +49,16 @@ class ScorerResult:
     ties: int
     losses: int
     p_value: float  # exact sign test, ties left out
-    p_value_holm: float  # the same, adjusted for the number of scorers
+    p_value_holm: float  # the same, adjusted for the number of models and scorers
     n_prompts: int
     n_images: int  # of each model
+    tests: int  # p_value_holm is adjusted for so many
+    level: float  # of the intervals; 1 - level is what p-values are judged by
 
     @classmethod
-    def of(cls, table: pd.DataFrame, bootstrap: Bootstrap, *, n_images: int, p_value_holm: float) -> Self:
+    def of(
+        cls, table: pd.DataFrame, bootstrap: Bootstrap, *, n_images: int, p_value_holm: float, tests: int = 1
+    ) -> Self:
         """Summarise a table of base, aligned and win with one row per prompt."""
         base, aligned, wins = table["base"], table["aligned"], table["win"]
         ci = paired_bootstrap(aligned, base, **bootstrap.options)
@@ -79,6 +84,8 @@ class ScorerResult:
             p_value_holm=p_value_holm,
             n_prompts=len(table),
             n_images=n_images,
+            tests=tests,
+            level=bootstrap.level,
         )
 
     @property
@@ -87,11 +94,23 @@ class ScorerResult:
         return self.ties / self.n_prompts
 
     @property
-    def verdict(self) -> str:
-        """Return "better", "worse" or "undecided": where the interval of the win rate lies relative to one half."""
-        if self.ci_low > 0.5:
-            return "better"
-        return "worse" if self.ci_high < 0.5 else "undecided"
+    def evidence(self) -> Evidence:
+        """What a claim about the two models rests on."""
+        return Evidence(
+            lead=self.wins - self.losses,
+            prompts=self.n_prompts,
+            low=self.ci_low,
+            high=self.ci_high,
+            p_value=self.p_value,
+            p_value_holm=self.p_value_holm,
+            tests=self.tests,
+            level=self.level,
+        )
+
+    @property
+    def verdict(self) -> Verdict:
+        """What may be claimed of the aligned model."""
+        return self.evidence.verdict
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from diffalign.evaluation.manifest import atomic_write
 from diffalign.evaluation.results import Bootstrap, sign_test
 from diffalign.evaluation.scoring import format_score
 from diffalign.evaluation.statistics import wilson_interval
+from diffalign.evaluation.verdict import p_text
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,7 +78,8 @@ class Evaluation:
                     "baseline_mean": record.pop("base"),
                     "baseline_median": record.pop("base_median"),
                 }
-                rows.append({"model": name, "baseline": self.baseline, "scorer": scorer, **named, **record})
+                about = {"model": name, "baseline": self.baseline, "scorer": scorer}
+                rows.append({**about, **named, **record, "verdict": result.verdict})
         return pd.DataFrame(rows)
 
     @property
@@ -135,6 +137,7 @@ class Evaluation:
             f"{level} interval",
             "won/tied/lost",
             "p (Holm)",
+            "verdict",
         ]
         rows = [self._line(row) for row in self.table.itertuples()]
         parts = [
@@ -152,6 +155,10 @@ class Evaluation:
             head = [kind, "model", "scorer", "prompts", "mean", "median", "win rate", f"{level} Wilson interval"]
             parts.append(_markdown(head, lines))
         return "\n\n".join(parts) + "\n"
+
+    def _repr_markdown_(self) -> str:
+        """Show the tables in a notebook."""
+        return self.markdown()
 
     def write(self, directory: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
         """Write scores.parquet, summary.json, .csv and .md, categories.csv and attributes.parquet if any."""
@@ -200,7 +207,7 @@ class Evaluation:
     def _baseline_lines(self) -> list[list[str]]:
         results = next(iter(self.comparisons.values())).results
         scores = {scorer: (format_score(r.base), format_score(r.base_median)) for scorer, r in results.items()}
-        return [[self.baseline, scorer, *values, "", "", "", "", ""] for scorer, values in scores.items()]
+        return [[self.baseline, scorer, *values, *[""] * 6] for scorer, values in scores.items()]
 
     @staticmethod
     def _line(row: Any) -> list[str]:
@@ -213,7 +220,8 @@ class Evaluation:
             f"{100 * row.win_rate:.1f}%",
             "n/a" if pd.isna(row.ci_low) else f"{100 * row.ci_low:.1f}% to {100 * row.ci_high:.1f}%",
             f"{row.wins}/{row.ties}/{row.losses}",
-            "< 0.001" if row.p_value_holm < 0.001 else f"{row.p_value_holm:.3f}",
+            p_text(row.p_value_holm),
+            row.verdict,
         ]
 
 

@@ -19,6 +19,7 @@ from diffalign.filtering.margin import margins
 
 METHODS = ("fifa", "margin", "quality-aware", "diverse", "random")
 NEEDS_SCORES = ("fifa", "margin", "quality-aware")
+USES_MARGIN = ("fifa", "margin", "diverse")
 
 
 def rank(

@@ -8,7 +8,8 @@ of highest importance are taken, which maximises, up to constants, mean margin +
 entropy of the prompts) over sets of K pairs.
 
 That there are these three terms and a score per pair is the paper's; the formula and every number below are a
-reconstruction, because neither the paper's body nor its code could be read. Deviations of ours: normalisation.
+reconstruction, because neither the paper's body nor its code could be read. Deviations of ours: normalisation, and a
+margin with the sign of the label (docs/filtering.md, "Does it help?").
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class ImportanceSettings:
     epsilon: float = 1e-6  # added to distances before the logarithm
     quality_scale: float = 10.0  # qualities are divided by it
     normalise: str = "zscore"  # of each component over the candidates, before weighting
-    margin: str = "absolute"  # or "signed"
+    margin: str = "signed"  # or "absolute", as in the reconstruction: worse than chance where labels are wrong
     margin_cap: float | None = None  # larger margins count as this much
     require_agreement: bool = False  # leave out pairs whose label the scorer contradicts
     min_text_quality: float | None = None  # leave out prompts rated lower, on the scale of the ratings

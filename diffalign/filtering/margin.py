@@ -1,7 +1,8 @@
 """The preference margin of a proxy reward: how clearly a scorer tells the two images of a pair apart.
 
     m_i = | r(c_i, x_i^w) - r(c_i, x_i^l) |        "absolute", as in FiFA's reconstruction
-    m_i =   r(c_i, x_i^w) - r(c_i, x_i^l)          "signed": negative where the scorer contradicts the label
+    m_i =   r(c_i, x_i^w) - r(c_i, x_i^l)          "signed", the default of `diffalign filter`: negative
+                                                   where the scorer contradicts the label
 
 Source: arXiv:2410.10166, as reconstructed in docs/filtering.md (the paper's code could not be read).
 """

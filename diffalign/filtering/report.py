@@ -1,26 +1,25 @@
 """One web page about a selection: what was kept, how distributions moved, and pairs to look at."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
 from diffalign.data import PairSource, RowError
+from diffalign.filtering.agreement import Agreement, agreements
 from diffalign.filtering.importance import ImportanceSettings, log_distance
 from diffalign.filtering.margin import margins
+from diffalign.webpages import data_uri
+from diffalign.webpages import page as web_page
+from diffalign.webpages.plots import Chart, distribution_plot
 
 EXAMPLES = 6  # pairs of a kind
 THUMBNAIL = 192  # pixels
-_BINS = 40
-_GREY, _BLUE = "#9a9a9a", "#2563c9"
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ def distributions(pairs: pd.DataFrame, kept: Any, settings: ImportanceSettings) 
     columns: dict[str, NDArray[np.float64]] = {}
     if "score_chosen" in pairs:
         columns["margin"] = margins(pairs["score_chosen"], pairs["score_rejected"], settings.margin)
-        signed = margins(pairs["score_chosen"], pairs["score_rejected"], "signed")
-        columns["scorer agrees with the label"] = np.where(np.isnan(signed), np.nan, (np.sign(signed) + 1) / 2)
+        columns["scorer agrees with the label"] = agreements(pairs)
     if "text_quality" in pairs:
         columns["text quality"] = pairs["text_quality"].to_numpy(dtype=np.float64)
     if (distance := f"distance_{settings.neighbours}") in pairs:
@@ -57,8 +55,9 @@ def page(
     order: NDArray[np.int64],
     values: NDArray[np.float64],
     *,
+    method: str,
     settings: ImportanceSettings,
-    facts: Mapping[str, Any],
+    counts: Mapping[str, int],
     command: str = "",
 ) -> str:
     """Return the page as HTML that needs no other file.
@@ -68,30 +67,40 @@ def page(
         pairs: the table of `Components`.
         order: indices of the kept pairs, the best first.
         values: by which they were ranked [N]; NaN for pairs that were no candidates.
+        method: they were chosen by.
         settings: the constants.
-        facts: what to print above all, by name.
+        counts: pairs by what became of them.
         command: what to type to get this again.
     """
-    found = distributions(pairs, order, settings)
+    found, agreement = distributions(pairs, order, settings), Agreement.of(pairs, order)
+    shown = {name: _examples(source, pairs, indices, values) for name, indices in _groups(order, values).items()}
+    content = {
+        "title": f"{len(order):,} pairs kept by {method}",
+        "share_kept": len(order) / len(pairs),
+        "agreement": agreement,
+        "warning": agreement and agreement.warning(method, settings),
+        "counts": {name: f"{number:,}" for name, number in counts.items() if number},
+        "settings": {name: value for name, value in asdict(settings).items() if value is not None},
+        "source": source.name,
+        "command": command,
+        "rows": [_row(item) for item in found],
+        "charts": [_chart(item) for item in found if len(item.after)],
+        "examples": {name: examples for name, examples in shown.items() if examples},
+    }
+    return web_page("diffalign.filtering", "report.html.j2", content)
+
+
+def _groups(order: NDArray[np.int64], values: NDArray[np.float64]) -> dict[str, NDArray[np.int64]]:
+    """Return which pairs to show, by what they are."""
     ranked = np.argsort(-values, kind="stable")[: int(np.isfinite(values).sum())]
     left = ranked[~np.isin(ranked, order)]
     middle = order[len(order) // 2 : len(order) // 2 + EXAMPLES]
-    groups = {
+    return {
         "Kept: the highest values": order[:EXAMPLES],
         "Kept: from the middle": middle[~np.isin(middle, order[:EXAMPLES])],
         "Left out: the highest values that were": left[:EXAMPLES],
         "Left out: the lowest values": left[::-1][:EXAMPLES],
     }
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("diffalign.filtering"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("report.html.j2").render(
-        facts=facts,
-        command=command,
-        rows=[_row(item) for item in found],
-        charts=[(item.name, _histogram(item)) for item in found if len(item.after)],
-        examples={name: _examples(source, pairs, indices, values) for name, indices in groups.items() if len(indices)},
-    )
 
 
 def _row(item: Distribution) -> dict[str, Any]:
@@ -102,23 +111,12 @@ def _row(item: Distribution) -> dict[str, Any]:
     return cells
 
 
-def _histogram(item: Distribution) -> str:
-    """Return densities of both sides over common bins as a data URI; the after side of few values is jagged."""
-    low, high = float(min(item.before.min(), item.after.min())), float(max(item.before.max(), item.after.max()))
-    bins = np.linspace(low, high, _BINS + 1) if high > low else np.linspace(low - 0.5, high + 0.5, _BINS + 1)
-    figure = Figure(figsize=(4.6, 2.4), layout="constrained")
-    axes = figure.subplots()
-    for values, colour, label in ((item.before, _GREY, "before"), (item.after, _BLUE, "after")):
-        share = np.histogram(values, bins)[0] / len(values)
-        axes.stairs(share, bins, fill=True, color=colour, alpha=0.3)
-        axes.stairs(share, bins, color=colour, linewidth=1.3, label=f"{label} ({len(values):,})")
-    axes.set_xlabel(item.name)
-    axes.set_ylabel("share of pairs")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=130)
-    return _data_uri(stream.getvalue(), "image/png")
+def _chart(item: Distribution) -> Chart:
+    """Return the shares of both sides over common bins; the after side of few values is jagged."""
+    label = f"Distribution of {item.name} before and after"
+    svg = distribution_plot(item.before, item.after, label, (item.name, "share of pairs"), shares=True)
+    legend = ("base", f"before ({len(item.before):,})"), ("aligned", f"after ({len(item.after):,})")
+    return Chart(item.name.capitalize(), "Dashed lines are the means.", svg, legend)
 
 
 def _examples(
@@ -146,8 +144,4 @@ def _thumbnail(image: Image.Image) -> str:
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=85)
-    return _data_uri(stream.getvalue(), "image/jpeg")
-
-
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    return data_uri(stream.getvalue(), "image/jpeg")

@@ -21,6 +21,7 @@ OPTIONAL = {
     "bitsandbytes": ("optimizer.name adamw_8bit", "diffalign[gpu]"),
     "torchao": ("low-precision frozen passes", "diffalign[gpu]"),
     "wandb": ("logging.report_to wandb", "diffalign[wandb]"),
+    "ipywidgets": ("progress bars in notebooks", "diffalign[notebook]"),
 }
 
 

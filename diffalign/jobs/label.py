@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +11,13 @@ import pandas as pd
 from rich.console import Console
 
 from diffalign.errors import DataError, UserError
-from diffalign.evaluation import Manifest
 from diffalign.evaluation.arena import Arena
 from diffalign.evaluation.statistics import binomial_test, holm, paired_bootstrap, wilson_interval
-from diffalign.jobs.drawing import models
+from diffalign.evaluation.verdict import Evidence, p_text
+from diffalign.jobs import skipped
 from diffalign.jobs.evaluating import arena
-from diffalign.jobs.scoring import tables
+from diffalign.jobs.scoring import own_pairs, tables
+from diffalign.jobs.scoring.own_pictures import Folder, open_folders
 from diffalign.labelling import Rankings, Votes, agreement_of, read_votes
 from diffalign.labelling.app import LOOPBACK, serve
 from diffalign.labelling.rankings import MOST, list_tasks
@@ -25,23 +27,39 @@ Layout = Literal["majority", "share", "votes", "lists"]
 LAYOUTS = ("majority", "share", "votes", "lists")
 
 
-def label(folders: Sequence[str], file: Path, *, rank: int | None, host: str, port: int, console: Console) -> None:
-    """Add the pictures of the folders to a file of votes, and serve the page until interrupted.
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Say what people are to judge.
+
+    places: folders drawn by `diffalign generate` or `evaluate`, or folders of pictures with equal names, alone or as
+        name=folder; or one source of pairs; none to go on with what is there.
+    rank: k pictures to rank, each by another model; None for two to choose from.
+    split: of a source of pairs.
+    limit: use only the first so many pairs or lists.
+    """
+
+    places: Sequence[str] = ()
+    rank: int | None = None
+    split: str = "train"
+    limit: int | None = None
+
+
+def label(wanted: Wanted, file: Path, *, host: str, port: int, console: Console) -> None:
+    """Add what is wanted to a file of votes, and serve the page until interrupted.
 
     Args:
-        folders: drawn by `diffalign generate` or `evaluate`, alone or as name=folder; none to go on with what is there.
+        wanted: pictures to judge.
         file: of votes; made if missing.
-        rank: k pictures to rank, each by another model; None for two to choose from.
         host: where to listen.
         port: 0 takes a free one.
         console: is told the address.
     """
-    named = _named(folders)
-    if rank is not None and not 3 <= rank <= min(MOST, len(named) or MOST):
+    rank = wanted.rank
+    if rank is not None and not 3 <= rank <= min(MOST, len(wanted.places) or MOST):
         raise UserError(
-            f"--rank takes 3 to {MOST} pictures, no more than there are folders ({len(named)}); got {rank}."
+            f"--rank takes 3 to {MOST} pictures, no more than there are folders ({len(wanted.places)}); got {rank}."
         )
-    added = list_tasks(named, rank) if rank else pair_tasks(named)
+    added = _tasks(wanted, file, console) if wanted.places else []
     _require_files(task.files if rank else (task.file_a, task.file_b) for task in added)
     with Rankings(file, propose) if rank else Votes(file) as votes:
         new = votes.add(added)
@@ -53,6 +71,15 @@ def label(folders: Sequence[str], file: Path, *, rank: int | None, host: str, po
         if host not in LOOPBACK:
             console.print(f"Anyone who can reach {host} can vote and see the pictures.", markup=False, highlight=False)
         serve(votes, host, port, _announcer(console))
+
+
+def _tasks(wanted: Wanted, file: Path, console: Console) -> list[Any]:
+    """Return what there is to judge: of folders, or of one source of pairs."""
+    kept = file.with_name(f"{file.stem}.pictures")
+    if len(wanted.places) == 1 and Folder.of(wanted.places[0]) is None:
+        return own_pairs.tasks_of(wanted.places[0], kept, wanted.split, wanted.limit, console)
+    named = named_pictures(wanted.places, file.with_name(f"{file.stem}.{skipped.FILE}"), console)
+    return (list_tasks(named, wanted.rank) if wanted.rank else pair_tasks(named))[: wanted.limit]
 
 
 def propose(names: Sequence[str], rankings: pd.DataFrame, k: int) -> list[str]:
@@ -96,14 +123,20 @@ def results(file: Path, console: Console) -> dict[str, Any]:
     rows = [_of_models(a, b, part) for (a, b), part in votes.groupby(["model_a", "model_b"], sort=False)]
     for row, p in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
         row["p_value_holm"] = p
+        evidence = _evidence(row, len(rows))
+        row["verdict"] = evidence.verdict
+        row["sentence"] = evidence.sentence("the majority", row["model_b"], row["model_a"])
     ranking = _ranking(votes, rankings)
     table = tables.plain("model", "against", "win rate", "95 % interval", "won/tied/lost", "prompts", "p")
     for r in rows:
         interval = "n/a" if pd.isna(r["ci_low"]) else f"{100 * r['ci_low']:.1f} to {100 * r['ci_high']:.1f}%"
         counts = f"{r['wins']}/{r['ties']}/{r['losses']}"
-        p = "< 0.001" if r["p_value_holm"] < 0.001 else f"{r['p_value_holm']:.3f}"
-        table.add_row(r["model_a"], r["model_b"], f"{100 * r['win_rate']:.1f}%", interval, counts, str(r["prompts"]), p)
+        rate, p = f"{100 * r['win_rate']:.1f}%", p_text(r["p_value_holm"])
+        table.add_row(r["model_a"], r["model_b"], rate, interval, counts, str(r["prompts"]), p)
     console.print(table)
+    for r in rows:
+        told = f"{r['model_a']} and {r['model_b']}: {r['sentence']}"
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
     if len(ranking) > 2:
         console.print(arena.show(ranking))
     found = agreement_of(votes)
@@ -114,23 +147,25 @@ def results(file: Path, console: Console) -> dict[str, Any]:
     return {"pairs": rows, "ranking": ranking.to_dict("records"), "agreement": found}
 
 
-def _named(folders: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
-    """Return name and pictures (with absolute files) of every folder; all show the same prompts."""
-    named: list[tuple[str, pd.DataFrame]] = []
-    for spec in folders:
-        name, place = models.split_name(spec)
-        manifest = Manifest.read(Path(place).expanduser())
-        files = [str(path.resolve()) for path in manifest.paths]
-        named.append((name or Path(place).resolve().name, manifest.table.assign(file=files)))
-    names = [name for name, _ in named]
-    if len(names) == 1:
-        raise UserError(f"Only {names[0]} is named: two or more folders of pictures are needed to choose between.")
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f'Two folders are named "{twice[0]}". Name them apart: first=FOLDER second=FOLDER.')
+def named_pictures(specs: Sequence[str], listed: Path, console: Console) -> list[tuple[str, pd.DataFrame]]:
+    """Return name and pictures (with absolute files) of every folder; all show the same prompts.
+
+    What is left out of folders without manifests is listed in the file `listed`.
+    """
+    folders = [Folder.of(spec) for spec in specs]
+    if wrong := next((spec for spec, folder in zip(specs, folders, strict=True) if folder is None), None):
+        raise DataError(
+            f'"{wrong}" is no folder of pictures. Name folders drawn by `diffalign generate`, folders of pictures with '
+            "equal names, or, alone, a source of pairs."
+        )
+    named = [
+        (name, manifest.table.assign(file=[str(path.resolve()) for path in manifest.paths]))
+        for name, manifest in open_folders(folders, listed, console).items()
+    ]
     for name, table in named[1:]:
         both = named[0][1].merge(table, on=["prompt_id", "seed"])
         if both.empty or (both["prompt_x"] != both["prompt_y"]).any():
-            raise DataError(f"{names[0]} and {name} show other prompts or seeds. Draw the same with both.")
+            raise DataError(f"{named[0][0]} and {name} show other prompts or seeds. Draw the same with both.")
     return named
 
 
@@ -216,7 +251,7 @@ def _of_models(a: str, b: str, votes: pd.DataFrame) -> dict[str, Any]:
     """Summarise the votes on two models; interval and test are over prompts, as votes on one are not independent."""
     share = votes.groupby("prompt_id")["credit"].mean()
     wins, losses = int((votes["credit"] == 1).sum()), int((votes["credit"] == 0).sum())
-    prompts_won = int((share > 0.5).sum())
+    prompts_won, prompts_lost = int((share > 0.5).sum()), int((share < 0.5).sum())
     interval = paired_bootstrap(share, 1 - share, lambda x, _: x.mean(axis=-1))
     wilson = wilson_interval(float(votes["credit"].sum()), len(votes))
     return {
@@ -228,13 +263,26 @@ def _of_models(a: str, b: str, votes: pd.DataFrame) -> dict[str, Any]:
         "wilson_low": wilson.low,
         "wilson_high": wilson.high,
         "prompts_won": prompts_won,
+        "prompts_lost": prompts_lost,
         "wins": wins,
         "ties": len(votes) - wins - losses,
         "losses": losses,
         "votes": len(votes),
         "prompts": len(share),
-        "p_value": binomial_test(prompts_won, prompts_won + int((share < 0.5).sum())),
+        "p_value": binomial_test(prompts_won, prompts_won + prompts_lost),
     }
+
+
+def _evidence(row: dict[str, Any], tests: int) -> Evidence:
+    return Evidence(
+        lead=row["prompts_won"] - row["prompts_lost"],
+        prompts=row["prompts"],
+        low=row["ci_low"],
+        high=row["ci_high"],
+        p_value=row["p_value"],
+        p_value_holm=row["p_value_holm"],
+        tests=tests,
+    )
 
 
 def _ranking(votes: pd.DataFrame, rankings: pd.DataFrame) -> pd.DataFrame:

@@ -1,10 +1,12 @@
 """The page for raters, and the few addresses behind it. Nothing it sends says which model drew what."""
 
+import io
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from diffalign.data.pairs import ImageRef
 from diffalign.errors import DataError, UserError
 from diffalign.labelling.agreement import agreement_of
 from diffalign.labelling.database import Database
@@ -13,7 +15,7 @@ from diffalign.labelling.store import Votes
 
 PAGE = Path(__file__).with_name("page.html")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
+_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif"}
 
 
 def create_app(votes: Votes | Rankings, allowed_hosts: Sequence[str] = ("127.0.0.1", "localhost", "[::1]")) -> Any:
@@ -79,8 +81,8 @@ def serve(
 
 
 def _add_progress(app: Any, votes: Votes | Rankings) -> None:
-    """Add the addresses that pairs and lists share: what comes next, one step back, how far raters agree."""
-    from fastapi import Body, Query, Request
+    """Add the addresses that pairs and lists share: what comes next, what came before, how far raters agree."""
+    from fastapi import Query
 
     Rater = Annotated[str, Query(min_length=1, max_length=64)]
 
@@ -88,10 +90,10 @@ def _add_progress(app: Any, votes: Votes | Rankings) -> None:
     def following(rater: Rater) -> dict[str, Any]:
         return _state(votes, rater)
 
-    @app.post("/api/undo")
-    def undo(request: Request, rater: Annotated[str, Body(min_length=1, max_length=64, embed=True)]) -> dict[str, Any]:
-        _require_json(request)
-        return _state(votes, rater, votes.undo(rater))
+    @app.get("/api/back")
+    def back(rater: Rater, task: int | None = None) -> dict[str, Any]:
+        previous = votes.previous(rater, task)
+        return _state(votes, rater, task if previous is None else previous)
 
     @app.get("/api/agreement")
     def agreement() -> dict[str, Any]:
@@ -145,21 +147,27 @@ def _add_lists(app: Any, rankings: Rankings) -> None:
 
 
 def _picture(file: Path, number: int) -> Any:
-    from fastapi.responses import FileResponse
+    """Return a picture; of kinds that browsers do not show, as PNG."""
+    from fastapi.responses import FileResponse, Response
 
     if not file.is_file():
         raise DataError(f"The picture of task {number} is gone: it was moved or deleted.")
-    kind = _TYPES.get(file.suffix.lower(), "application/octet-stream")
-    return FileResponse(file, media_type=kind, headers={"Cache-Control": "no-store"})
+    headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+    if (kind := _TYPES.get(file.suffix.lower())) is not None:
+        return FileResponse(file, media_type=kind, headers=headers)
+    stream = io.BytesIO()
+    ImageRef(path=file).load().save(stream, "PNG")
+    return Response(stream.getvalue(), media_type="image/png", headers=headers)
 
 
 def _state(votes: Database, rater: str, again: int | None = None) -> dict[str, Any]:
-    """Return what the page shows next: a task, or none when all are judged."""
+    """Return what the page shows next: a task, with the rater's answer if there is one; none when all are judged."""
     number = votes.next_task(rater) if again is None else again
     done, total = votes.progress(rater)
     state = {
         "task": number,
         "prompt": None if number is None else votes.prompt_of(number),
+        "answer": None if number is None else votes.answer_of(number, rater),
         "done": done,
         "total": total,
     }

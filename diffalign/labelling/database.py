@@ -5,7 +5,7 @@ import sqlite3
 import threading
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from diffalign.errors import DataError
 
@@ -57,15 +57,22 @@ class Database(ABC):
         rows = self._unjudged(rater)
         return min(rows, key=lambda row: (row[1], keyed(rater, row[0], "order")))[0] if rows else None
 
-    def undo(self, rater: str) -> int | None:
-        """Take back the rater's last answer; return its task, or None if there is none."""
+    @abstractmethod
+    def answer_of(self, number: int, rater: str) -> Any:
+        """Return what the rater said of a task, as the page says it; None if nothing."""
+
+    def previous(self, rater: str, number: int | None) -> int | None:
+        """Return the task that the rater judged before the given one; the last one if that is not judged yet.
+
+        Returns None if there is none before it. Nothing is taken back.
+        """
         with self._lock:
-            row = self._db.execute(
-                f"SELECT task FROM {self.answers} WHERE rater = ? ORDER BY created DESC, rowid DESC LIMIT 1", (rater,)
-            ).fetchone()
-            if row is not None:
-                self._db.execute(f"DELETE FROM {self.answers} WHERE rater = ? AND task = ?", (rater, row[0]))
-        return None if row is None else int(row[0])
+            rows = self._db.execute(
+                f"SELECT task FROM {self.answers} WHERE rater = ? ORDER BY created, rowid", (rater,)
+            ).fetchall()
+        judged = [int(row[0]) for row in rows]
+        before = judged[: judged.index(number)] if number in judged else judged
+        return before[-1] if before else None
 
     def progress(self, rater: str) -> tuple[int, int]:
         """Return how many tasks the rater has judged, and how many there are."""

@@ -108,7 +108,7 @@ class Rankings(Database):
         return Path(files[self.places(number, rater)[place]])
 
     def rank(self, number: int, rater: str, ranks: Sequence[int], seconds: float | None = None) -> None:
-        """Keep a ranking; one of the same list by the same rater is replaced. When this returns it is on the disk.
+        """Keep a ranking; one of the same list by the same rater is replaced in its place. It is on the disk then.
 
         Args:
             ranks: [k] of the pictures at each place; 1 is best, equal ones are ties.
@@ -124,9 +124,21 @@ class Rankings(Database):
             by_model[place] = int(rank)
         with self._lock:
             self._db.execute(
-                "INSERT OR REPLACE INTO rankings VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO rankings VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (task, rater) DO UPDATE SET "
+                "ranks = excluded.ranks, places = excluded.places, seconds = excluded.seconds",
                 (number, rater, json.dumps(by_model), json.dumps(places), seconds, time.time()),
             )
+
+    def answer_of(self, number: int, rater: str) -> list[int] | None:
+        """Return [k] the ranks that the rater gave the pictures at each place."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT ranks, places FROM rankings WHERE task = ? AND rater = ?", (number, rater)
+            ).fetchone()
+        if row is None:
+            return None
+        ranks, places = map(json.loads, row)
+        return [ranks[place] for place in places]
 
     def table(self) -> pd.DataFrame:
         """Return one row a ranking: task, rater, ranks (in the order of models), and what its list holds."""

@@ -84,16 +84,28 @@ class Votes(Database):
         return Path(task.file_a if shows_a else task.file_b)
 
     def vote(self, number: int, rater: str, choice: Choice, seconds: float | None = None) -> None:
-        """Keep a vote; one on the same task by the same rater is replaced. When this returns it is on the disk."""
+        """Keep a vote; one on the same task by the same rater is replaced in its place. It is on the disk then."""
         self.task(number)
         left = self.left_of(number, rater)
         right = "b" if left == "a" else "a"
         credit = 0.5 if choice == "tie" else _CREDIT[left if choice == "left" else right]
         with self._lock:
             self._db.execute(
-                "INSERT OR REPLACE INTO votes VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (task, rater) DO UPDATE SET "
+                "credit = excluded.credit, left = excluded.left, seconds = excluded.seconds",
                 (number, rater, credit, left, seconds, time.time()),
             )
+
+    def answer_of(self, number: int, rater: str) -> Choice | None:
+        """Return the rater's vote on a task."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT credit, left FROM votes WHERE task = ? AND rater = ?", (number, rater)
+            ).fetchone()
+        if row is None:
+            return None
+        credit, left = row
+        return "tie" if credit == 0.5 else "left" if _CREDIT[left] == credit else "right"
 
     def table(self) -> pd.DataFrame:
         """Return one row a vote: task, rater, credit (1: model_a), left, seconds, created, and what its task holds."""

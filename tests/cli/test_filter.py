@@ -1,5 +1,6 @@
 """`diffalign filter` on the embedded pairs: choose, choose again for free, and say what is wrong."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def ids(folder, name="train.parquet"):
 
 def test_the_chosen_pairs_are_those_of_highest_importance(chosen):
     table = pd.read_parquet(chosen / "components.parquet")
-    margin = (table.score_chosen - table.score_rejected).abs().to_numpy()
+    margin = (table.score_chosen - table.score_rejected).to_numpy()
     per_prompt = table.drop_duplicates("prompt_key").set_index("prompt_key")["distance_1"]
     spread = pd.Series(normalised(np.log(per_prompt.to_numpy() + 1e-6), "zscore"), per_prompt.index)
     value = normalised(margin, "zscore") + 0.25 * spread[table.prompt_key].to_numpy()
@@ -98,10 +99,29 @@ def test_the_folder_can_be_trained_on_as_it_is(chosen):
 def test_the_report_shows_what_happened(chosen):
     page = (chosen / "report.html").read_text()
     assert "20 pairs kept by fifa" in page
-    assert page.count("data:image/png") == 4
+    assert page.count("<svg") == 4
     assert page.count("data:image/jpeg") == 2 * 24
     assert "Left out: the lowest values" in page
     assert "http" not in page.replace("data:", "")
+    assert 'role="alert"' not in page
+    places = [page.index(f'id="{name}"') for name in ("verdict", "moved", "examples-1", "made")]
+    assert places == sorted(places)
+    named = set(re.findall(r'class="([\w ]+)"', page))
+    style = page[: page.index("</style>")]
+    assert not {name for names in named for name in names.split() if f".{name}" not in style} - {"undecided"}
+
+
+def test_labels_that_get_worse_are_told_on_console_and_page(again, run):
+    components = job.Components.read(again / "components.parquet")
+    components.table.loc[::3, "score_chosen"] -= 9  # the clearest margins are against the label
+    components.write(again / "components.parquet")
+    said = run("--out", again, "--margin", "absolute")
+    assert "Warning: The scorer agrees with 0.0% of the labels kept, less than with all" in said
+    assert "use --margin signed, the default" in said
+    page = (again / "report.html").read_text()
+    assert 'role="alert">The scorer agrees with 0.0% of the labels kept' in page
+    assert "less often than all pairs" in page
+    assert "Warning" not in run("--out", again)
 
 
 def test_choosing_again_computes_nothing(again, run, monkeypatch):

@@ -79,22 +79,13 @@ def test_tables_that_do_not_pair(base, aligned, message):
         Comparison.from_tables(base, aligned)
 
 
-@pytest.mark.parametrize(
-    ("shift", "verdict", "words"),
-    [
-        (1.0, "better", "above 50%: s prefers dpo"),
-        (-1.0, "worse", "below 50%: s prefers base"),
-        (0.0, "undecided", "do not settle"),
-    ],
-)
-def test_words_follow_the_interval(shift, verdict, words):
-    scores = [float(index) for index in range(40)]
-    noise = [0.5 if index % 2 else -0.5 for index in range(40)]
-    moved = [score + shift + extra for score, extra in zip(scores, noise, strict=True)]
-    comparison = Comparison.from_tables(table("base", scores), table("dpo", moved))
-    assert comparison.results["s"].verdict == verdict
-    assert words in comparison.describe("s")
-    assert "rough" not in comparison.describe("s")
+def test_headline_summary_and_table_say_the_same(comparison, tmp_path):
+    comparison.write(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for scorer, result in comparison.results.items():
+        assert summary["scorers"][scorer]["verdict"] == result.verdict == "undecided"
+        assert summary["scorers"][scorer]["sentence"] == comparison.describe(scorer)
+        assert result.evidence.claim(scorer, "base", "dpo") == "No difference shown"
 
 
 def test_few_prompts_are_called_few(comparison):

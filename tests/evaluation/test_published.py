@@ -85,7 +85,7 @@ def test_the_report_shows_source_caveat_and_trust(tmp_path):
     tables = published.side_by_side(found, own, {})
     file = write_report(tmp_path / "r.html", evaluation.comparisons["dpo"], evaluation=evaluation, published=tables)
     text = " ".join(Page(file.read_text()).text.split())
-    section = text[text.index("Beside published numbers") : text.index("Distributions")]
+    section = text[text.index("Beside published numbers") : text.rindex("Distributions")]
     assert "dpo 21 this run" in section
     assert "D3PO (SD1.5) 20.76 SPO (2406.04314)unverified steps 20, here 30" in section
     assert "MaPO (SDXL) 22.9 MaPO (2406.06424)paper steps unknown; its model card" in section

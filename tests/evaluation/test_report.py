@@ -1,5 +1,6 @@
 """The report stands alone, is safe to open, and shows the numbers of the comparison."""
 
+import html
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from diffalign.errors import DataError, UserError
 from diffalign.evaluation import write_report
 from diffalign.evaluation.curves import read_metrics, training_charts
 from diffalign.evaluation.gallery import choose_pairs, picture
-from diffalign.evaluation.plots import running_mean, thin
+from diffalign.webpages.plots import running_mean, thin
 from tests.evaluation.toy import PROMPTS
 
 VOID = {"meta", "img", "input", "br", "link", "hr"}
@@ -71,7 +72,7 @@ def test_it_needs_nothing_else(full):
     page = Page(text)
     assert not page.all("link")
     sources = [attributes["src"] for tag, attributes in page.elements if "src" in attributes]
-    assert len(sources) == 10
+    assert len(sources) == 10 + 10  # the examples under the verdict, and the gallery
     assert all(source.startswith("data:image/") for source in sources)
     assert not re.findall(r"(?:https?:)?//[\w.-]+\.\w+|@import|url\((?!#)", re.sub(r"data:image/[^\"]*", "", text))
 
@@ -106,6 +107,24 @@ def test_cards_carry_what_the_script_sorts_by(full, comparison):
     assert list(scores) == ["brightness", "contrast"]
 
 
+def test_contents_lead_to_every_section_in_order(full):
+    page = Page(full.read_text())
+    leads = [link["href"].removeprefix("#") for link in page.all("a")]
+    assert leads == [section["id"] for section in page.all("section") if section["id"] in leads]
+    assert leads[:3] == ["verdict", "examples", "scores"]
+    assert set(leads) == {section["id"] for section in page.all("section")}
+
+
+def test_examples_stand_under_the_verdict_and_curves_are_folded(full):
+    text = full.read_text()
+    examples = text[text.index('id="examples"') : text.index('id="scores"')]
+    found = [examples.index(html.escape(PROMPTS[i], quote=False).replace("'", "&#39;")) for i in (0, 1, 4, 2, 3)]
+    assert found == sorted(found)  # from the largest win to the largest loss
+    training = text[text.index('id="training"') : text.index('id="made"')]
+    assert training.index("<details") < training.index("<svg")
+    assert "<details open" not in text
+
+
 def test_charts_follow_the_page_colours(full):
     charts = re.findall(r"<svg.*?</svg>", full.read_text(), flags=re.DOTALL)
     assert len(charts) == 4 + 4
@@ -116,7 +135,8 @@ def test_charts_follow_the_page_colours(full):
 def test_without_pictures_and_training(tmp_path, comparison):
     page = Page(write_report(tmp_path / "report.html", comparison, title="Mine").read_text())
     assert not page.all("article")
-    assert "Training" not in page.text
+    assert not page.all("dialog")
+    assert not {"examples", "gallery", "training"} & {section["id"] for section in page.all("section")}
     assert "Mine" in page.text
 
 

@@ -49,7 +49,7 @@ def test_every_method_ranks_every_pair_whatever_the_order_of_rows(pairs, method)
 
 def test_fifa_weighs_margin_quality_and_distance(pairs):
     settings = ImportanceSettings(normalise="none", epsilon=0.0)
-    margin = (pairs.score_chosen - pairs.score_rejected).abs()
+    margin = pairs.score_chosen - pairs.score_rejected
     expected = margin + 0.5 * (pairs.text_quality / 10 + 0.5 * np.log(pairs.distance_1))
     assert np.allclose(rank("fifa", pairs, settings), expected)
     without = ImportanceSettings(normalise="none", alpha=0.0)
@@ -57,8 +57,10 @@ def test_fifa_weighs_margin_quality_and_distance(pairs):
     assert np.allclose(rank("margin", pairs, settings), margin)
 
 
-def test_signed_and_capped_margins(pairs):
-    signed = rank("margin", pairs, ImportanceSettings(margin="signed", margin_cap=0.2))
+def test_absolute_and_capped_margins(pairs):
+    absolute = rank("margin", pairs, ImportanceSettings(margin="absolute"))
+    assert np.allclose(absolute, (pairs.score_chosen - pairs.score_rejected).abs())
+    signed = rank("margin", pairs, ImportanceSettings(margin_cap=0.2))
     assert np.allclose(signed, (pairs.score_chosen - pairs.score_rejected).clip(-0.2, 0.2))
 
 
@@ -66,7 +68,7 @@ def test_diverse_takes_every_prompt_before_any_second_pair(pairs):
     order = select(rank("diverse", pairs, ImportanceSettings()), 10)
     assert set(pairs.prompt.iloc[order[:4]]) == set("abcd")
     assert sorted(pairs.prompt.iloc[order[4:7]]) == ["a", "b", "c"]
-    margin = (pairs.score_chosen - pairs.score_rejected).abs()
+    margin = pairs.score_chosen - pairs.score_rejected
     assert all(margin[i] == margin[pairs.prompt == pairs.prompt[i]].max() for i in order[:4])
     blind = pairs.drop(columns=["score_chosen", "score_rejected"])
     assert set(pairs.prompt.iloc[select(rank("diverse", blind, ImportanceSettings()), 4)]) == set("abcd")

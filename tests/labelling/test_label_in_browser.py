@@ -36,7 +36,9 @@ def named(tmp_path):
         manifest = Manifest.plan(tmp_path / name, requested, settings={}, identity=name)
         for number, path in enumerate(manifest.paths):
             render(parse(PROMPTS[(number + shift) % 3]), random.Random(number)).save(path)
-    return job._named([str(tmp_path / name) for name in MODELS])
+    return job.named_pictures(
+        [str(tmp_path / name) for name in MODELS], tmp_path / "left_out.jsonl", Console(quiet=True)
+    )
 
 
 @pytest.fixture
@@ -73,6 +75,45 @@ def press(browser, *keys):
     ActionChains(browser).send_keys(*keys).perform()
 
 
+def marked(browser):
+    return browser.execute_script("return [...document.querySelectorAll('.chosen')].map((e) => e.dataset.choice)")
+
+
+def test_a_telephone_stacks_the_pictures_and_zooms_both(browse, named, tmp_path):
+    with Votes(tmp_path / "votes.sqlite") as votes:
+        votes.add(pair_tasks(named[:2]))
+        browser = browse(votes)
+        assert "left is better" in browser.find_element("id", "pair-keys").text
+        boxes = """return ["left", "right"].map((id) => document.getElementById(id).parentNode.getBoundingClientRect())
+            .map((box) => [box.left, box.top, box.bottom])"""
+        left, right = browser.execute_script(boxes)
+        assert left[1] == right[1] < right[0]  # side by side
+        for width in (768, 390):
+            chromium.phone(browser, width)
+            chromium.wait(lambda width=width: browser.execute_script("return innerWidth") == width, "the small screen")
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        left, right = browser.execute_script(boxes)
+        assert left[0] == right[0]
+        assert left[2] <= right[1]
+        assert right[2] <= 844
+
+        scale = "return ['left', 'right'].map((id) => getComputedStyle(document.getElementById(id)).transform)"
+        assert set(browser.execute_script(scale)) == {"matrix(1, 0, 0, 1, 0, 0)"}
+        browser.find_element("id", "zoom").click()
+        assert set(browser.execute_script(scale)) == {"matrix(3, 0, 0, 3, 0, 0)"}
+        press(browser, "z")
+        assert set(browser.execute_script(scale)) == {"matrix(1, 0, 0, 1, 0, 0)"}
+        pinch = """
+            const button = document.querySelector("[data-choice=left]"), box = button.getBoundingClientRect();
+            const send = (kind, id, x) => button.dispatchEvent(new PointerEvent(kind, { pointerId: id, bubbles: true,
+                clientX: box.left + x, clientY: box.top + 50 }));
+            send("pointerdown", 1, 100); send("pointerdown", 2, 150); send("pointermove", 2, 200); button.click();
+            for (const id of [1, 2]) send("pointerup", id, 200);"""
+        browser.execute_script(pinch)
+        assert set(browser.execute_script(scale)) == {"matrix(2, 0, 0, 2, 0, 0)"}
+        assert votes.table().empty  # fingers that zoomed have not voted
+
+
 def test_judge_export_and_train(browse, named, diffalign, tiny_sdxl, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
@@ -84,8 +125,16 @@ def test_judge_export_and_train(browse, named, diffalign, tiny_sdxl, tmp_path):
         press(browser, Keys.ARROW_DOWN)
         wait_for(browser, 2)
         press(browser, "u")
-        wait_for(browser, 1)
+        chromium.wait(lambda: marked(browser) == ["tie"], "the old vote")
+        press(browser, "u")
+        chromium.wait(lambda: marked(browser) == ["left"], "the vote before it")
+        press(browser, Keys.ENTER)
+        chromium.wait(lambda: marked(browser) == [], "the next pair")
+        assert votes.table()["credit"].tolist()[1] == 0.5  # kept
+        press(browser, "u")
+        chromium.wait(lambda: marked(browser) == ["tie"], "the old vote")
         browser.find_element("css selector", "[data-choice=right]").click()
+        chromium.wait(lambda: marked(browser) == [], "the next pair")
         wait_for(browser, 2)
         press(browser, "1")
         wait_for(browser, 3)
@@ -122,6 +171,12 @@ def test_rank_three_pictures(browse, named, tmp_path):
         wait_for(browser, 1)
         browser.find_elements("css selector", ".list button")[0].click()
         press(browser, "=", "2", "3", Keys.ENTER)
+        wait_for(browser, 2)
+        press(browser, "u")
+        places = "return [...document.querySelectorAll('.list .place')].map((e) => e.textContent).sort()"
+        chromium.wait(lambda: browser.execute_script(places) == ["#1", "#1", "#3"], "the old ranking")
+        press(browser, Keys.ENTER)
+        chromium.wait(lambda: browser.execute_script(places) == ["", "", ""], "the next list")
         wait_for(browser, 2)
         chromium.phone(browser)
         assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")

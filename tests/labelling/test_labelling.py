@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -28,6 +30,10 @@ PROMPTS = ("a red circle", "two green stars", "<b>bold</b> & co", "a blue cross"
 LEVELS = {"base": 60, "dpo": 200}
 
 
+def named(specs):
+    return job.named_pictures(specs, Path("left_out.jsonl"), Console(quiet=True))
+
+
 @pytest.fixture
 def folders(tmp_path):
     """Return a folder of flat pictures for each of two models, with manifests as generate writes them."""
@@ -44,7 +50,7 @@ def folders(tmp_path):
 @pytest.fixture
 def votes(folders, tmp_path):
     with Votes(tmp_path / "votes.sqlite") as opened:
-        opened.add(pair_tasks(job._named([str(folder) for folder in folders.values()])))
+        opened.add(pair_tasks(named([str(folder) for folder in folders.values()])))
         yield opened
 
 
@@ -72,7 +78,13 @@ def choose_brighter(client, rater, count=4):
 
 def test_what_is_chosen_is_what_is_kept_whatever_side_it_was_on(client, votes):
     for rater in ("ann", "bob", "cy"):
-        assert choose_brighter(client, rater) == {"task": None, "prompt": None, "done": 4, "total": 4}
+        assert choose_brighter(client, rater) == {
+            "task": None,
+            "prompt": None,
+            "answer": None,
+            "done": 4,
+            "total": 4,
+        }
     table = votes.table()
     assert len(table) == 12
     assert (table["credit"] == 0).all()  # model_a is base
@@ -94,18 +106,42 @@ def test_nothing_sent_names_a_model(client):
     said = client.get("/").text + state.text + str(dict(image.headers)) + client.get("/api/agreement").text
     assert "dpo" not in said
     assert "base" not in said
-    assert set(state.json()) == {"task", "prompt", "done", "total"}
+    assert set(state.json()) == {"task", "prompt", "answer", "done", "total"}
 
 
-def test_ties_second_thoughts_and_undo(client, votes):
-    first = client.get("/api/next", params={"rater": "ann"}).json()["task"]
-    for choice in ("left", "tie"):
-        after = client.post("/api/vote", json={"task": first, "rater": "ann", "choice": choice}).json()
-    assert after["done"] == 1
-    assert votes.table()["credit"].tolist() == [0.5]
-    back = client.post("/api/undo", json={"rater": "ann"}).json()
-    assert (back["task"], back["done"]) == (first, 0)
-    assert client.post("/api/undo", json={"rater": "ann"}).json()["done"] == 0
+def test_going_back_shows_the_old_vote_and_keeps_it_unless_changed(client, votes):
+    judged = []
+    for choice in ("left", "tie", "right"):
+        judged.append(client.get("/api/next", params={"rater": "ann"}).json()["task"])
+        client.post("/api/vote", json={"task": judged[-1], "rater": "ann", "choice": choice})
+    new = client.get("/api/next", params={"rater": "ann"}).json()
+    assert new["answer"] is None
+    before, task = votes.table(), new["task"]
+    for expected, choice in zip(reversed(judged), ("right", "tie", "left"), strict=True):
+        state = client.get("/api/back", params={"rater": "ann", "task": task}).json()
+        assert (state["task"], state["answer"], state["done"]) == (expected, choice, 3)
+        task = state["task"]
+    first = client.get("/api/back", params={"rater": "ann", "task": task}).json()
+    assert (first["task"], first["answer"]) == (judged[0], "left")  # there is nothing before it
+    assert votes.table().equals(before)
+    after = client.post("/api/vote", json={"task": judged[0], "rater": "ann", "choice": "tie"}).json()
+    assert (after["task"], after["done"]) == (new["task"], 3)
+    assert votes.answer_of(judged[0], "ann") == "tie"
+    assert votes.table()["task"].tolist() == judged  # a changed vote keeps its place
+    assert client.get("/api/back", params={"rater": "bob"}).json()["answer"] is None
+
+
+def test_kinds_that_browsers_do_not_show_are_sent_as_png(client, votes, folders):
+    task = votes.task(1)
+    for file in (task.file_a, task.file_b):
+        Image.open(file).save(Path(file).with_suffix(".tif"))
+    with Votes(votes.file.with_name("tif.sqlite")) as others:
+        tif = [str(Path(file).with_suffix(".tif")) for file in (task.file_a, task.file_b)]
+        others.add([replace(task, file_a=tif[0], file_b=tif[1])])
+        answer = TestClient(create_app(others), base_url="http://127.0.0.1").get("/api/image/1/left?rater=ann")
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert Image.open(io.BytesIO(answer.content)).size == (16, 16)
 
 
 def test_tasks_with_few_votes_come_first(client, votes):
@@ -128,13 +164,13 @@ def test_what_the_server_refuses(client):
 
 def test_folders_that_do_not_go_together(folders, tmp_path):
     with pytest.raises(UserError, match="two or more folders"):
-        job._named([str(folders["base"])])
+        named([str(folders["base"])])
     with pytest.raises(UserError, match='Two folders are named "x"'):
-        job._named([f"x={folder}" for folder in folders.values()])
+        named([f"x={folder}" for folder in folders.values()])
     other = pd.DataFrame({"prompt_id": range(4), "prompt": "others", "seed": 0})
     Manifest.plan(tmp_path / "other", other, settings={}, identity="other")
     with pytest.raises(DataError, match="other prompts or seeds"):
-        job._named([str(folders["base"]), str(tmp_path / "other")])
+        named([str(folders["base"]), str(tmp_path / "other")])
     (tmp_path / "text.sqlite").write_text("no database at all, but long enough to be one" * 9)
     with pytest.raises(DataError, match="no file of votes"):
         Votes(tmp_path / "text.sqlite")

@@ -28,7 +28,9 @@ def named(tmp_path):
         manifest = Manifest.plan(tmp_path / name, requested, settings={}, identity=name)
         for number, path in enumerate(manifest.paths):
             Image.new("RGB", (16, 16), (level, 10 * number, 0)).save(path)
-    return job._named([str(tmp_path / name) for name in MODELS])
+    return job.named_pictures(
+        [str(tmp_path / name) for name in MODELS], tmp_path / "left_out.jsonl", Console(quiet=True)
+    )
 
 
 @pytest.fixture
@@ -59,7 +61,18 @@ def test_ranks_belong_to_models_wherever_the_pictures_were(rankings):
     assert len({tuple(rankings.places(1, str(rater))) for rater in range(30)}) > 10
     assert rankings.next_task("ann") is None
     assert rankings.progress("ann") == (3, 3)
-    assert rankings.undo("ann") == 3
+    assert rankings.previous("ann", None) == 3
+    assert [rankings.previous("ann", number) for number in (3, 2, 1)] == [2, 1, None]
+
+
+def test_a_ranking_is_shown_again_as_it_was_given(rankings):
+    rankings.rank(1, "ann", [2, 4, 1, 3])
+    rankings.rank(2, "ann", [1, 1, 3, 4])
+    assert rankings.answer_of(1, "ann") == [2, 4, 1, 3]
+    assert rankings.answer_of(1, "bob") is None
+    rankings.rank(1, "ann", [1, 2, 3, 4])
+    assert rankings.answer_of(1, "ann") == [1, 2, 3, 4]
+    assert rankings.table()["task"].tolist() == [1, 2]  # a changed answer keeps its place
 
 
 def test_ties_survive_and_nonsense_does_not(rankings):

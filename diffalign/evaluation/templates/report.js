@@ -1,24 +1,6 @@
 (() => {
-  const root = document.documentElement;
   const all = (selector, from = document) => [...from.querySelectorAll(selector)];
   const one = (selector, from = document) => from.querySelector(selector);
-
-  const theme = one(".theme");
-  theme.hidden = false;
-  theme.addEventListener("click", () => {
-    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-    root.dataset.theme = dark ? "light" : "dark";
-  });
-
-  const copy = one(".copy");
-  if (copy && navigator.clipboard) {
-    copy.hidden = false;
-    copy.addEventListener("click", async () => {
-      await navigator.clipboard.writeText(one(".command code").textContent);
-      copy.textContent = "Copied";
-      setTimeout(() => { copy.textContent = "Copy"; }, 1500);
-    });
-  }
 
   const toolbar = one(".toolbar");
   if (!toolbar) return;
@@ -105,13 +87,14 @@
     place((100 * (event.clientX - box.left)) / box.width);
   };
   function go(by) {
-    const visible = cards.filter((card) => !card.node.hidden).map((card) => card.node);
+    const visible = open.closest(".examples") ? all(".examples li") : all("article:not([hidden])", list);
     const next = visible[(visible.indexOf(open) + by + visible.length) % visible.length];
     if (by === 0 || !next) dialog.close();
     else enlarge(next);
   }
-  list.addEventListener("click", (event) => {
-    if (event.target.closest(".open")) enlarge(event.target.closest("article"));
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("article .open, .examples .open");
+    if (button) enlarge(button.closest("article, li"));
   });
   for (const button of all("[data-go]", dialog)) button.addEventListener("click", () => go(Number(button.dataset.go)));
   view.addEventListener("click", () => lay(!stage.classList.contains("over")));

@@ -30,7 +30,7 @@ def find(places: Sequence[str]) -> list[Path]:
         files += _expand(place)
     explicit = all(Path(place).is_file() for place in places)
     if explicit and [str(file) for file in files] == sorted(str(file) for file in files):
-        files = sorted(files, key=_natural)
+        files = sorted(files, key=natural)
     seen: set[Path] = set()
     for file in files:
         if file in seen:
@@ -70,7 +70,7 @@ def _expand(place: str) -> list[Path]:
     if path.exists():
         return [path]
     if glob.has_magic(place):
-        found = sorted((Path(name) for name in glob.glob(str(path), recursive=True)), key=_natural)
+        found = sorted((Path(name) for name in glob.glob(str(path), recursive=True)), key=natural)
         if found := [file for file in found if file.suffix.lower() in SUFFIXES]:
             return found
         raise DataError(f'No picture matches "{place}".')
@@ -81,13 +81,14 @@ def _expand(place: str) -> list[Path]:
 def _in_folder(folder: Path) -> list[Path]:
     if (folder / FILE_NAME).is_file():
         return Manifest.read(folder).paths
-    files = sorted((file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES), key=_natural)
+    files = sorted((file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES), key=natural)
     if not files:
         raise DataError(f'"{folder}" holds no picture ({", ".join(SUFFIXES)}).')
     return files
 
 
-def _natural(path: Path) -> list[tuple[int, int | str]]:
+def natural(path: Path) -> list[tuple[int, int | str]]:
+    """Return a key that sorts 2 before 10."""
     parts = re.split(r"(\d+)", str(path))
     return [(0, int(part)) if index % 2 else (1, part.lower()) for index, part in enumerate(parts)]
 

@@ -1,5 +1,6 @@
 """`--prompts SET` of the commands that evaluate: the embedded set, a published one, or any list of prompts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffalign.errors import DataError
@@ -41,9 +42,13 @@ def _list(path: Path) -> PromptSet:
             f"There is no prompt file or set {path}. Give a .txt with one prompt a line, a table, {EMBEDDED}, or "
             f"KIND=PATH with one of {', '.join(READERS)}."
         )
-    prompts = read_prompts(path)
+    return listed(path.stem, read_prompts(path))
+
+
+def listed(name: str, prompts: Sequence[str]) -> PromptSet:
+    """Return a set of these prompts; captions of the embedded world have their categories."""
     try:
         categories = {"category": [parse(prompt).category for prompt in prompts]}
     except DataError:
-        return PromptSet.of(path.stem, prompts)
-    return PromptSet.of(path.stem, prompts, categories)
+        categories = None
+    return PromptSet.of(name, prompts, categories)

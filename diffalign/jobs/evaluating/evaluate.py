@@ -20,15 +20,16 @@ from diffalign.evaluation import (
     score_table,
     write_report,
 )
-from diffalign.evaluation.manifest import FILE_NAME
 from diffalign.evaluation.prompt_sets import PromptSet
 from diffalign.evaluation.published import Beside
 from diffalign.evaluation.results import Bootstrap
 from diffalign.evaluation.scoring import format_score
+from diffalign.evaluation.verdict import p_text
 from diffalign.jobs.drawing import grid, models
 from diffalign.jobs.evaluating import protocols, published
 from diffalign.jobs.scoring import scorers as scoring
 from diffalign.jobs.scoring import tables
+from diffalign.jobs.scoring.own_pictures import Folder
 from diffalign.jobs.training.train import versions
 from diffalign.yaml_text import parse_yaml
 
@@ -48,6 +49,7 @@ class Request:
     settings: SamplingSettings
     baseline: str | None = None  # a name of the models; None: the first
     base: str | None = None  # the model that LoRAs and UNets go on
+    own: Mapping[str, Manifest] | None = None  # what `compared_as_they_are` found, in place of `specs`
     show_base: bool = False  # add the base of the first LoRA or UNet, as the first model
     noise: str = "own"  # every prompt its own, or the same for all
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
@@ -104,7 +106,7 @@ def evaluate(request: Request, *, command: str = "", console: Console) -> Evalua
     if len(names) < 2:
         raise UserError(f"There is only {names[0]}: name at least one more model, or add its base with --show-base.")
     examiner = protocols.examiner(request.protocol, request.prompts, request.judge)
-    manifests = _draw(columns, request, console)
+    manifests = dict(request.own) if request.own else _draw(columns, request, console)
     for name in names[1:]:
         manifests[names[0]].require_comparable(manifests[name])
     result = _score(manifests, baseline, request, examiner)
@@ -116,6 +118,8 @@ def evaluate(request: Request, *, command: str = "", console: Console) -> Evalua
     result.write(request.out, extra | numbers)
     _report(result, manifests, columns, request, command, reported)
     console.print(summary(result))
+    for comparison in result.comparisons.values():  # the headlines of the pages
+        console.print(comparison.describe(comparison.scorers[0]), markup=False, highlight=False)
     console.print(f"Look at {request.out}/report.html and {request.out}/summary.md.", markup=False, highlight=False)
     return result
 
@@ -127,9 +131,9 @@ def summary(result: Evaluation) -> Table:
         table.add_row(result.baseline, scorer, format_score(row.base), format_score(row.base_median), "", "", "")
     for row in result.table.itertuples():
         interval = "n/a" if pd.isna(row.ci_low) else f"{100 * row.ci_low:.1f} to {100 * row.ci_high:.1f}%"
-        p = "< 0.001" if row.p_value_holm < 0.001 else f"{row.p_value_holm:.3f}"
         scores = format_score(row.mean), format_score(row.median)
-        table.add_row(row.model, row.scorer, *scores, f"{100 * row.win_rate:.1f}%", interval, p)
+        rate = f"{100 * row.win_rate:.1f}%"
+        table.add_row(row.model, row.scorer, *scores, rate, interval, p_text(row.p_value_holm))
     return table
 
 
@@ -144,6 +148,8 @@ class _Column:
 
 def _columns(request: Request) -> list[_Column]:
     """Return the models in the order given; folders of pictures stay what they are."""
+    if request.own:
+        return [_Column(name, None, manifest.directory) for name, manifest in request.own.items()]
     drawn = {spec: folder for spec in request.specs if (folder := _pictures_folder(spec))}
     specs = [spec for spec in request.specs if spec not in drawn]
     wanted = iter(grid.columns(specs, request.base, request.show_base, base_is_used=False) if specs else [])
@@ -166,9 +172,13 @@ def _columns(request: Request) -> list[_Column]:
 
 def _pictures_folder(spec: str) -> tuple[str, Path] | None:
     """Return name and folder of pictures drawn before, or None if `spec` is a model."""
-    name, place = models.split_name(spec)
-    folder = Path(place).expanduser()
-    return (name or folder.name, folder) if (folder / FILE_NAME).is_file() else None
+    folder = Folder.of(spec)
+    if folder and not folder.has_manifest:
+        raise UserError(
+            f"{folder.path} holds pictures of your own. Name only such folders and leave out --prompts: what they show "
+            "stands beside the pictures."
+        )
+    return (folder.name, folder.path) if folder and folder.has_manifest else None
 
 
 def slug(name: str) -> str:

@@ -13,9 +13,10 @@ from rich.console import Console
 import reward_models
 from diffalign.backbones import loading
 from diffalign.backbones.base import Backbone
-from diffalign.data import open_pairs
+from diffalign.data import RowError, open_pairs
 from diffalign.data.pairs import ImageRef
 from diffalign.errors import DataError, UserError, suggestion
+from diffalign.jobs import skipped
 from diffalign.jobs.devices import pick_device
 from diffalign.jobs.rewards import reward_latents
 from diffalign.jobs.rewards.reward_latents import NoisyLatents
@@ -58,6 +59,7 @@ def train(
     steps: Steps | None = None,
     resume: bool = False,
     dry_run: bool = False,
+    skip_broken: bool = False,
 ) -> training.TrainingResult | None:
     """Fine-tune a scorer on preference pairs; the best weights by validation end in `out`, with a log and the recipe.
 
@@ -71,14 +73,17 @@ def train(
         changes: fields of the recipe that differ from the published ones.
         steps: for models that judge steps.
         resume: go on from the state in `out`.
+        skip_broken: leave out unusable rows (which decodes every picture once more); otherwise stop at the first.
 
     Raises:
         UserError: a scorer that cannot be trained here, or an unknown recipe.
     """
     wanted = replace(_recipe(recipe or name), **changes)
     where, first = _place(device)
-    pairs = _pairs(data)
-    held_out = _pairs(validation) if validation else None
+    with skipped.skippable():
+        pairs = _pairs(data, out / skipped.FILE, skip_broken, console if first else None)
+        listed = out / f"validation_{skipped.FILE}"
+        held_out = _pairs(validation, listed, skip_broken, console if first else None) if validation else None
     scorer, pictures = _start(name, init, pairs, steps or Steps(), wanted, out)
     scorer.to(where)
     if pictures is not None:
@@ -208,21 +213,37 @@ def _conclude(console: Console, name: str, out: Path, result: training.TrainingR
     console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
-def _pairs(source: str) -> list[RewardPair]:
-    """Return the pairs of a source, the chosen picture first; ties are dropped by the reader."""
-    found = open_pairs(source)
+def _pairs(source: str, listed: Path, skip_broken: bool, console: Console | None) -> list[RewardPair]:
+    """Return the pairs of a source, the chosen picture first; ties are dropped by the reader.
+
+    Unusable rows raise RowError, or are left out and told to the console, if one is given.
+    """
+    found = open_pairs(source, on_error="skip" if skip_broken else "raise", error_log=listed if console else None)
     if found.images_per_example != 2:
         raise DataError(f"{source} holds lists or single images; a reward model learns from pairs.")
-    return [
-        RewardPair(
-            _encoded(row.chosen),
-            _encoded(row.rejected),
-            row.prompt,
-            1.0 if row.preference is None else row.preference,
-            None if row.extra.get("user_id") is None else str(row.extra["user_id"]),
-        )
-        for row in found
-    ]
+    pairs = []
+    for row in found:
+        try:
+            if skip_broken:
+                for image in row.images:
+                    image.load()
+            user = row.extra.get("user_id")
+            pairs.append(
+                RewardPair(
+                    _encoded(row.chosen),
+                    _encoded(row.rejected),
+                    row.prompt,
+                    1.0 if row.preference is None else row.preference,
+                    None if user is None else str(user),
+                )
+            )
+        except RowError as error:
+            found.rejects.add(error)
+    if not pairs:
+        raise DataError(f"{source} holds no usable pair: {found.counts}.")
+    if console:
+        skipped.tell(found.rejects, console)
+    return pairs
 
 
 def _encoded(image: ImageRef) -> Path | bytes:

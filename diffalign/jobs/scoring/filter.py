@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from diffalign.data.fingerprints import digest_files
 from diffalign.errors import ConfigError, DataError, UserError, suggestion
 from diffalign.evaluation.manifest import atomic_write
 from diffalign.filtering import baselines, cleaning, margin, report, selection, text_entropy, text_quality, writing
+from diffalign.filtering.agreement import Agreement
 from diffalign.filtering.components import KEPT_NEIGHBOURS, Components
 from diffalign.filtering.files import weights_identity
 from diffalign.filtering.importance import ImportanceSettings
 from diffalign.filtering.language_model import LanguageModelRater
+from diffalign.jobs import skipped
 from diffalign.jobs.devices import pick_device, pick_dtype
 from diffalign.jobs.scoring import score, scorers, tables
 from diffalign.progress import progress_bar
@@ -72,14 +74,15 @@ def filter_pairs(request: Request, *, command: str = "", console: Console) -> pd
     Raises:
         UserError: unusable data, a part that the method needs and nothing gives, or nothing left to choose.
     """
-    on_error = "skip" if request.skip_broken else "raise"
-    with score.skippable():
-        source = open_pairs(request.source, split=request.split, max_samples=request.limit, on_error=on_error)
+    how = {"on_error": "skip" if request.skip_broken else "raise", "error_log": request.out / skipped.FILE}
+    with skipped.skippable():
+        source = open_pairs(request.source, split=request.split, max_samples=request.limit, **how)
         components = _components(source, request, console)
         _require(components, request)
         chosen = _choose(components.table, request)
         _write(source, components.table, chosen, request, command)
     _tell(components, chosen, request, console)
+    skipped.tell(source.rejects, console)
     return chosen.table
 
 
@@ -259,11 +262,8 @@ def _write(source: PairSource, pairs: pd.DataFrame, chosen: Choice, request: Req
             with atomic_write(request.out / name) as temporary:
                 writing.write_pairs(source, pairs, indices, temporary, advance)
     tables.write(chosen.table, request.out / SELECTION)
-    facts = {"method": request.method, "source": request.source, **chosen.counts}
-    facts |= {name: value for name, value in asdict(request.settings).items() if value is not None}
-    content = report.page(
-        source, pairs, chosen.order, chosen.values, settings=request.settings, facts=facts, command=command
-    )
+    how = {"method": request.method, "settings": request.settings, "counts": chosen.counts, "command": command}
+    content = report.page(source, pairs, chosen.order, chosen.values, **how)
     with atomic_write(request.out / REPORT) as temporary:
         temporary.write_text(content, encoding="utf-8")
 
@@ -278,4 +278,7 @@ def _tell(components: Components, chosen: Choice, request: Request, console: Con
     console.print(f"{request.source}: {counts}.", markup=False, highlight=False, soft_wrap=True)
     if request.method == "fifa" and request.settings.alpha > 0 and "text_quality" not in components.origin:
         console.print("Text quality is left out: no --text-quality or --text-quality-model.", markup=False)
+    agreement = Agreement.of(components.table, chosen.order)
+    if agreement and (warning := agreement.warning(request.method, request.settings)):
+        skipped.say(f"Warning: {warning}", console)
     console.print(f"Train on it with data.train_data_dir={request.out}. Report: {request.out / REPORT}", markup=False)

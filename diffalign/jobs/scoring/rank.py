@@ -4,6 +4,8 @@ The way of Syn-Pic (RankDPO, arXiv 2410.18013): draw every prompt with several m
 pictures, and learn from how often each of them wins.
 """
 
+import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from rich.console import Console
 
 from diffalign.data import win_rate_labels
 from diffalign.errors import DataError, suggestion
+from diffalign.evaluation.manifest import atomic_write
+from diffalign.jobs import skipped
 from diffalign.jobs.scoring.tables import write_rows
 
 NEEDED = ("file", "prompt", "scorer", "score")
@@ -48,15 +52,14 @@ def rank(
         raise DataError(f'Training data is written as parquet, got "{out}". Give a name that ends in .parquet.')
     groups = list(_groups(_read(table)))
     if layout == "lists":
-        groups, dropped = _of_length(groups, k, table)
-        rows: Iterator[dict[str, Any]] = map(_list_row, groups)
+        kept, dropped = _of_length(groups, k, table)
+        rows: Iterator[dict[str, Any]] = map(_list_row, kept)
     else:
-        found = [(group, _gap(group)) for group in groups if len(group.files) > 1]
-        kept = [group for group, gap in found if gap > 0 and gap >= min_gap]
-        dropped = len(groups) - len(kept)
-        rows = map(_pair_row, kept)
+        dropped = {group.prompt: why for group in groups if (why := _unfit(group, min_gap))}
+        rows = map(_pair_row, [group for group in groups if group.prompt not in dropped])
     count = write_rows(rows, out, "No prompt is left: each needs two pictures that the scorers tell apart.")
-    console.print(f"{count} {layout} in {out}; {dropped} prompts left out.", markup=False, highlight=False)
+    console.print(f"{count} {layout} in {out}; {len(dropped)} prompts left out.", markup=False, highlight=False)
+    _list_dropped(dropped, len(groups), out.with_name(f"{out.stem}.{skipped.FILE}"), console)
     return count
 
 
@@ -90,7 +93,26 @@ def _groups(table: pd.DataFrame) -> Iterator[Scored]:
         yield Scored(str(prompt), [str(file) for file in wide.index], wide.to_numpy(dtype=np.float64))
 
 
-def _of_length(groups: list[Scored], k: int | None, table: Path) -> tuple[list[Scored], int]:
+def _list_dropped(dropped: dict[str, str], prompts: int, file: Path, console: Console) -> None:
+    """Write which prompts were left out and why, and say so."""
+    if not dropped:
+        file.unlink(missing_ok=True)
+        return
+    with atomic_write(file) as temporary:
+        lines = (json.dumps({"prompt": prompt, "reason": why}) + "\n" for prompt, why in dropped.items())
+        temporary.write_text("".join(lines), encoding="utf-8")
+    skipped.say(skipped.told(Counter(dropped.values()), prompts, file, "prompts"), console)
+
+
+def _unfit(group: Scored, min_gap: float) -> str | None:
+    """Return why a prompt gives no pair."""
+    if len(group.files) < 2:
+        return "with one picture only"
+    gap = _gap(group)
+    return "whose pictures the scorers do not tell apart" if gap <= 0 or gap < min_gap else None
+
+
+def _of_length(groups: list[Scored], k: int | None, table: Path) -> tuple[list[Scored], dict[str, str]]:
     lengths = sorted({len(group.files) for group in groups})
     if k is None and len(lengths) > 1:
         raise DataError(
@@ -101,7 +123,7 @@ def _of_length(groups: list[Scored], k: int | None, table: Path) -> tuple[list[S
     if k < 2 or k > lengths[-1]:
         raise DataError(f"A list needs 2 to {lengths[-1]} pictures, the most a prompt of {table} has; got {k}.")
     kept = [Scored(g.prompt, g.files[:k], g.scores[:k]) for g in groups if len(g.files) >= k]
-    return kept, len(groups) - len(kept)
+    return kept, {g.prompt: f"with fewer than {k} pictures" for g in groups if len(g.files) < k}
 
 
 def _gap(group: Scored) -> float:

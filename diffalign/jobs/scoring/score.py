@@ -1,8 +1,7 @@
 """`diffalign score`: numbers for pictures, and for pairs how often the scorer agrees with people."""
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from diffalign.data import PairSource, RowError, open_pairs
+from diffalign.data import PairSource, open_pairs
 from diffalign.errors import DataError
+from diffalign.jobs import skipped
 from diffalign.jobs.scoring import pairs as paired
 from diffalign.jobs.scoring import scorers, tables
 from diffalign.jobs.scoring.engine import Judge, scan
@@ -31,7 +31,6 @@ __all__ = [
     "score_pairs",
     "score_pictures",
     "score_source",
-    "skippable",
 ]
 FIRST = ["file", "prompt_id", "prompt", "seed", "model"]
 
@@ -130,8 +129,9 @@ def score_pairs(
     tables.check_suffix(out)
     scorers.parse(wanted)
     options = options or Options(strict=not skip_broken, keep=False, **settings)
-    with skippable():
-        rows = open_pairs(source, split=split, max_samples=limit, on_error="raise" if options.strict else "skip")
+    how = {"on_error": "raise" if options.strict else "skip", "error_log": out.with_name(f"{out.stem}.{skipped.FILE}")}
+    with skipped.skippable():
+        rows = open_pairs(source, split=split, max_samples=limit, **how)
         outcome = run(PairImages(rows), out, load_judges(wanted, options), options, console)
     if outcome is None:
         return None
@@ -142,6 +142,7 @@ def score_pairs(
     if not options.keep:
         shutil.rmtree(parts_folder(out))
     _tell_cut(outcome, console)
+    skipped.tell(rows.rejects, console)
     broken = len(rows) - len(scores) // len(outcome.judges)
     left_out = f", {broken} left out for broken images" if broken else ""
     console.print(f"{source}: {rows.counts}{left_out}. Scores: {out}", markup=False, highlight=False)
@@ -175,18 +176,6 @@ def score_source(source: PairSource, judges: Sequence[Any], batch_size: int = 32
     if table.empty:
         raise DataError(f"{source.name} holds no readable pair: {source.counts}.")
     return table
-
-
-@contextmanager
-def skippable() -> Iterator[None]:
-    """Word an unusable row for the command line."""
-    try:
-        yield
-    except RowError as error:
-        place = f"{error.place.file}, {error.place.unit} {error.place.row}"
-        raise DataError(
-            f"{place}: {error.detail}. Repair or remove it, or leave such rows out with --skip-broken."
-        ) from error
 
 
 def _pair_tables(outcome: Outcome) -> pd.DataFrame:

@@ -1,9 +1,12 @@
 """`diffalign precompute`: fill the caches of a configuration."""
 
+from pathlib import Path
+
 from rich.console import Console
 
 from diffalign.config import Config
 from diffalign.errors import ConfigError
+from diffalign.jobs import skipped
 from diffalign.jobs.training import assemble, examples, reference_errors
 from diffalign.jobs.training.train import make_accelerator
 
@@ -22,10 +25,11 @@ def precompute(config: Config, console: Console) -> None:
         raise ConfigError("There is nothing to precompute: data.cache_latents is false.")
     accelerator = make_accelerator(config)
     backbone = assemble.load_backbone(config)
-    source = examples.open_source(config)
+    source = examples.open_source(config, Path(config.train.output_dir) / skipped.FILE)
     cache = examples.open_encoded(config, backbone, source, accelerator)
     size = sum(file.stat().st_size for file in cache.folder.iterdir()) / 2**20
     console.print(f"{source.counts}\n{cache.folder}: {len(cache)} examples, {size:.1f} MiB")
+    skipped.tell(source.rejects, console)
     if config.reference.cache_draws is not None:
         data = examples.open_examples(config, backbone, source, accelerator, console)
         reference_errors.fill(config, backbone, data, accelerator, console)

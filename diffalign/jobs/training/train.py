@@ -20,6 +20,7 @@ from diffalign.backbones.base import Backbone
 from diffalign.backbones.files import LORA_FILE
 from diffalign.config import Config
 from diffalign.data import PairSource
+from diffalign.jobs import skipped
 from diffalign.jobs.training import (
     assemble,
     distributed,
@@ -41,7 +42,6 @@ from diffalign.training.batching import BatchPlan
 from diffalign.training.checkpoint import WeightsFile
 from diffalign.training.trainer import Sampler, Trainer
 
-ERRORS = "unusable_rows.jsonl"
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "bitsandbytes")
 
 
@@ -53,7 +53,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
     asked for.
     """
     output_dir = Path(config.train.output_dir)
-    found = preflight.examine(config, output_dir / ERRORS)
+    found = preflight.examine(config, output_dir / skipped.FILE)
     found.require()
     accelerator = make_accelerator(config)
     distributed.check(config, accelerator)
@@ -89,10 +89,13 @@ def build_trainer(
     if config.is_online:
         source = online.open_prompts(config, backbone)
     elif source is None:
-        source = examples.open_source(config, Path(config.train.output_dir) / ERRORS)
+        source = examples.open_source(config, Path(config.train.output_dir) / skipped.FILE)
     console.print(f"Data: {source.name}: {source.counts}.")
     known = identity.run_identity(config, plan, backbone, source)
     step, sampler, reference = learning(config, backbone, source, plan, accelerator, console)
+    if not config.is_online:
+        skipped.tell(source.rejects, console)
+        skipped.follow(source.rejects, console)  # without a cache, images are decoded as training meets them
     hooks = {"step": step, "reference": reference and reference.moving, "auto_beta": step.auto_beta}
     hooks["behavior"] = getattr(step, "behavior", None)
     trainer = Trainer(

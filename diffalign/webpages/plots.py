@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
@@ -50,6 +51,17 @@ _WIDE, _NARROW = (4.7, 2.2), (3.5, 1.85)
 _MOST_POINTS = 240  # of a curve: more cannot be told apart at this width
 
 
+@dataclass(frozen=True)
+class Chart:
+    """Describe a chart of a report."""
+
+    title: str
+    note: str
+    svg: Markup
+    legend: tuple[tuple[str, str], ...] = ()  # (colour variable, text)
+    last: str = ""
+
+
 def difference_plot(differences: NDArray[np.float64], label: str) -> Markup:
     """Return every prompt's difference [P] as a bar, from the largest gain to the largest loss."""
     ordered = np.sort(differences)[::-1]
@@ -62,13 +74,28 @@ def difference_plot(differences: NDArray[np.float64], label: str) -> Markup:
         axes.axhline(0, color=_COLOURS["muted"], linewidth=0.8)
         axes.set_xlim(0, len(ordered))
         axes.set_xlabel("prompts, largest gain first")
+        axes.set_ylabel("difference", labelpad=9)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
     return _svg(paint, label, _WIDE)
 
 
-def distribution_plot(base: NDArray[np.float64], aligned: NDArray[np.float64], label: str) -> Markup:
-    """Return histograms of the scores per prompt [P] of both models over common bins, with their means as lines."""
+def distribution_plot(
+    base: NDArray[np.float64],
+    aligned: NDArray[np.float64],
+    label: str,
+    axes_labels: tuple[str, str] = ("score", "prompts"),
+    shares: bool = False,
+) -> Markup:
+    """Return histograms of two sets of numbers over common bins, with their means as dashed lines.
+
+    Args:
+        base: [P] e.g. the scores per prompt of the base model.
+        aligned: [Q] the other ones.
+        label: what is read out in place of the picture.
+        axes_labels: of the numbers and of how often they occur.
+        shares: draw the share of each set in place of the count: for sets of different size.
+    """
     low, high = float(min(base.min(), aligned.min())), float(max(base.max(), aligned.max()))
     if low == high:
         low, high = low - 0.5, high + 0.5
@@ -76,12 +103,14 @@ def distribution_plot(base: NDArray[np.float64], aligned: NDArray[np.float64], l
 
     def paint(axes: Axes) -> None:
         for values, colour in ((base, "base"), (aligned, "aligned")):
-            counts, _ = np.histogram(values, bins)
+            counts, _ = np.histogram(values, bins, weights=np.full(len(values), 1 / len(values) if shares else 1.0))
             axes.stairs(counts, bins, fill=True, color=_COLOURS[colour], alpha=0.22, linewidth=0)
             axes.stairs(counts, bins, color=_COLOURS[colour], linewidth=1.4)
             axes.axvline(values.mean(), color=_COLOURS[colour], linewidth=1.2, linestyle=(0, (3, 2)))
         axes.set_xlim(low, high)
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.set_xlabel(axes_labels[0])
+        axes.set_ylabel(axes_labels[1], labelpad=9)
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=not shares))
         axes.xaxis.set_major_locator(MaxNLocator(6))
 
     return _svg(paint, label, _WIDE)
