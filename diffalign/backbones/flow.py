@@ -18,6 +18,7 @@ class FlowBackbone(Backbone):
 
     denoiser_name = "transformer"
     ddim_steps = False
+    hub_mark: ClassVar[str]  # in the hub ids of its models, and of no others
     # Of hub ids and folders: no configuration says that a model was distilled to a few steps.
     few_steps: ClassVar[re.Pattern[str]] = re.compile(
         r"turbo|lightning|hyper-?sd|flash|schnell|distill|\blcm\b|\bdmd", re.IGNORECASE
@@ -38,14 +39,18 @@ class FlowBackbone(Backbone):
     @classmethod
     def check_trainable(cls, source: str, denoiser: Mapping[str, Any], vae: Mapping[str, Any], resolution: int) -> None:
         """Refuse few-step models, and pictures that no whole number of tokens covers."""
-        name = source.rstrip("/").rsplit("/", 1)[-1]
-        if found := cls.few_steps.search(name):
+        cls.check_name(source)
+        super().check_trainable(source, denoiser, vae, resolution)
+
+    @classmethod
+    def check_name(cls, source: str) -> None:
+        """Refuse few-step models."""
+        if found := cls.few_steps.search(source.rstrip("/").rsplit("/", 1)[-1]):
             raise ModelError(
                 f'"{source}" ("{found[0]}") is distilled to draw in a few steps. Learning from given pictures by flow '
                 "matching would undo that: its pictures would blur at the steps it is made for. Train the model that "
                 "it was distilled from, and put the LoRA on this one when drawing."
             )
-        super().check_trainable(source, denoiser, vae, resolution)
 
     def _noise_path(self) -> NoisePath:
         try:

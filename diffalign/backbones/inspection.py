@@ -7,8 +7,9 @@ from diffusers import DiffusionPipeline
 
 from diffalign.backbones import single_file
 from diffalign.backbones.base import TEXT_ENCODERS, Backbone
-from diffalign.backbones.families import BY_NAME, DENOISERS, PIPELINES, family_of
+from diffalign.backbones.families import BY_NAME, DENOISERS, FAMILIES, PIPELINES, family_of
 from diffalign.backbones.files import LORA_FILE, PICKLE_SUFFIXES, check_weights, load_errors, pickle_message
+from diffalign.backbones.flow import FlowBackbone
 from diffalign.errors import ModelError, suggestion
 from diffalign.places import local, looks_local
 
@@ -71,7 +72,7 @@ def check(
 ) -> None:
     """Refuse what `load` refuses for training, as far as paths, configurations and headers of weights say.
 
-    What is on the hub is not looked at.
+    Of what is on the hub only the name is looked at.
 
     Raises:
         ModelError: as `load` raises it.
@@ -90,6 +91,10 @@ def check(
         for name in (family.denoiser_name, "vae", *TEXT_ENCODERS):
             if name not in replaced and index.get(name, (None,))[0] is not None:
                 check_weights(folder / name, variant)
+    else:
+        for family in FAMILIES:
+            if issubclass(family, FlowBackbone) and family.hub_mark in source:
+                family.check_name(source)
 
 
 def check_trainable(source: str, family: type[Backbone], resolution: int, revision: str | None = None) -> None:

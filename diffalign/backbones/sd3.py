@@ -26,6 +26,7 @@ class SD3(FlowBackbone):
     """
 
     family = "sd3"
+    hub_mark = "stable-diffusion-3"
     pipeline_class, denoiser_class = StableDiffusion3Pipeline, SD3Transformer2DModel
     required = frozenset(
         {"transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}

@@ -244,6 +244,12 @@ class TestWhatCannotBeTrained:
             with pytest.raises(ModelError, match=r"distilled to draw in a few steps.*would undo that"):
                 refuse(str(folder), **arguments)
 
+    def test_few_step_models_of_the_hub_by_their_name(self):
+        with pytest.raises(ModelError, match="distilled to draw in a few steps"):
+            inspection.check("stabilityai/stable-diffusion-3.5-large-turbo", 1024)
+        inspection.check("stabilityai/stable-diffusion-3.5-large", 1024)
+        inspection.check("stabilityai/sdxl-turbo", 512)  # a UNet
+
     @pytest.mark.parametrize(
         ("resolution", "message"), [(60, "multiples of 8 for this model, got 60x60"), (256, "of up to 128 pixels")]
     )
