@@ -30,7 +30,8 @@ WINGS = (
     {"scoring"},
     {"training"},
     {"evaluating", "world"},
-    {"about", "info", "label"},
+    {"about", "info", "votes"},
+    {"label"},
 )
 USES_REWARD_MODELS = (
     "diffalign.rollout",

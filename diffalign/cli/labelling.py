@@ -12,7 +12,8 @@ from diffalign.errors import UserError
 
 FOLDERS_HELP = (
     "Folders drawn by `diffalign generate`, or folders of pictures with equal file names, as they are or as "
-    "name=FOLDER; or one source of pairs (parquet, .jsonl, w/ and l/, a hub data set)."
+    "name=FOLDER; one drawn folder with several seeds of each prompt; or one source of pairs (parquet, .jsonl, w/ and "
+    "l/, a hub data set)."
 )
 
 
@@ -48,17 +49,20 @@ def label(
 
     Example: `diffalign label mine/before mine/after --votes votes.sqlite`
 
+    Example: `diffalign generate runs/dpo --prompts p.txt --seeds 0-1 --out drawn && diffalign label drawn`
+
     Example: `diffalign label --votes votes.sqlite --results --export data/human/train.parquet`
     """
     from diffalign.jobs import label as job
+    from diffalign.jobs import votes as said
 
     console = Console()
     if (export or results) and (folders or rank):
         raise UserError("--export and --results read votes that are there: leave out the folders and --rank.")
     if results:
-        job.results(votes, console)
+        said.results(votes, console)
     if export:
-        job.export(votes, export, layout, console)
+        said.export(votes, export, layout, console)
     if not export and not results:
         wanted = job.Wanted(places=folders or [], rank=rank, split=split, limit=limit)
         job.label(wanted, votes, host=host, port=port, console=console)

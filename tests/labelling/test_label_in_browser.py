@@ -11,6 +11,7 @@ from rich.console import Console
 from diffalign.data import open_pairs
 from diffalign.evaluation import Manifest
 from diffalign.jobs import label as job
+from diffalign.jobs import votes as counted
 from diffalign.labelling import Rankings, Votes
 from diffalign.labelling.app import serve
 from diffalign.labelling.rankings import list_tasks
@@ -144,7 +145,7 @@ def test_judge_export_and_train(browse, named, diffalign, tiny_sdxl, tmp_path):
         # The first and the last choice were the left picture, the second the right one.
         assert ((table["credit"] == 1) == (table["left"] == "a")).tolist() == [True, False, True]
         assert (table["seconds"] > 0).all()
-    assert job.export(votes.file, tmp_path / "human" / "train.parquet", "majority", Console(quiet=True)) == 3
+    assert counted.export(votes.file, tmp_path / "human" / "train.parquet", "majority", Console(quiet=True)) == 3
     (tmp_path / "run.yaml").write_text(
         f"model: {{pretrained_model_name_or_path: {tiny_sdxl}}}\n"
         f"lora: {{rank: 2}}\n"
@@ -161,7 +162,7 @@ def test_judge_export_and_train(browse, named, diffalign, tiny_sdxl, tmp_path):
 def test_rank_three_pictures(browse, named, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
-    with Rankings(tmp_path / "votes.sqlite", job.propose) as rankings:
+    with Rankings(tmp_path / "votes.sqlite", counted.propose) as rankings:
         rankings.add(list_tasks(named, 3))
         browser = browse(rankings)
         first = rankings.next_task("ann")
@@ -184,7 +185,7 @@ def test_rank_three_pictures(browse, named, tmp_path):
         at_places = [table.loc[first, "ranks"][model] for model in rankings.places(first, "ann")]
         assert at_places == [3, 1, 2]
         assert sorted(table.drop(first)["ranks"].iloc[0]) == [1, 1, 3]
-    job.export(rankings.file, tmp_path / "lists" / "train.parquet", "lists", Console(quiet=True))
+    counted.export(rankings.file, tmp_path / "lists" / "train.parquet", "lists", Console(quiet=True))
     exported = open_pairs(tmp_path / "lists")
     assert exported.images_per_example == 3
     by_task = dict(zip(sorted([first, *table.drop(first).index]), exported, strict=True))

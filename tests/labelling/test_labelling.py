@@ -22,6 +22,7 @@ from diffalign.data import open_pairs
 from diffalign.errors import DataError, UserError
 from diffalign.evaluation import Manifest
 from diffalign.jobs import label as job
+from diffalign.jobs import votes as counted
 from diffalign.labelling import Votes, agreement_of, cohen_kappa, krippendorff_alpha
 from diffalign.labelling.app import PAGE, create_app
 from diffalign.labelling.store import pair_tasks
@@ -52,6 +53,23 @@ def votes(folders, tmp_path):
     with Votes(tmp_path / "votes.sqlite") as opened:
         opened.add(pair_tasks(named([str(folder) for folder in folders.values()])))
         yield opened
+
+
+def test_the_seeds_of_one_folder_are_judged_against_each_other(tmp_path):
+    requested = pd.DataFrame(
+        {"prompt_id": [0, 0, 1, 1], "prompt": [*PROMPTS[:1] * 2, *PROMPTS[1:2] * 2], "seed": [5, 7] * 2}
+    )
+    manifest = Manifest.plan(tmp_path / "drawn", requested, settings={}, identity="one")
+    tasks = pair_tasks(named([str(tmp_path / "drawn")]))
+    assert [(task.prompt, task.model_a, task.model_b) for task in tasks] == [
+        (prompt, "drawn, seed 5", "drawn, seed 7") for prompt in PROMPTS[:2]
+    ]
+    assert [task.file_a for task in tasks] == [str(path.resolve()) for path in manifest.paths[::2]]
+
+
+def test_one_picture_of_each_prompt_is_nothing_to_choose_between(folders):
+    with pytest.raises(DataError, match=r"base holds one picture of each prompt.*--seeds 0-1"):
+        named([str(folders["base"])])
 
 
 @pytest.fixture
@@ -163,8 +181,6 @@ def test_what_the_server_refuses(client):
 
 
 def test_folders_that_do_not_go_together(folders, tmp_path):
-    with pytest.raises(UserError, match="two or more folders"):
-        named([str(folders["base"])])
     with pytest.raises(UserError, match='Two folders are named "x"'):
         named([f"x={folder}" for folder in folders.values()])
     other = pd.DataFrame({"prompt_id": range(4), "prompt": "others", "seed": 0})
@@ -183,17 +199,17 @@ def test_export_is_read_by_training(votes, tmp_path):
             left = votes.left_of(task, rater)
             votes.vote(task, rater, "left" if (left == "a") == bool(credit) else "right")
     console = Console(quiet=True)
-    assert job.export(votes.file, tmp_path / "majority" / "train.parquet", "majority", console) == 3
+    assert counted.export(votes.file, tmp_path / "majority" / "train.parquet", "majority", console) == 3
     source = open_pairs(tmp_path / "majority")
     assert [row.prompt for row in source] == [PROMPTS[0], PROMPTS[1]]  # the draw is a tie
     assert source[0].chosen.load().getpixel((0, 0))[0] == LEVELS["dpo"]
     assert source[1].chosen.load().getpixel((0, 0))[0] == LEVELS["base"]
     assert source[1].extra["n_votes"] == 3
-    job.export(votes.file, tmp_path / "share" / "train.parquet", "share", console)
+    counted.export(votes.file, tmp_path / "share" / "train.parquet", "share", console)
     assert open_pairs(tmp_path / "share")[1].preference == pytest.approx(2 / 3)
-    assert job.export(votes.file, tmp_path / "votes" / "train.parquet", "votes", console) == 8
+    assert counted.export(votes.file, tmp_path / "votes" / "train.parquet", "votes", console) == 8
     assert len(open_pairs(tmp_path / "votes")) == 8
-    found = job.results(votes.file, console)
+    found = counted.results(votes.file, console)
     assert found["pairs"][0]["win_rate"] == pytest.approx((0 + 2 / 3 + 1 / 2) / 3)
     assert (found["pairs"][0]["wins"], found["pairs"][0]["losses"]) == (3, 5)
     assert (found["pairs"][0]["prompts_won"], found["pairs"][0]["p_value"]) == (1, 1.0)  # one won, one lost, one even

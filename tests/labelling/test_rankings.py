@@ -12,6 +12,7 @@ from diffalign.data import open_pairs, win_rate_labels
 from diffalign.errors import DataError, UserError
 from diffalign.evaluation import Manifest
 from diffalign.jobs import label as job
+from diffalign.jobs import votes as counted
 from diffalign.labelling import Rankings
 from diffalign.labelling.app import create_app
 from diffalign.labelling.rankings import as_votes, list_tasks
@@ -35,7 +36,7 @@ def named(tmp_path):
 
 @pytest.fixture
 def rankings(named, tmp_path):
-    with Rankings(tmp_path / "votes.sqlite", job.propose) as opened:
+    with Rankings(tmp_path / "votes.sqlite", counted.propose) as opened:
         opened.add(list_tasks(named, 4))
         yield opened
 
@@ -103,7 +104,7 @@ def test_nothing_the_page_gets_names_a_model(rankings):
 
 
 def test_the_next_list_is_the_match_that_tells_most(named, tmp_path):
-    with Rankings(tmp_path / "votes.sqlite", job.propose) as rankings:
+    with Rankings(tmp_path / "votes.sqlite", counted.propose) as rankings:
         assert rankings.add(list_tasks(named, 3)) == 4 * 3
         played = dict.fromkeys(MODELS, 0)
         for _ in range(5):
@@ -120,16 +121,16 @@ def test_export_and_results(rankings, tmp_path):
     for rater in ("ann", "bob"):
         rank_by_brightness(rankings, rater, 1)
     rankings.rank(1, "cy", [1, 1, 1, 1])
-    assert job.export(rankings.file, tmp_path / "lists" / "train.parquet", "lists", QUIET) == 1
+    assert counted.export(rankings.file, tmp_path / "lists" / "train.parquet", "lists", QUIET) == 1
     row = pd.read_parquet(tmp_path / "lists" / "train.parquet").iloc[0]
     scores = [list(of_picture) for of_picture in row["scores"]]
     assert scores == [[1, 1, 4], [2, 2, 4], [3, 3, 4], [4, 4, 4]]
     (example,) = open_pairs(tmp_path / "lists")
     assert example.scores == tuple(sorted(win_rate_labels(scores), reverse=True))
     assert example.images[0].load().getpixel((0, 0))[0] == MODELS["inpo"]
-    assert job.export(rankings.file, tmp_path / "pairs" / "train.parquet", "majority", QUIET) == 6
+    assert counted.export(rankings.file, tmp_path / "pairs" / "train.parquet", "majority", QUIET) == 6
     assert len(open_pairs(tmp_path / "pairs")) == 6
-    found = job.results(rankings.file, QUIET)
+    found = counted.results(rankings.file, QUIET)
     assert [row["model"] for row in found["ranking"]] == ["inpo", "mapo", "dpo", "base"]
     assert {row["votes"] for row in found["ranking"]} == {3}
     assert found["agreement"]["shared_tasks"] == 6
@@ -143,6 +144,6 @@ def test_how_many_can_be_ranked(diffalign, named, tmp_path):
         assert "--rank takes 3 to 9 pictures" in said
     with pytest.raises(DataError, match="no ranking"):
         with Rankings(tmp_path / "empty.sqlite"):
-            job.export(tmp_path / "empty.sqlite", tmp_path / "x.parquet", "lists", QUIET)
+            counted.export(tmp_path / "empty.sqlite", tmp_path / "x.parquet", "lists", QUIET)
     with pytest.raises(UserError, match="--as must be one of"):
-        job.export(tmp_path / "empty.sqlite", tmp_path / "x.parquet", "list", QUIET)
+        counted.export(tmp_path / "empty.sqlite", tmp_path / "x.parquet", "list", QUIET)
