@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 from torch import tensor
 
+from diffalign import vocabulary
 from diffalign.denoising import (
     DENSITIES,
     STABLE_DIFFUSION,
@@ -174,3 +175,7 @@ def test_a_sampling_says_what_it_is():
     assert {name: str(kind((801,)) if name == "list" else kind()) for name, kind in DENSITIES.items()}.keys() == {
         "uniform", "logit_normal", "mode", "list"
     }  # fmt: skip
+
+
+def test_settings_name_the_densities_there_are():
+    assert tuple(DENSITIES) == vocabulary.DENSITIES
