@@ -62,6 +62,12 @@ def family_at(source: str | Path, revision: str | None = None) -> type[Backbone]
     return family_of(read_index(source, revision)["_class_name"], source)
 
 
+def flow_family(hub_id: str) -> type[FlowBackbone] | None:
+    """Return the family of flow models that a hub id names, None if it names none."""
+    found = [family for family in FAMILIES if issubclass(family, FlowBackbone) and family.hub_mark in hub_id]
+    return found[0] if found else None
+
+
 def check(
     source: str,
     resolution: int,
@@ -91,10 +97,8 @@ def check(
         for name in (family.denoiser_name, "vae", *TEXT_ENCODERS):
             if name not in replaced and index.get(name, (None,))[0] is not None:
                 check_weights(folder / name, variant)
-    else:
-        for family in FAMILIES:
-            if issubclass(family, FlowBackbone) and family.hub_mark in source:
-                family.check_name(source)
+    elif (named := flow_family(source)) is not None:
+        named.check_name(source)
 
 
 def check_trainable(source: str, family: type[Backbone], resolution: int, revision: str | None = None) -> None:

@@ -78,11 +78,6 @@ def start(base: Backbone, init: str | None, seed: int) -> LatentReward:
     Raises:
         ModelError: `init` is of another family, or of none.
     """
-    if base.denoiser_name != "unet":
-        raise ModelError(
-            f'A judge of noisy latents is made of the encoder of a UNet; "{base.source}" ({base.family}) has a '
-            "transformer. Name a base model of SD1.5, SD2.1 or SDXL."
-        )
     if init is not None and (Path(init) / "unet").is_dir():
         resolution = base.denoiser.config.sample_size * base.vae_scale_factor
         return LatentReward.load(Path(init), base, torch.device("cpu"), resolution)

@@ -14,7 +14,6 @@ from diffalign.backbones import inspection, published
 from diffalign.backbones.adapters import trainable_parameters
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.families import BY_NAME
-from diffalign.backbones.sd3 import SD3
 from diffalign.config import Config
 from diffalign.denoising import Shift, TimestepSampling
 from diffalign.jobs.training import assemble, networks
@@ -62,7 +61,7 @@ def read(config: Config) -> MetaModel:
         family = inspection.family_at(folder)
         if (folder / family.denoiser_name / "config.json").is_file():
             return _from_folder(folder, family, "from its config in the hub cache")
-    if name in published.TRANSFORMERS or SD3.hub_mark in name:
+    if inspection.flow_family(name) is not None:
         known = name if name in published.TRANSFORMERS else next(iter(published.TRANSFORMERS))
         network = published.random_transformer(known, device="meta")
         return MetaModel(network, "sd3", f"not read; counted as the published {known}", scheduler={"shift": 3.0})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 import reward_models
-from diffalign.backbones import published
+from diffalign.backbones import inspection, published
 from diffalign.config import Config
 from diffalign.data import PairSource
 from diffalign.data.cache import META
@@ -149,7 +149,9 @@ def _models(config: Config) -> Iterator[Download]:
     if is_hub_id(name):
         parameters = published.PARAMETERS.get(published.MODELS.get(name, ""), {})
         replaced = {part for part, given in (("vae", vae), ("unet", unet)) if given is not None}
-        folders = [part for part in parameters or ("unet",) if part not in replaced]
+        flow = inspection.flow_family(name)
+        denoiser = "unet" if flow is None else flow.denoiser_name
+        folders = [part for part in parameters or (denoiser,) if part not in replaced]
         if not _downloaded(name, model.revision, folders):
             known = sum(count for part, count in parameters.items() if part not in replaced)
             yield Download(name, known * (2 if model.variant == "fp16" else 4) or None)
