@@ -7,6 +7,9 @@ They stand apart from that code because settings are checked before torch is imp
 INVERSIONS = ("ddim_inversion", "renoise_inversion")
 NOISINGS = ("shared", "independent", *INVERSIONS)
 
+# How often each level of noise is met (denoising/densities.py).
+DENSITIES = ("uniform", "logit_normal", "mode", "list")
+
 # How transitions are collected: k candidates a step from one latent; pairs of whole trajectories; single trajectories.
 ROLLOUTS = ("step_pairs", "trajectory_pairs", "trajectories")
 # Through which steps a reward is differentiated: one, whose prediction is judged; the last; those from a random one on.

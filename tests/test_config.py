@@ -24,7 +24,7 @@ def test_a_minimal_file_takes_defaults_for_the_rest(load):
     config = load()
     assert config.build_objective() == DPO(beta=2000.0)
     assert config.train.max_train_steps == 1000
-    assert config.lora.lora_target_modules == ["to_k", "to_q", "to_v", "to_out.0"]
+    assert config.lora.lora_target_modules is None
 
 
 class TestUnknownKeys:

@@ -22,6 +22,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "accelerate")
 NAMES = [str(path.relative_to(CONFIGS)) for path in SHIPPED]
 PUBLISHED = {"sdxl": 2_567_463_684, "sd15": 859_520_964}
+SD3 = (2_028_328_000, 2_243_171_520)  # of SD3-medium and of SD3.5-medium
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def shown(config: configuration.Config) -> str:
 
 
 def test_there_are_recipes_of_every_size():
-    assert {path.parent.name for path in SHIPPED} >= {"tiny", "sd15", "sdxl"}
+    assert {path.parent.name for path in SHIPPED} >= {"tiny", "sd15", "sdxl", "sd3"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,8 +58,10 @@ def test_it_loads_and_says_what_it_would_do(name, world, monkeypatch):
 
     text = shown(config)
     family = Path(name).parent.name
-    total = PUBLISHED.get(family, tiny_parameters)
-    assert re.search(rf"model\s+{'sdxl' if family == 'tiny' else family}, {total:,} parameters", text)
+    total = int(
+        re.search(rf"model\s+{'sdxl' if family == 'tiny' else family}, ([\d,]+) parameters", text)[1].replace(",", "")
+    )
+    assert total in (SD3 if family == "sd3" else (PUBLISHED.get(family, tiny_parameters),))
     assert ("from its config" in text) == (family == "tiny")
     assert repr(objective) in text
     trained = int(re.search(r"trained\s+([\d,]+) parameters", text)[1].replace(",", ""))

@@ -6,7 +6,7 @@ import pytest
 
 from diffalign import config as configuration
 from diffalign import places
-from diffalign.backbones import loading
+from diffalign.backbones import inspection, loading
 from diffalign.data import open_pairs
 from diffalign.errors import DataError, ModelError, UserError
 from diffalign.jobs.scoring import scorers
@@ -135,4 +135,4 @@ class TestWhatIsMissing:
 def test_what_ships_is_found_from_anywhere(elsewhere):
     assert len(open_pairs("assets/tiny-pairs", max_samples=3)) == 3
     assert scorers.load("pickscore=assets/tiny-pickscore")[0].name == "pickscore"
-    assert loading.read_index(loading.located("assets/tiny-sdxl"))["_class_name"] == "StableDiffusionXLPipeline"
+    assert inspection.read_index(inspection.located("assets/tiny-sdxl"))["_class_name"] == "StableDiffusionXLPipeline"

@@ -7,12 +7,23 @@ import torch
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 IMAGE_SIZE = 64
 LATENT_SIZE = 16
@@ -60,16 +71,36 @@ def tiny_unet_sd15() -> UNet2DConditionModel:
     )
 
 
-def tiny_vae(scaling_factor: float) -> AutoencoderKL:
-    """Return an autoencoder that halves the image twice into four channels."""
+def tiny_transformer_sd3() -> SD3Transformer2DModel:
+    """Return SD3.5-medium's topology (its first block has a second attention) with two blocks of 64 channels."""
+    return SD3Transformer2DModel(
+        sample_size=LATENT_SIZE,
+        patch_size=2,
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=64,
+        pooled_projection_dim=64,
+        out_channels=16,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+
+
+def tiny_vae(scaling_factor: float, latent_channels: int = 4, **settings) -> AutoencoderKL:
+    """Return an autoencoder that halves the image twice into a few channels."""
     return AutoencoderKL(
         block_out_channels=(8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=8,
         sample_size=IMAGE_SIZE,
         scaling_factor=scaling_factor,
+        **settings,
     )
 
 
@@ -80,6 +111,13 @@ def tiny_tokenizer(pad_token: str = EOS) -> CLIPTokenizer:
     tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges] + [BOS, EOS]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=77)
+
+
+def tiny_t5_tokenizer() -> T5Tokenizer:
+    """Return a T5 tokenizer over letters and a few words."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *("\u2581" + word for word in WORDS)]
+    letters = [(letter, -9.0) for letter in "abcdefghijklmnopqrstuvwxyz,!"]
+    return T5Tokenizer(vocab=[*((piece, -2.0) for piece in pieces), *letters], extra_ids=0, model_max_length=512)
 
 
 def tiny_text_config(tokenizer: CLIPTokenizer, hidden_size: int, hidden_act: str) -> CLIPTextConfig:
@@ -135,11 +173,32 @@ def build_tiny_sd15(directory: str | Path, seed: int = 0, prediction_type: str =
     return _save(pipeline, directory)
 
 
+def build_tiny_sd3(directory: str | Path, seed: int = 0, t5: bool = True) -> Path:
+    """Write a random-weight StableDiffusion3Pipeline of about 0.4 M parameters to `directory` and return its path."""
+    first, second = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
+    third = tiny_t5_tokenizer() if t5 else None
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusion3Pipeline(
+            vae=tiny_vae(1.5305, 16, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=CLIPTextModelWithProjection(tiny_text_config(first, 8, "quick_gelu")),
+            text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(second, 16, "gelu")),
+            text_encoder_3=T5EncoderModel(T5Config(vocab_size=len(third), **shape)) if t5 else None,
+            tokenizer=first,
+            tokenizer_2=second,
+            tokenizer_3=third,
+            transformer=tiny_transformer_sd3(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
+    return _save(pipeline, directory)
+
+
 def _save(pipeline, directory: str | Path) -> Path:
     directory = Path(directory)
     pipeline.save_pretrained(directory, safe_serialization=True)
     # The published repositories carry the vocabulary in CLIP's own two files; other loaders read these.
-    for folder in directory.glob("tokenizer*"):
+    for folder in [directory / name for name in ("tokenizer", "tokenizer_2") if (directory / name).is_dir()]:
         model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
         (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
         lines = ["#version: 0.2", *(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])]

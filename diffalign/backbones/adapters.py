@@ -31,20 +31,22 @@ def add_lora(
     init: str = "gaussian",
     seed: int = 0,
     blocks: Sequence[str] = BLOCKS,
+    idle: Sequence[str] = (),
 ) -> list[nn.Parameter]:
     """Freeze `denoiser`, add LoRA layers to it and return their parameters, in float32.
 
     W x becomes W x + alpha / rank * B A x, with B = 0 at the start.
 
     Args:
-        denoiser: a diffusers UNet without adapters.
+        denoiser: a diffusers UNet or transformer without adapters.
         rank: columns of B, at least 1.
         alpha: scale, > 0; `rank` when None, so that the factor is 1.
         target_modules: names, or ends of names, of the Linear and Conv2d modules to adapt.
         dropout: probability in [0, 1) that an input of A is dropped in training.
         init: of A: "gaussian" (std 1/rank, diffusers' scripts) or "kaiming" (uniform, peft's default).
         seed: of A; the same on every device and in every dtype.
-        blocks: which parts of the UNet are adapted, of BLOCKS; what belongs to none of them is if all are.
+        blocks: which parts of a UNet are adapted, of BLOCKS; what belongs to none of them is if all are.
+        idle: names of layers that are never adapted: the family's `idle_layers`.
 
     Raises:
         ModelError: an argument is out of range, a target matches no module, or there are adapters already.
@@ -54,10 +56,12 @@ def add_lora(
     _check_numbers(rank, alpha, dropout, init)
     if has_adapters(denoiser):
         raise ModelError("This network has adapters already. Load it again, or fuse them first.")
-    _check_targets(denoiser, targets, blocks)
+    _check_blocks(denoiser, blocks)
+    excluded = _excluded(blocks, idle)
+    _check_targets(denoiser, targets, excluded)
     freeze(denoiser)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, exclude_modules=_outside(blocks)
+        r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, exclude_modules=excluded
     )
     with torch.random.fork_rng(devices=[]):  # peft draws numbers too; _start replaces them
         denoiser.add_adapter(config, adapter_name=ADAPTER)
@@ -151,7 +155,12 @@ def free_name(denoiser: nn.Module) -> str:
 
 def count_adapted(denoiser: nn.Module, name: str) -> int:
     """Return how many layers of `denoiser` carry the LoRA `name`."""
-    return sum(name in part.lora_A for part in denoiser.modules() if hasattr(part, "lora_A"))
+    return len(adapted_layers(denoiser, name))
+
+
+def adapted_layers(denoiser: nn.Module, name: str) -> list[str]:
+    """Return the names of the layers of `denoiser` that carry the LoRA `name`."""
+    return [place for place, part in denoiser.named_modules() if name in getattr(part, "lora_A", ())]
 
 
 def has_adapters(module: nn.Module) -> bool:
@@ -176,12 +185,13 @@ def _adapter_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
     return layers
 
 
-def _outside(blocks: Sequence[str]) -> str | None:
-    """Return a pattern of the names of the modules that lie in none of the blocks; None if all blocks are wanted."""
-    if set(blocks) >= set(BLOCKS):
-        return None
-    inside = "|".join(f"{block}_block" for block in blocks)
-    return rf"(?!({inside})).*"
+def _excluded(blocks: Sequence[str], idle: Sequence[str]) -> str | None:
+    """Return a pattern of the names of modules that are idle or lie in none of the blocks, None if there are none."""
+    patterns = [re.escape(name) for name in idle]
+    if not set(blocks) >= set(BLOCKS):
+        inside = "|".join(f"{block}_block" for block in blocks)
+        patterns.append(rf"(?!({inside})).*")
+    return "|".join(patterns) or None
 
 
 def _scaled(scaling: Mapping[str, float], factors: Mapping[str, float]) -> dict[str, float]:
@@ -210,10 +220,18 @@ def _check_numbers(rank: int, alpha: float, dropout: float, init: str) -> None:
         raise ModelError(f'Unknown LoRA init "{init}".{suggestion(init, INITS)} Available: {", ".join(INITS)}.')
 
 
-def _check_targets(denoiser: nn.Module, targets: list[str], blocks: Sequence[str]) -> None:
+def _check_blocks(denoiser: nn.Module, blocks: Sequence[str]) -> None:
     if unknown := sorted(set(blocks) - set(BLOCKS)):
         raise ModelError(f'Unknown LoRA block "{unknown[0]}". Available: {", ".join(BLOCKS)}.')
-    outside = re.compile(_outside(blocks) or r"(?!)")
+    if not set(blocks) >= set(BLOCKS) and not hasattr(denoiser, "down_blocks"):
+        raise ModelError(
+            f"lora.blocks [{', '.join(blocks)}] names parts of a UNet; a {type(denoiser).__name__} has none of them. "
+            f"Use all ([{', '.join(BLOCKS)}]), and lora.lora_target_modules to choose layers."
+        )
+
+
+def _check_targets(denoiser: nn.Module, targets: list[str], excluded: str | None) -> None:
+    outside = re.compile(excluded or r"(?!)")
     layers = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     adaptable = [name for name in layers if not outside.fullmatch(name)]
     if not targets:

@@ -1,17 +1,25 @@
 """What every model family offers to the rest of diffalign, and the code the families share."""
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from diffalign.backbones.adapters import ATTENTION
 from diffalign.backbones.conditioning import Conditioning
+from diffalign.backbones.digests import tokenizer_identity, update_with_tensors
+from diffalign.denoising.shifts import Shift
 from diffalign.errors import ModelError
+
+CLIP_LENGTH = 77  # tokens, of the published CLIP text encoders
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class Backbone(ABC):
@@ -24,8 +32,18 @@ class Backbone(ABC):
     """
 
     family: ClassVar[str]
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    denoiser_class: ClassVar[type[nn.Module]]
+    denoiser_name: ClassVar[str]  # of the denoiser in a pipeline, of its folder and before its keys in a LoRA file
+    vae_class: ClassVar[type[nn.Module]] = AutoencoderKL
+    encoder_classes: ClassVar[tuple[type, ...]] = (CLIPTextModel, CLIPTextModelWithProjection)
+    tokenizer_classes: ClassVar[tuple[type, ...]] = (CLIPTokenizer,)
+    required: ClassVar[frozenset[str]]  # components without which there is nothing to train
     text_columns: ClassVar[tuple[str, ...]]  # what `encode_prompts` returns, and caches keep
     repeated_blocks: ClassVar[tuple[str, ...]]  # classes of the denoiser's parts that FSDP makes whole one at a time
+    lora_targets: ClassVar[tuple[str, ...]] = ATTENTION  # ends of the names of the layers that a LoRA adapts
+    ddim_steps: ClassVar[bool] = True  # it is sampled by DDIM's steps, whose distribution online objectives learn from
+    plain_attention: ClassVar[bool] = False  # its attention is that of the UNets, of which kernels can be chosen
 
     def __init__(
         self,
@@ -52,15 +70,67 @@ class Backbone(ABC):
         for module in self._encoders():
             module.requires_grad_(False).eval()
 
+    @classmethod
+    def over(cls, pipeline: DiffusionPipeline, source: str, options: dict[str, Any] | None = None) -> Self:
+        """Adapt the modules of a pipeline of this family, which become frozen but for the denoiser."""
+        return cls(
+            denoiser=getattr(pipeline, cls.denoiser_name),
+            vae=pipeline.vae,
+            tokenizers=present(pipeline.components, TOKENIZERS),
+            text_encoders=present(pipeline.components, TEXT_ENCODERS),
+            scheduler=pipeline.scheduler,
+            source=source,
+            options=options,
+        )
+
+    @classmethod
+    def idle_layers(cls, denoiser: nn.Module) -> tuple[str, ...]:
+        """Return the names of layers that the prediction does not depend on: adapters there would never learn."""
+        return ()
+
+    @classmethod
+    def patch_size(cls, denoiser_config: Mapping[str, Any]) -> int:
+        """Return how many latents one token of the denoiser is high and wide."""
+        return 1
+
+    @classmethod
+    @abstractmethod
+    def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:
+        """Return how many numbers the `text_columns` of a prompt hold, for tokenizers of the published lengths."""
+
+    @classmethod
+    def shift(cls, scheduler_config: Mapping[str, Any], tokens: int) -> Shift:
+        """Return how the model's scheduler moves levels of noise for a picture of `tokens` tokens; DDPM's does not."""
+        return Shift()
+
+    @classmethod
+    def check_trainable(cls, source: str, denoiser: Mapping[str, Any], vae: Mapping[str, Any], resolution: int) -> None:
+        """Refuse to train what configurations alone show cannot be, at pictures of `resolution` pixels a side.
+
+        Raises:
+            ModelError: such a model or resolution.
+        """
+        cls._check_side(resolution, resolution, cls.scale_factor_of(vae) * cls.patch_size(denoiser))
+
     @property
     def latent_channels(self) -> int:
         """Return C of the latents."""
         return self.vae.config.latent_channels
 
+    def shift_at(self, resolution: int) -> Shift:
+        """Return how the scheduler moves levels of noise for pictures of `resolution` pixels a side."""
+        side = resolution // (self.vae_scale_factor * self.patch_size(self.denoiser.config))
+        return self.shift(self.scheduler.config, side**2)
+
     @property
     def vae_scale_factor(self) -> int:
         """Return how many pixels a latent is high and wide."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.scale_factor_of(self.vae.config)
+
+    @staticmethod
+    def scale_factor_of(vae_config: Mapping[str, Any]) -> int:
+        """Return how many pixels a latent of the VAE is high and wide."""
+        return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -127,9 +197,9 @@ class Backbone(ABC):
             digest = hashlib.blake2b(digest_size=16)
             digest.update(f"{self.family} {self._shift_and_scale()}".encode())
             for tokenizer in self.tokenizers:
-                digest.update(_tokenizer_identity(tokenizer))
+                digest.update(tokenizer_identity(tokenizer))
             for module in self._encoders():
-                _update_with_tensors(digest, module)
+                update_with_tensors(digest, module)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -137,7 +207,7 @@ class Backbone(ABC):
         """Return a hash of the denoiser's tensors (adapters included) and of what it predicts, as of now."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{self.family} {self.path.prediction_type}".encode())
-        _update_with_tensors(digest, self.denoiser)
+        update_with_tensors(digest, self.denoiser)
         return digest.hexdigest()
 
     def to(
@@ -190,19 +260,22 @@ class Backbone(ABC):
     def _check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ModelError(f"Images must have the shape [N,3,H,W], got {list(images.shape)}.")
-        factor = self.vae_scale_factor
-        if images.shape[2] % factor or images.shape[3] % factor:
+        self._check_side(*images.shape[2:], self.vae_scale_factor * self.patch_size(self.denoiser.config))
+
+    @staticmethod
+    def _check_side(height: int, width: int, factor: int) -> None:
+        if height % factor or width % factor:
             raise ModelError(
-                f"Image sides must be multiples of {factor} for this VAE, got {images.shape[2]}x{images.shape[3]}. "
-                "Choose such a resolution."
+                f"Image sides must be multiples of {factor} for this model, got {height}x{width}. Choose such a "
+                "resolution."
             )
 
     @staticmethod
-    def _tokenize(tokenizer: Any, prompts: list[str]) -> Any:
+    def _tokenize(tokenizer: Any, prompts: list[str], length: int | None = None) -> Any:
         return tokenizer(
             list(prompts),
             padding="max_length",
-            max_length=tokenizer.model_max_length,
+            max_length=length or tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
@@ -212,20 +285,12 @@ class Backbone(ABC):
         return next(denoiser.parameters()).dtype
 
 
+def present(components: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+    """Return those components of a pipeline that it has, in the order of the names."""
+    return [components[name] for name in names if components.get(name) is not None]
+
+
 def move(module: nn.Module, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
     """Move and cast a part of a pipeline in place."""
     # Not module.to(): with a dtype, diffusers 0.42 warns of "modules that should be kept in float32: []".
     nn.Module.to(module, device=device, dtype=dtype)
-
-
-def _tokenizer_identity(tokenizer: Any) -> bytes:
-    # Padding and truncation are left out: calling the tokenizer changes them.
-    model = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = [model["model"], model["normalizer"], model["pre_tokenizer"], model["added_tokens"]]
-    return json.dumps([parts, tokenizer.model_max_length, tokenizer.pad_token_id], sort_keys=True).encode()
-
-
-def _update_with_tensors(digest: Any, module: nn.Module) -> None:
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -11,14 +11,16 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffalign.backbones.adapters import ADAPTER, count_adapted, free_name, has_adapters
+from diffalign.backbones.adapters import ADAPTER, adapted_layers, count_adapted, free_name, has_adapters
+from diffalign.backbones.families import denoiser_name, denoiser_of, family_of, name_of, with_denoiser
 from diffalign.backbones.files import LORA_FILE, load_errors, quiet_diffusers, read_header, write_atomically
 from diffalign.backbones.kohya import kohya_metadata, kohya_tensors
-from diffalign.backbones.loading import load, load_unet
+from diffalign.backbones.loading import load, load_denoiser
 from diffalign.errors import ModelError
 
-UNET_FILE = "diffusion_pytorch_model.safetensors"
-PREFIX = "unet."  # of the UNet's tensors and settings in a LoRA file of diffusers
+# Settings in which the denoisers of two families, or of two sizes of one, differ.
+SHAPES = ("cross_attention_dim", "addition_embed_type", "in_channels", "joint_attention_dim", "num_layers")
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def save_lora(
@@ -33,11 +35,11 @@ def save_lora(
     """Write `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(directory)` loads, alpha included.
 
     Args:
-        denoiser: the unwrapped UNet with the adapters of `add_lora`.
+        denoiser: the unwrapped network with the adapters of `add_lora`.
         directory: folder to write to; made if missing.
         base_model: what the adapters belong on, for the file's metadata.
         metadata: further entries of the file's metadata; values become strings.
-        state_dict: the UNet's full state dict, where its own is sharded or an average is wanted.
+        state_dict: the network's full state dict, where its own is sharded or an average is wanted.
         dtype: of the file; the tensors' own (float32) when None.
 
     Raises:
@@ -45,7 +47,7 @@ def save_lora(
     """
     lora, _ = _adapter(denoiser, state_dict, dtype)
     header = lora_header(denoiser, base_model, metadata)
-    tensors = {f"{PREFIX}{key}": tensor for key, tensor in lora.items()}
+    tensors = {f"{name_of(denoiser)}.{key}": tensor for key, tensor in lora.items()}
     return write_atomically(Path(directory) / LORA_FILE, lambda path: save_file(tensors, path, metadata=header))
 
 
@@ -61,10 +63,11 @@ def lora_header(
         "target_modules": sorted(config.target_modules),
         "lora_dropout": config.lora_dropout,
     }
-    if config.exclude_modules:  # of lora.blocks: else peft warns that the file lacks the other blocks
-        settings["exclude_modules"] = config.exclude_modules
+    if config.exclude_modules:  # peft warns of targets that the file lacks, and of exclusions too, so name each layer
+        settings["target_modules"] = sorted(adapted_layers(denoiser, ADAPTER))
     header = _strings(base_model, metadata)
-    header[LORA_ADAPTER_METADATA_KEY] = json.dumps({f"{PREFIX}{key}": value for key, value in settings.items()})
+    name = name_of(denoiser)
+    header[LORA_ADAPTER_METADATA_KEY] = json.dumps({f"{name}.{key}": value for key, value in settings.items()})
     return header
 
 
@@ -73,7 +76,7 @@ def lora_keys(denoiser: nn.Module) -> dict[str, str]:
     parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     named = get_peft_model_state_dict(denoiser, state_dict=parameters, adapter_name=ADAPTER)
     keys = {id(parameter): key for key, parameter in named.items()}  # peft names what it is given, and copies nothing
-    return {name: f"{PREFIX}{keys[id(parameter)]}" for name, parameter in parameters.items()}
+    return {name: f"{name_of(denoiser)}.{keys[id(parameter)]}" for name, parameter in parameters.items()}
 
 
 def save_kohya_lora(
@@ -93,6 +96,7 @@ def save_kohya_lora(
     file = Path(file)
     if file.suffix != ".safetensors":
         raise ModelError(f'A kohya LoRA is one .safetensors file, got "{file}".')
+    require_kohya(denoiser)
     lora, config = _adapter(denoiser, state_dict, dtype)
     tensors = kohya_tensors(lora, denoiser, config.lora_alpha)
     header = kohya_metadata(denoiser, config.r, config.lora_alpha, prediction_type, file.stem)
@@ -102,34 +106,43 @@ def save_kohya_lora(
     return write_atomically(file, lambda path: save_file(tensors, path, metadata=header))
 
 
-def save_full_unet(
+def require_kohya(denoiser: nn.Module) -> None:
+    """Raise ModelError for networks whose LoRAs have no layout of kohya's here."""
+    if name_of(denoiser) != "unet":
+        raise ModelError(
+            f"The kohya layout is written for UNets only, and this is a {type(denoiser).__name__}. Leave it out: "
+            "ComfyUI loads diffusers' layout of this family."
+        )
+
+
+def save_denoiser(
     denoiser: nn.Module,
     directory: str | Path,
     *,
     state_dict: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write `directory/unet/` (config.json and safetensors), which `UNet2DConditionModel.from_pretrained` loads.
+    """Write `directory/unet/` or `transformer/`, config.json and safetensors, which diffusers' `from_pretrained` loads.
 
     Arguments and errors as in `save_lora`. The new folder takes the old one's place only once it is complete.
     """
     if has_adapters(denoiser):
         raise ModelError("This network has LoRA adapters: export them with save_lora.")
-    tensors = {name: _for_file(tensor, dtype) for name, tensor in (state_dict or denoiser.state_dict()).items()}
+    tensors = {key: _for_file(tensor, dtype) for key, tensor in (state_dict or denoiser.state_dict()).items()}
 
     def write(folder: Path) -> None:
         folder.mkdir()
         denoiser.save_config(folder)
-        save_file(tensors, folder / UNET_FILE, metadata={"format": "pt"})
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
-    return write_atomically(Path(directory) / "unet", write)
+    return write_atomically(Path(directory) / name_of(denoiser), write)
 
 
 def load_adapter_into(pipeline: Any, source: str | Path) -> Any:
     """Return a pipeline with the weights at `source`: `pipeline` itself, or a new one if `source` is a whole pipeline.
 
-    source: a LoRA file or folder (diffusers' or kohya's layout), a UNet folder, a folder with `unet/`, a pipeline
-    folder, or a hub id of a LoRA or a UNet.
+    source: a LoRA file or folder (diffusers' or kohya's layout), a folder of a UNet or transformer, one that holds
+    `unet/` or `transformer/`, a pipeline folder, or a hub id of a LoRA, a UNet or a transformer.
 
     Raises:
         ModelError: nothing of the kind is there, or it does not fit this pipeline.
@@ -138,12 +151,12 @@ def load_adapter_into(pipeline: Any, source: str | Path) -> Any:
     if path.is_file() or _is_lora_folder(path):
         return _load_lora(pipeline, path.parent if path.is_file() else path, _lora_name(path), str(source))
     if (path / "model_index.json").is_file():
-        backbone = load(path, torch_dtype=pipeline.unet.dtype).to(pipeline.device)
+        backbone = load(path, torch_dtype=denoiser_of(pipeline).dtype).to(pipeline.device)
         return backbone.pipeline()
     if path.is_dir():
-        return _replace_unet(pipeline, source)
+        return _replace_denoiser(pipeline, source)
     try:
-        return _replace_unet(pipeline, source)
+        return _replace_denoiser(pipeline, source)
     except ModelError as error:
         try:
             return _load_lora(pipeline, str(source), LORA_FILE, str(source))
@@ -153,7 +166,7 @@ def load_adapter_into(pipeline: Any, source: str | Path) -> Any:
 
 def _adapter(denoiser: nn.Module, state_dict: dict[str, Tensor] | None, dtype: torch.dtype | None) -> tuple[dict, Any]:
     if not has_adapters(denoiser):
-        raise ModelError("This network has no LoRA adapters: export it with save_full_unet.")
+        raise ModelError("This network has no LoRA adapters: export it with save_denoiser.")
     lora = get_peft_model_state_dict(denoiser, state_dict=state_dict, adapter_name=ADAPTER)
     return {key: _for_file(tensor, dtype) for key, tensor in lora.items()}, denoiser.peft_config[ADAPTER]
 
@@ -174,7 +187,7 @@ def _is_lora_folder(path: Path) -> bool:
 def _lora_files(folder: Path) -> list[Path]:
     if (folder / LORA_FILE).is_file():
         return [folder / LORA_FILE]
-    candidates = [path for path in sorted(folder.glob("*.safetensors")) if path.name != UNET_FILE]
+    candidates = [path for path in sorted(folder.glob("*.safetensors")) if path.name != WEIGHTS_FILE]
     return [path for path in candidates if any("lora" in name for name in read_header(path))]
 
 
@@ -191,38 +204,66 @@ def _lora_name(path: Path) -> str:
 
 
 def _load_lora(pipeline: Any, folder: Path | str, name: str, source: str) -> Any:
-    expected = _count_unet_modules(folder / name) if isinstance(folder, Path) else None
-    adapter = free_name(pipeline.unet)
+    denoiser = denoiser_of(pipeline)
+    if isinstance(folder, Path):
+        check_lora(folder / name, type(pipeline).__name__)
+    expected = _count_modules(folder / name) if isinstance(folder, Path) else None
+    adapter = free_name(denoiser)
     # For each text encoder a UNet-only LoRA draws a warning that ends in "open an issue".
     with load_errors("the LoRA", source), quiet_diffusers():
         pipeline.load_lora_weights(str(folder), weight_name=name, adapter_name=adapter, use_safetensors=True)
-    fitting = count_adapted(pipeline.unet, adapter)
-    # diffusers only logs what did not fit the UNet.
+    fitting = count_adapted(denoiser, adapter)
+    # diffusers only logs what did not fit.
     if fitting == 0 or (expected is not None and fitting != expected):
         raise ModelError(
-            f'Only {fitting} of the {expected or "UNet"} modules in the LoRA "{source}" fit this UNet. '
+            f'Only {fitting} of the {expected or "adapted"} modules in the LoRA "{source}" fit this '
+            f"{_word(denoiser_name(pipeline))}. "
             "Check that it was trained on this model family."
         )
     return pipeline
 
 
-def _count_unet_modules(file: Path) -> int:
+def check_lora(file: Path, pipeline_class: str) -> None:
+    """Refuse the LoRA of a UNet for a transformer and the other way round; reads the names of tensors only.
+
+    Raises:
+        ModelError: such a LoRA.
+    """
+    wanted = family_of(pipeline_class, str(file)).denoiser_name
+    names = [name for name in read_header(file) if name != "__metadata__"]
+    marks = {
+        "unet": ("unet.", "lora_unet_down", "lora_unet_mid", "lora_unet_up", "lora_unet_input", "lora_unet_output"),
+        "transformer": ("transformer.", "lora_transformer_", "lora_unet_joint", "lora_unet_double", "diffusion_model."),
+    }
+    found = [kind for kind, starts in marks.items() if any(name.startswith(starts) for name in names)]
+    if found and wanted not in found:
+        raise ModelError(
+            f'The LoRA "{file}" adapts a {_word(found[0])}: its tensors are named like "{names[0]}". A '
+            f"{pipeline_class} has a {_word(wanted)}. Give a LoRA of its family, or the base model of this one."
+        )
+
+
+def _word(name: str) -> str:
+    return {"unet": "UNet"}.get(name, name)
+
+
+def _count_modules(file: Path) -> int:
     names = read_header(file)
     # The A (down) matrices in the layouts of peft, kohya and older diffusers.
     ends = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight", "_lora.down.weight")
     count = sum(name.endswith(ends) and not name.startswith(("text_encoder", "lora_te")) for name in names)
     if count == 0:
-        raise ModelError(f'"{file}" has no LoRA tensors for a UNet. Give a LoRA of one, or a folder with unet/.')
+        raise ModelError(f'"{file}" has no LoRA tensors for a denoiser. Give a LoRA of one, or a folder with unet/.')
     return count
 
 
-def _replace_unet(pipeline: Any, source: str | Path) -> Any:
-    unet = load_unet(source, pipeline.unet.dtype)
-    for key in ("cross_attention_dim", "addition_embed_type", "in_channels"):
-        if unet.config[key] != pipeline.unet.config[key]:
+def _replace_denoiser(pipeline: Any, source: str | Path) -> Any:
+    own, name = denoiser_of(pipeline), _word(denoiser_name(pipeline))
+    network = load_denoiser(source, family_of(type(pipeline).__name__, str(source)), own.dtype)
+    for key in SHAPES:
+        if network.config.get(key) != own.config.get(key):
             raise ModelError(
-                f'The UNet of "{source}" has {key} {unet.config[key]}, this pipeline {pipeline.unet.config[key]}: '
-                "they belong to different families. Give the base model this UNet was trained from."
+                f'The {name} of "{source}" has {key} {network.config.get(key)}, this pipeline {own.config.get(key)}: '
+                f"they belong to different families. Give the base model this {name} was trained from."
             )
-    pipeline.register_modules(unet=unet.to(pipeline.device))
-    return pipeline
+    return with_denoiser(pipeline, network.to(pipeline.device))

@@ -5,19 +5,16 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import AutoencoderKL, DDIMScheduler
+from torch import nn
+from transformers import PreTrainedModel
 
-from diffalign.backbones import single_file
-from diffalign.backbones.base import Backbone
-from diffalign.backbones.files import LORA_FILE, PICKLE_SUFFIXES, check_weights, load_errors, pickle_message
-from diffalign.backbones.sd15 import SD15
-from diffalign.backbones.sdxl import SDXL
-from diffalign.errors import ModelError, suggestion
-from diffalign.places import local, looks_local
-
-PIPELINES: dict[str, type[Backbone]] = {"StableDiffusionPipeline": SD15, "StableDiffusionXLPipeline": SDXL}
-TEXT_ENCODERS = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
+from diffalign.backbones import base, single_file
+from diffalign.backbones.base import Backbone, present
+from diffalign.backbones.families import PIPELINES
+from diffalign.backbones.files import check_weights, load_errors
+from diffalign.backbones.inspection import check_trainable, located, read_index
+from diffalign.errors import ModelError
 
 
 def load(
@@ -31,13 +28,15 @@ def load(
     prediction_type: str | None = None,
     zero_terminal_snr: bool = False,
     config: str | Path | None = None,
+    resolution: int | None = None,
 ) -> Backbone:
     """Load a text-to-image model on the CPU; each weight is read once, in `torch_dtype`.
 
     Args:
         pretrained_model_name_or_path: hub id, diffusers folder or single .safetensors file.
         vae: hub id, folder or file of a VAE to use instead, such as "madebyollin/sdxl-vae-fp16-fix".
-        unet_init: hub id or folder of a UNet (or of a pipeline with one) to use instead of the model's own.
+        unet_init: hub id or folder of a UNet or transformer (or of a pipeline with one) to use instead of the model's
+            own.
         revision: branch, tag or commit of a hub id.
         variant: "fp16" to read `*.fp16.safetensors`; does not apply to `vae` and `unet_init`.
         torch_dtype: dtype of all modules.
@@ -45,15 +44,17 @@ def load(
         zero_terminal_snr: rescale the schedule to end in pure noise (arXiv:2305.08891); needs v_prediction.
         config: for a single file only: the diffusers folder or hub id with its configs and tokenizers. By default the
             published ones of SD1.5 and SDXL base, which ship with this package.
+        resolution: of the pictures to train on, in pixels: what cannot be trained so is refused before weights are
+            read. None: nothing is trained.
 
     Raises:
         ModelError: the model is missing, broken, pickled, of an unsupported family, or does not fit these options.
     """
     source = located(pretrained_model_name_or_path)
-    replacements = {}
-    if unet_init is not None:
-        replacements["unet"] = load_unet(unet_init, torch_dtype)
+    replacements: dict[str, Any] = {}
     if Path(source).is_file():
+        if unet_init is not None:
+            replacements["unet"] = load_denoiser(unet_init, PIPELINES["StableDiffusionPipeline"], torch_dtype)
         index, modules = _from_file(Path(source), replacements, vae, config, torch_dtype)
         hints = single_file.schedule_hints(Path(source))
         prediction_type = prediction_type or hints.get("prediction_type")
@@ -61,58 +62,44 @@ def load(
     else:
         if config is not None:
             raise ModelError(f'"config" describes a single .safetensors file, but "{source}" is not one. Drop it.')
+        index = read_index(source, revision)
+        family = PIPELINES[index["_class_name"]]
+        if resolution is not None:
+            check_trainable(source, family, resolution, revision)
         if vae is not None:
             replacements["vae"] = load_vae(vae, torch_dtype, config=source)
-        index = read_index(source, revision)
+        if unet_init is not None:
+            replacements[family.denoiser_name] = load_denoiser(unet_init, family, torch_dtype)
         modules = _from_folder(source, index, replacements, revision, variant, torch_dtype)
-    return PIPELINES[index["_class_name"]](
-        denoiser=modules["unet"],
+    family = PIPELINES[index["_class_name"]]
+    return family(
+        denoiser=modules[family.denoiser_name],
         vae=modules["vae"],
-        tokenizers=_present(modules, "tokenizer", "tokenizer_2"),
-        text_encoders=_present(modules, "text_encoder", "text_encoder_2"),
+        tokenizers=present(modules, base.TOKENIZERS),
+        text_encoders=present(modules, base.TEXT_ENCODERS),
         scheduler=with_schedule(modules["scheduler"], prediction_type, zero_terminal_snr),
         source=source,
         options={key: value for key, value in index.items() if isinstance(value, bool)},
     )
 
 
-def check(source: str, *, vae: str | None = None, unet_init: str | None = None, variant: str | None = None) -> None:
-    """Refuse what `load` would refuse, as far as paths, configurations and the headers of weights say; loads nothing.
-
-    What is on the hub is not looked at.
-
-    Raises:
-        ModelError: as `load` raises it.
-    """
-    for place in (vae, unet_init):
-        if place is not None:
-            located(place)
-    folder = Path(located(source))
-    if folder.is_file():
-        single_file.family_of(folder)
-    elif folder.is_dir():
-        replaced = {name for name, given in (("vae", vae), ("unet", unet_init)) if given is not None}
-        for name in read_index(str(folder)).keys() & {"unet", "vae", "text_encoder", "text_encoder_2"} - replaced:
-            check_weights(folder / name, variant)
-
-
-def load_unet(source: str | Path, torch_dtype: torch.dtype) -> UNet2DConditionModel:
-    """Load a UNet from a UNet folder, a folder with `unet/`, or a hub id of either kind.
+def load_denoiser(source: str | Path, family: type[Backbone], torch_dtype: torch.dtype) -> nn.Module:
+    """Load a family's denoiser from its folder, a folder with `unet/` or `transformer/`, or a hub id of either kind.
 
     Raises:
         ModelError: there is none, it is broken, or it lacks weights of its own configuration.
     """
-    source = located(source)
+    source, name, loader = located(source), family.denoiser_name, family.denoiser_class
     folder = Path(source)
     if folder.exists():
-        subfolder = "unet" if (folder / "unet").is_dir() else None
+        subfolder = name if (folder / name).is_dir() else None
         check_weights(folder / (subfolder or ""))
-        return _component(UNet2DConditionModel, source, subfolder, torch_dtype=torch_dtype)
+        return _component(loader, source, subfolder, torch_dtype=torch_dtype)
     try:
-        return _component(UNet2DConditionModel, source, "unet", torch_dtype=torch_dtype)
+        return _component(loader, source, name, torch_dtype=torch_dtype)
     except ModelError as error:
         try:
-            return _component(UNet2DConditionModel, source, None, torch_dtype=torch_dtype)
+            return _component(loader, source, None, torch_dtype=torch_dtype)
         except ModelError:
             raise error from None
 
@@ -127,26 +114,6 @@ def load_vae(source: str | Path, torch_dtype: torch.dtype, config: str | None = 
     if path.exists():
         check_weights(path / (subfolder or ""))
     return _component(AutoencoderKL, source, subfolder, torch_dtype=torch_dtype)
-
-
-def read_index(source: str, revision: str | None = None) -> dict[str, Any]:
-    """Return the parsed model_index.json of a diffusers pipeline of a supported family.
-
-    Raises:
-        ModelError: it is missing, or names another family.
-    """
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise ModelError(f'"{source}" is not a diffusers pipeline: it has no model_index.json. {_folder_hint(folder)}')
-    with load_errors("model_index.json", source):
-        index = dict(DiffusionPipeline.load_config(source, revision=revision))
-    name = index.get("_class_name")
-    if name not in PIPELINES:
-        raise ModelError(
-            f'"{source}" is a {name}. Supported: SD1.x and SD2.x ({next(iter(PIPELINES))}) and SDXL base '
-            f"({list(PIPELINES)[1]}); SD3, Flux and other families are not supported yet."
-        )
-    return index
 
 
 def with_schedule(scheduler: Any, prediction_type: str | None, zero_terminal_snr: bool) -> Any:
@@ -171,27 +138,6 @@ def with_schedule(scheduler: Any, prediction_type: str | None, zero_terminal_snr
     return type(scheduler).from_config(config | changes) if changes else scheduler
 
 
-def located(source: str | Path) -> str:
-    """Return the path that `source` names from here or among what ships, or the hub id that it is.
-
-    Raises:
-        ModelError: it is neither, or a file of the wrong kind.
-    """
-    path = local(source)
-    if path.suffix in PICKLE_SUFFIXES:
-        raise ModelError(pickle_message(path) if path.is_file() else f'There is no file "{source}".')
-    if path.is_file() and path.suffix != ".safetensors":
-        raise ModelError(f'"{source}" is not a .safetensors file. Give a diffusers folder, a hub id or such a file.')
-    if path.exists() or not looks_local(str(source)):
-        return str(path) if path.exists() else str(source)
-    parent = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
-    near = suggestion(str(source), [str(path.parent / entry.name) for entry in parent.iterdir()])
-    raise ModelError(
-        f'There is no model at "{source}" (the nearest existing folder is "{parent}").{near} '
-        'Give a diffusers folder, a .safetensors file or a hub id such as "stabilityai/stable-diffusion-xl-base-1.0".'
-    )
-
-
 def _from_folder(
     source: str,
     index: dict[str, Any],
@@ -201,15 +147,16 @@ def _from_folder(
     torch_dtype: torch.dtype,
 ) -> dict[str, Any]:
     modules = dict(replacements)
+    family = PIPELINES[index["_class_name"]]
     names = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
-    missing = {"unet", "vae", "text_encoder", "tokenizer", "scheduler"} - {*names, *modules}
+    missing = family.required - {*names, *modules}
     if missing:
         raise ModelError(
             f'The model_index.json of "{source}" names no {", ".join(sorted(missing))}. '
             "Refiners and partial pipelines cannot be trained here: use the base model."
         )
     for name in names:
-        loader = _loader(name, index[name][1], source)
+        loader = _loader(family, name, index[name][1], source)
         if loader is None or name in modules:
             continue
         options: dict[str, Any] = {"revision": revision}
@@ -221,16 +168,19 @@ def _from_folder(
     return modules
 
 
-def _loader(name: str, class_name: str, source: str) -> type | None:
+def _loader(family: type[Backbone], name: str, class_name: str, source: str) -> type | None:
     """Return the class that loads the component `name`, or None for those that training has no use for."""
-    if name in ("unet", "vae"):
-        return UNet2DConditionModel if name == "unet" else AutoencoderKL
-    if name.startswith("tokenizer"):
-        return CLIPTokenizer
-    if name.startswith("text_encoder"):
-        if class_name not in TEXT_ENCODERS:
-            raise ModelError(f'The {name} of "{source}" is a {class_name}; supported: {", ".join(TEXT_ENCODERS)}.')
-        return TEXT_ENCODERS[class_name]
+    if name in (family.denoiser_name, "vae"):
+        return family.denoiser_class if name == family.denoiser_name else family.vae_class
+    parts = {base.TOKENIZERS: family.tokenizer_classes, base.TEXT_ENCODERS: family.encoder_classes}
+    for names, classes in parts.items():
+        if name in names:
+            # Of a tokenizer, transformers 4 wrote "Fast" behind what transformers 5 calls it.
+            found = {part.__name__: part for part in classes}.get(class_name.removesuffix("Fast"))
+            if found is None:
+                known = ", ".join(part.__name__ for part in classes)
+                raise ModelError(f'The {name} of "{source}" is a {class_name}; supported: {known}.')
+            return found
     if name == "scheduler":
         if not hasattr(diffusers, class_name):
             raise ModelError(f'diffusers {diffusers.__version__} has no scheduler "{class_name}" ("{source}").')
@@ -243,7 +193,7 @@ def _component(loader: type, source: str, subfolder: str | None, **options: Any)
     is_module = issubclass(loader, torch.nn.Module)
     if is_module:
         options |= {"use_safetensors": True, "output_loading_info": True}
-        if loader in TEXT_ENCODERS.values():
+        if issubclass(loader, PreTrainedModel):
             options["dtype"] = options.pop("torch_dtype")
     options = {key: value for key, value in options.items() if value is not None}
     with load_errors(what, source):
@@ -274,15 +224,3 @@ def _from_file(
             replacements["vae"] = load_vae(vae, torch_dtype, config=str(folder))
         class_name = index["_class_name"]
         return index, single_file.load_modules(path, class_name, folder, replacements, torch_dtype)
-
-
-def _folder_hint(folder: Path) -> str:
-    if (folder / LORA_FILE).is_file():
-        return "It holds a LoRA: give the base model here, and the LoRA to evaluation."
-    if (folder / "unet").is_dir() or (folder / "config.json").is_file():
-        return "It holds a single network: give it as unet_init (or vae), and a whole model here."
-    return f"It holds: {', '.join(sorted(entry.name for entry in folder.iterdir())[:8]) or 'nothing'}."
-
-
-def _present(modules: dict[str, Any], *names: str) -> list[Any]:
-    return [modules[name] for name in names if modules.get(name) is not None]

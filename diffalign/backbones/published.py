@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
 from diffalign.errors import ModelError
@@ -118,6 +118,17 @@ VAES = (
     "stabilityai/sd-vae-ft-mse",
     "stabilityai/sd-vae-ft-ema",
 )
+# Transformers of Stable Diffusion 3 as published, transformer/config.json of each hub id.
+_SD3 = {"sample_size": 128, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+_SD3 |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 192}
+_SD35 = _SD3 | {"qk_norm": "rms_norm"}
+TRANSFORMERS = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": _SD3,
+    "stabilityai/stable-diffusion-3.5-medium": _SD35
+    | {"pos_embed_max_size": 384, "dual_attention_layers": list(range(13))},
+    "stabilityai/stable-diffusion-3.5-large": _SD35
+    | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432},
+}
 CLIP_MERGES = 48894  # with 256 letters, 256 final letters and 2 marks they make the 49,408 tokens
 PIPELINE_NAMES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
@@ -134,12 +145,25 @@ def random_unet(
     """
     if family not in UNETS:
         raise ModelError(f'No published UNet for "{family}". Available: {", ".join(UNETS)}.')
+    return _random(UNet2DConditionModel, UNETS[family], torch_dtype, device, seed)
+
+
+def random_transformer(
+    hub_id: str, torch_dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", seed: int = 0
+) -> SD3Transformer2DModel:
+    """Build a transformer of TRANSFORMERS with random weights; arguments as of `random_unet`."""
+    return _random(SD3Transformer2DModel, TRANSFORMERS[hub_id], torch_dtype, device, seed)
+
+
+def _random(
+    network: type, settings: dict[str, Any], torch_dtype: torch.dtype, device: torch.device | str, seed: int
+) -> Any:
     previous, device = torch.get_default_dtype(), torch.device(device)
     torch.set_default_dtype(torch_dtype)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
             torch.manual_seed(seed)
-            return UNet2DConditionModel(**UNETS[family])
+            return network(**settings)
     finally:
         torch.set_default_dtype(previous)
 

@@ -11,6 +11,7 @@ class SD15(UNetBackbone):
     """Adapt StableDiffusionPipeline checkpoints (SD1.4, SD1.5, SD2.0, SD2.1 and their fine-tunes)."""
 
     family = "sd15"
+    pipeline_class = StableDiffusionPipeline
     text_columns = ("prompt_embeds",)
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:

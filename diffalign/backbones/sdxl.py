@@ -15,6 +15,7 @@ class SDXL(UNetBackbone):
     """Adapt StableDiffusionXLPipeline checkpoints (SDXL base and its fine-tunes; not the refiner)."""
 
     family = "sdxl"
+    pipeline_class = StableDiffusionXLPipeline
     text_columns = ("prompt_embeds", "pooled_prompt_embeds")
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:

@@ -1,9 +1,13 @@
 """What the families with a UNet share: DDPM's noise schedule, and text that several images may share."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffalign.backbones.attention import shares_text
-from diffalign.backbones.base import Backbone
+from diffalign.backbones.base import CLIP_LENGTH, Backbone
 from diffalign.backbones.conditioning import Conditioning
 from diffalign.denoising.paths import DDPMPath
 from diffalign.errors import ModelError
@@ -12,7 +16,19 @@ from diffalign.errors import ModelError
 class UNetBackbone(Backbone):
     """Adapt what is made of a UNet2DConditionModel, an AutoencoderKL and CLIP text encoders."""
 
+    denoiser_class, denoiser_name = UNet2DConditionModel, "unet"
+    required = frozenset({"unet", "vae", "text_encoder", "tokenizer", "scheduler"})
     repeated_blocks = ("BasicTransformerBlock", "ResnetBlock2D")
+    plain_attention = True
+
+    @classmethod
+    def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:
+        """Return the numbers of 77 tokens and of SDXL's pooled embedding."""
+        pooled = 0
+        if denoiser_config["addition_embed_type"] == "text_time":
+            time_ids = 6 * denoiser_config["addition_time_embed_dim"]
+            pooled = denoiser_config["projection_class_embeddings_input_dim"] - time_ids
+        return CLIP_LENGTH * denoiser_config["cross_attention_dim"] + pooled
 
     def _noise_path(self) -> DDPMPath:
         return DDPMPath.from_config(self.scheduler.config)

@@ -5,18 +5,20 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from diffalign.training.settings import Settings
-from diffalign.vocabulary import ATTENTION, BLOCKS, NOISINGS
+from diffalign.vocabulary import BLOCKS, DENSITIES, NOISINGS
 
 
 class ModelSettings(Settings):
     """Which model is aligned."""
 
     pretrained_model_name_or_path: str
-    """A hub id, a diffusers folder or a single .safetensors file of SD1.5, SD2.1 or SDXL."""
+    """A hub id or a diffusers folder of a supported family (docs/families.md), or one .safetensors file of SD1.5 or
+    SDXL."""
     pretrained_vae_model_name_or_path: str | None = None
     """Another VAE, such as madebyollin/sdxl-vae-fp16-fix."""
     unet_init: str | None = None
-    """Start policy and reference from this UNet (a folder with unet/, or a UNet folder), e.g. an SFT model."""
+    """Start policy and reference from this UNet or transformer (its folder, or one with unet/ or transformer/), e.g. an
+    SFT model."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
@@ -36,8 +38,9 @@ class LoraSettings(Settings):
     """Columns of B in the update B A of a layer's weights."""
     lora_alpha: float | None = Field(None, gt=0)
     """The update is scaled by lora_alpha / rank; null means rank."""
-    lora_target_modules: list[str] = Field(list(ATTENTION), min_length=1)
-    """Names of the layers to adapt, or the ends of their names."""
+    lora_target_modules: list[str] | None = Field(None, min_length=1)
+    """Names of the layers to adapt, or the ends of their names; null: those of the attention, of a UNet [to_k, to_q,
+    to_v, to_out.0], of other families see docs/families.md."""
     blocks: list[Literal[BLOCKS]] = Field(list(BLOCKS), min_length=1)
     """Which blocks of the UNet are adapted. Without down, the reference computes them for the policy too."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
@@ -149,8 +152,23 @@ class DenoisingSettings(Settings):
     timestep_low: int = Field(0, ge=0)
     """Smallest timestep that is drawn, of 1000 in all known models; 0 is the least noise."""
     timestep_high: int | None = Field(None, ge=1)
-    """Timesteps are drawn uniformly from [timestep_low, timestep_high); null means all. Of whole trajectories (d3po,
-    ddpo, dpok), which are drawn to the end, only the steps that start there are learnt from."""
+    """Timesteps are drawn from [timestep_low, timestep_high) as timestep_density says; null means all. Of whole
+    trajectories (d3po, ddpo, dpok), which are drawn to the end, only the steps that start there are learnt from."""
+
+    timestep_density: Literal[DENSITIES] = "uniform"
+    """How often each noise level is met. logit_normal and mode: those of SD3's paper, most often in the middle; list:
+    only denoising.timesteps."""
+    logit_mean: float = 0.0
+    """Of logit_normal: above 0 towards noise."""
+    logit_std: float = Field(1.0, gt=0)
+    """Of logit_normal: how wide it is."""
+    mode_scale: float = Field(1.29, ge=-1, le=1.75)
+    """Of mode: above 0 favours the middle, below 0 the ends."""
+    timesteps: list[float] | None = Field(None, min_length=1)
+    """Of list: timesteps from 0 (clean) to 1000 (noise), each met equally often, e.g. [801, 694, 548, 338]."""
+    timestep_shift: float | None = Field(None, gt=0)
+    """Flow models: move levels s to k s / (1 + (k - 1) s), towards noise where k > 1; null: as the model's scheduler
+    does for pictures of this resolution; 1: not at all."""
 
     snr_weighting: Literal["none", "min_snr"] = "none"
     """min_snr: multiply every error by min(SNR, snr_gamma) / SNR (Hang et al. 2023)."""
@@ -162,6 +180,8 @@ class DenoisingSettings(Settings):
         low, high = self.timestep_low, self.timestep_high
         if high is not None and low >= high:
             raise ValueError(f"denoising.timestep_low must be below denoising.timestep_high, got {low} and {high}")
+        if (self.timesteps is None) == (self.timestep_density == "list"):
+            raise ValueError("denoising.timesteps goes with denoising.timestep_density: list, and is needed there")
         return self
 
 

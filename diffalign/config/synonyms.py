@@ -44,6 +44,8 @@ _NAMES = {
     "objective.name": "objective loss loss_type method algorithm train_method",
     "objective.beta": "beta_dpo beta_mapo dpo_beta",
     "denoising.snr_gamma": "min_snr_gamma",
+    "denoising.timestep_density": "weighting_scheme timestep_sampling timestep_type density",
+    "denoising.timestep_shift": "shift flow_shift flow_schedule_shift discrete_flow_shift",
     "optimizer.name": "optimizer optim optimizer_type optimizer_name",
     "optimizer.learning_rate": "lr learningrate step_size base_lr",
     "optimizer.lr_scheduler": "scheduler lr_scheduler_type lr_schedule schedule",

@@ -1,6 +1,7 @@
 """From clean latents to errors: noise paths, keyed randomness, noisings, inversion, frozen passes, the step."""
 
 from diffalign.denoising.ddim import Ladder, StepDistribution, ddim_step, guided, ladder
+from diffalign.denoising.densities import DENSITIES, FixedList, LogitNormal, Mode, TimestepSampling, Uniform
 from diffalign.denoising.draws import normal, uniform
 from diffalign.denoising.frozen import FrozenDenoiser, Predict
 from diffalign.denoising.inversion import Inversion, invert, inverted
@@ -14,12 +15,16 @@ from diffalign.denoising.noising import (
 from diffalign.denoising.paths import (
     STABLE_DIFFUSION,
     DDPMPath,
+    FlowPath,
+    NoisePath,
     add_noise,
+    path_of,
     target,
     to_epsilon,
     to_x0,
     zero_terminal_snr,
 )
+from diffalign.denoising.shifts import Shift, flux2_mu, mu_by_tokens, shift_of, shifted, stretched
 from diffalign.denoising.step import (
     DenoisingOutputs,
     denoising_step,
@@ -35,6 +40,7 @@ from diffalign.denoising.weighting import min_snr
 from diffalign.vocabulary import INVERSIONS, NOISINGS
 
 __all__ = [
+    "DENSITIES",
     "INVERSIONS",
     "NOISINGS",
     "RANDOM_NOISINGS",
@@ -42,18 +48,27 @@ __all__ = [
     "DDPMPath",
     "DenoisingBatch",
     "DenoisingOutputs",
+    "FixedList",
+    "FlowPath",
     "FrozenDenoiser",
     "Inversion",
     "Ladder",
+    "LogitNormal",
+    "Mode",
+    "NoisePath",
     "Predict",
     "Rollout",
+    "Shift",
     "StepDistribution",
+    "TimestepSampling",
     "TransitionBatch",
+    "Uniform",
     "add_noise",
     "ddim_step",
     "denoising_step",
     "drift",
     "errors",
+    "flux2_mu",
     "guided",
     "image_stream",
     "independent",
@@ -62,12 +77,17 @@ __all__ = [
     "ladder",
     "list_errors",
     "min_snr",
+    "mu_by_tokens",
     "normal",
     "pair_errors",
+    "path_of",
     "sample_timesteps",
     "score_matching",
     "shared",
+    "shift_of",
+    "shifted",
     "single_errors",
+    "stretched",
     "target",
     "to_epsilon",
     "to_x0",

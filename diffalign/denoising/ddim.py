@@ -17,10 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.denoising.paths import DDPMPath, to_epsilon, to_x0
+from diffalign.denoising.paths import NoisePath, to_epsilon, to_x0
+from diffalign.denoising.spread import spread
 from diffalign.errors import ConfigError
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]  # (xt, timesteps, cond) -> pred
+
+# Flow matching has no stochastic step of its own: an SDE of the same marginals is a method's choice (Flow-GRPO, ...).
+_DDIM = (
+    "Sampling by DDIM steps, as spo, d3po, ddpo, dpok, refl, draft and alignprop do,",
+    "Choose an objective of pairs, single images or lists (objective.name: dpo), or a model of the SD family.",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,15 +41,16 @@ class Ladder:
         return len(self.timesteps)
 
 
-def ladder(path: DDPMPath, num_inference_steps: int) -> Ladder:
+def ladder(path: NoisePath, num_inference_steps: int) -> Ladder:
     """Return the levels of the published samplers: steps of T // S, leading spacing, offset 1 (951, 901, ..., 51, 1).
 
     A step goes to max(t - T // S, 0); the last one therefore ends at timestep 0, not at the clean image, and its std is
     not 0 (0.0206 for S = 20). All repositories of the SD family do so.
 
     Raises:
-        ConfigError: fewer than 1 step, or more than half as many as the schedule has levels.
+        ConfigError: fewer than 1 step, more than half as many as the schedule has levels, or another path than DDPM's.
     """
+    path.require_ddpm(*_DDIM)
     total = path.num_train_timesteps
     if not 1 <= num_inference_steps <= total // 2:
         raise ConfigError(
@@ -67,11 +75,11 @@ class StepDistribution:
 
         The log-probability of what is stored is the same when it is computed again; of the unrounded sample it is not.
         """
-        return (self.mean + _like(self.std, self.mean) * noise.float()).to(dtype).float()
+        return (self.mean + spread(self.std, self.mean) * noise.float()).to(dtype).float()
 
     def log_prob(self, x_prev: Tensor) -> Tensor:
         """Return log p(x_prev | x_t) averaged over C, H, W: [N] float32; no gradient flows to `x_prev`."""
-        residual = (x_prev.detach().float() - self.mean) / _like(self.std, self.mean)
+        residual = (x_prev.detach().float() - self.mean) / spread(self.std, self.mean)
         return -0.5 * residual.square().flatten(1).mean(1) - self.std.log() - 0.5 * math.log(2 * math.pi)
 
     def select(self, rows: Tensor) -> "StepDistribution":
@@ -80,18 +88,20 @@ class StepDistribution:
 
 
 def ddim_step(
-    path: DDPMPath, xt: Tensor, pred: Tensor, timesteps: Tensor, previous: Tensor, eta: float = 1.0
+    path: NoisePath, xt: Tensor, pred: Tensor, timesteps: Tensor, previous: Tensor, eta: float = 1.0
 ) -> StepDistribution:
     """Return where a step from xt [N,...] goes: timesteps, previous [N] int64, pred as the path says.
 
-    std is computed from differences of 1 - abar, which float32 holds better than abar near 1.
+    std is computed from differences of 1 - abar, which float32 holds better than abar near 1. Raises ConfigError for
+    another path than DDPM's.
     """
+    path.require_ddpm(*_DDIM)
     (_, noise_t), (signal_p, noise_p) = path.alpha_sigma(timesteps), path.alpha_sigma(previous)
     share = (noise_t.square() - noise_p.square()) / (signal_p * noise_t).square()
     variance = eta**2 * share * noise_p.square()
     direction = (noise_p.square() - variance).clamp(min=0).sqrt()
     x0, eps = to_x0(path, xt, pred, timesteps), to_epsilon(path, xt, pred, timesteps)
-    return StepDistribution(_like(signal_p, x0) * x0 + _like(direction, x0) * eps, variance.sqrt(), x0)
+    return StepDistribution(spread(signal_p, x0) * x0 + spread(direction, x0) * eps, variance.sqrt(), x0)
 
 
 def guided(network: Network, xt: Tensor, timesteps: Tensor, cond: Any, empty: Any, guidance_scale: float) -> Tensor:
@@ -106,8 +116,3 @@ def guided(network: Network, xt: Tensor, timesteps: Tensor, cond: Any, empty: An
     both = type(cond).cat([unconditional, cond])
     without, with_prompt = network(torch.cat([xt, xt]), torch.cat([timesteps, timesteps]), both).float().chunk(2)
     return without + guidance_scale * (with_prompt - without)
-
-
-def _like(values: Tensor, images: Tensor) -> Tensor:
-    """Return values [N] with trailing ones, to multiply images [N,...]."""
-    return values.view(-1, *(1 for _ in images.shape[1:]))

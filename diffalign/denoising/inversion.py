@@ -7,6 +7,9 @@ DDIM inversion runs the sampler's equation upwards from x0. From a level with ab
 and the target that belongs to the result is tau = (xt - alpha * x0) / sigma, for which the one-step estimate of x0 is
 exact (InPO, arXiv 2503.18454). ReNoise (Garibi et al. 2024, 2403.14602) replaces e by the mean of e and of predictions
 at the point just found; SmPO (2506.02698) takes one such iteration.
+
+On a flow path the sampler's equation is dx = v ds. It is run upwards from s = 0 in Euler's steps, which are DDIM's with
+other coefficients (both keep the implied x0 and noise); v takes the place of e, and the target is (xt - x0) / s.
 """
 
 from collections.abc import Callable
@@ -17,7 +20,8 @@ import torch
 from torch import Tensor
 
 from diffalign.denoising.noising import DenoisingBatch, per_image, with_noise
-from diffalign.denoising.paths import DDPMPath
+from diffalign.denoising.paths import NoisePath
+from diffalign.denoising.spread import spread
 from diffalign.errors import ConfigError
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]  # (xt, timesteps, cond) -> pred, without gradient
@@ -32,9 +36,11 @@ class Inversion:
         mode: "exact" ends every image on its own timestep. "official_compat" is what the authors' code does under
             diffusers 0.20: the grid 1, 1 + T/n, ... with a first step at a negative timestep, ending on the first level
             not below t although network and target use t. Its noise is up to 6.5 times too large (t = 2, n = 10).
+            Of DDPM only.
         grid: of the exact mode. "stride": levels T/n apart, the last step shorter; few evaluations for small t, 5.5 of
             10 on average. "proportional": num_steps equal parts of [0, t].
-        eta: fresh noise added in every step, as a share of DDPM's. InPO's code: 0.1, not mentioned in the paper.
+        eta: fresh noise added in every step, as a share of DDPM's. InPO's code: 0.1, not mentioned in the paper. 0
+            on a flow path, whose equation has no noise.
         renoise_iterations: 0 is DDIM inversion. SmPO: 1; each costs as much as the inversion itself.
         renoise_at: timestep of the extra evaluations: "source" (SmPO's code) or "destination" (ReNoise).
 
@@ -61,47 +67,49 @@ class Inversion:
 class Hops:
     """Hold the steps of N images, padded to S; step s of image i is made if s < count[i]."""
 
-    timesteps: Tensor  # [N,S] int64, source levels as the network is told
-    destinations: Tensor  # [N,S] int64
-    source: Tensor  # [N,S] abar of the source level, float32; 1 for the clean image
+    timesteps: Tensor  # [N,S] source levels as the network is told, int64 of DDPM, float32 of a flow path
+    destinations: Tensor  # [N,S] of the same type
+    source: Tensor  # [N,S] source levels in the path's `ode_level`, float32: abar of DDPM, 1 for the clean image
     destination: Tensor  # [N,S]
     count: Tensor  # [N] int64
 
 
-def plan(path: DDPMPath, timesteps: Tensor, how: Inversion) -> Hops:
+def plan(path: NoisePath, timesteps: Tensor, how: Inversion) -> Hops:
     """Lay out the steps that lead N images to their timesteps [N].
 
     Raises:
-        ConfigError: more steps than noise levels.
+        ConfigError: more steps than noise levels, or what a flow path does not have.
     """
+    if how.mode == "official_compat":
+        path.require_ddpm('inversion.mode "official_compat"', 'Choose "exact".')
+    if how.eta > 0:
+        path.require_ddpm("Fresh noise in every step of an inversion", "Set inversion.eta to 0.")
     total, device = path.num_train_timesteps, timesteps.device
     if how.num_steps > total:
         raise ConfigError(
             f"inversion.num_steps must be at most {total}, the number of noise levels, got {how.num_steps}."
         )
     levels = _official_levels if how.mode == "official_compat" else _exact_levels
-    ladders = [levels(int(t), total, how) for t in timesteps.tolist()]
+    ladders = [levels(t, total, how) for t in timesteps.tolist()]
     count = torch.tensor([len(ladder) - 1 for ladder in ladders])
     steps = int(count.max()) if len(ladders) else 0
     ladders = [ladder + ladder[-1:] * (steps + 1 - len(ladder)) for ladder in ladders]
-    grid = torch.tensor(ladders, dtype=torch.int64).reshape(len(ladders), steps + 1).to(device)
-    alpha, _ = path.alpha_sigma(grid.clamp(min=0).flatten())
-    abar = alpha.square().view_as(grid)
+    grid = torch.tensor(ladders, dtype=timesteps.dtype).reshape(len(ladders), steps + 1).to(device)
     if how.mode == "exact":
-        abar = torch.where(grid == CLEAN, torch.ones_like(abar), abar)
-        grid = grid.clamp(min=0)
-    return Hops(grid[:, :-1], grid[:, 1:], abar[:, :-1], abar[:, 1:], count.to(device))
-
-
-CLEAN = -1  # the level of x0 itself, abar = 1: below timestep 0, which holds a little noise already
-
-
-def _exact_levels(t: int, total: int, how: Inversion) -> list[int]:
-    """Return the levels from the clean image to t, without repetitions."""
-    if how.grid == "stride":
-        inner = {round(k * total / how.num_steps) for k in range(1, how.num_steps)}
+        level, grid = path.ode_level(grid), grid.clamp(min=0)
     else:
-        inner = {round(k * t / how.num_steps) for k in range(1, how.num_steps)}
+        level = path.ode_level(grid.clamp(min=0))
+    return Hops(grid[:, :-1], grid[:, 1:], level[:, :-1], level[:, 1:], count.to(device))
+
+
+CLEAN = -1  # the level of x0 itself: below timestep 0, which holds a little noise already in DDPM
+
+
+def _exact_levels(t: float, total: int, how: Inversion) -> list[float]:
+    """Return the levels from the clean image to t, without repetitions; whole ones if t is whole."""
+    end = total if how.grid == "stride" else t
+    nearest = round if isinstance(t, int) else float
+    inner = {nearest(k * end / how.num_steps) for k in range(1, how.num_steps)}
     return [CLEAN, *sorted(level for level in inner if 0 < level < t), t]
 
 
@@ -114,7 +122,7 @@ def _official_levels(t: int, total: int, how: Inversion) -> list[int]:
 
 
 def invert(
-    path: DDPMPath,
+    path: NoisePath,
     x0: Tensor,
     timesteps: Tensor,
     network: Network,
@@ -134,19 +142,19 @@ def invert(
     hops, x = plan(path, timesteps, how), x0.float().clone()
     for step in range(hops.timesteps.shape[1]):
         rows = (hops.count > step).nonzero().squeeze(1)
-        source, destination = (_like(x, abar[rows, step]) for abar in (hops.source, hops.destination))
+        source, destination = (spread(level[rows, step], x) for level in (hops.source, hops.destination))
         here, there, part = hops.timesteps[rows, step], hops.destinations[rows, step], cond.select(rows)
 
-        def noise_at(point: Tensor, fed: Tensor, source: Tensor = source, part: Any = part) -> Tensor:
-            return _to_noise(path, point, network(point, fed, part), source)
+        def direction_at(point: Tensor, fed: Tensor, level: Tensor = source, part: Any = part) -> Tensor:
+            return path.ode_direction(point, network(point, fed, part), level)
 
         start = x[rows]
-        predicted = [noise_at(start, here)]
+        predicted = [direction_at(start, here)]
         for _ in range(how.renoise_iterations):
-            point = _ddim(start, predicted[-1], source, destination)
+            point = path.ode_step(start, predicted[-1], source, destination)
             at_source = how.renoise_at == "source"
-            predicted.append(noise_at(point, here if at_source else there, source if at_source else destination))
-        moved = _ddim(start, torch.stack(predicted).mean(0), source, destination)
+            predicted.append(direction_at(point, here if at_source else there, source if at_source else destination))
+        moved = path.ode_step(start, torch.stack(predicted).mean(0), source, destination)
         if how.eta > 0:
             assert fresh_noise is not None, "eta > 0 needs fresh noise"
             variance = (1 - source) / (1 - destination) * (1 - destination / source)
@@ -156,7 +164,7 @@ def invert(
 
 
 def inverted(
-    path: DDPMPath,
+    path: NoisePath,
     x0: Tensor,
     timesteps: Tensor,
     seed: int,
@@ -174,23 +182,5 @@ def inverted(
         return per_image(seed, step, example_ids, x0, stream=f"inversion_{hop}").to(x0.device)
 
     xt = invert(path, x0, repeated, network, cond, how, fresh_noise)
-    alpha, sigma = (_like(x0, coefficient) for coefficient in path.alpha_sigma(repeated))
+    alpha, sigma = (spread(coefficient, x0) for coefficient in path.alpha_sigma(repeated))
     return with_noise(path, x0, (xt - alpha * x0.float()) / sigma, repeated, xt=xt)
-
-
-def _like(images: Tensor, values: Tensor) -> Tensor:
-    """Return values [N] with trailing ones, to multiply images [N,...]."""
-    return values.view(-1, *(1 for _ in images.shape[1:]))
-
-
-def _ddim(x: Tensor, noise: Tensor, source: Tensor, destination: Tensor) -> Tensor:
-    """Move x from abar `source` to abar `destination` along the noise."""
-    clean = (x - (1 - source).sqrt() * noise) / source.sqrt()
-    return destination.sqrt() * clean + (1 - destination).sqrt() * noise
-
-
-def _to_noise(path: DDPMPath, x: Tensor, pred: Tensor, abar: Tensor) -> Tensor:
-    """Return the noise that a prediction at a level stands for: of v, sqrt(abar) * v + sqrt(1 - abar) * x."""
-    if path.prediction_type == "epsilon":
-        return pred
-    return abar.sqrt() * pred + (1 - abar).sqrt() * x

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffalign.denoising.draws import normal
 from diffalign.denoising.kernels import triton_for
-from diffalign.denoising.paths import DDPMPath, add_noise, target
+from diffalign.denoising.paths import NoisePath, add_noise, target
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,7 +22,7 @@ class DenoisingBatch:
     noise: Tensor  # [N,C,H,W]
     xt: Tensor  # [N,C,H,W], alpha * x0 + sigma * noise
     target: Tensor  # [N,C,H,W], what the network should predict
-    timesteps: Tensor  # [N] int64, what the network is fed
+    timesteps: Tensor  # [N], what the network is fed: int64 of DDPM, float32 of a flow path
     alpha: Tensor  # [N], coefficient of x0
     sigma: Tensor  # [N], coefficient of the noise
 
@@ -32,7 +32,7 @@ class DenoisingBatch:
 
 
 def shared(
-    path: DDPMPath,
+    path: NoisePath,
     x0: Tensor,
     timesteps: Tensor,
     seed: int,
@@ -50,7 +50,7 @@ def shared(
 
 
 def independent(
-    path: DDPMPath,
+    path: NoisePath,
     x0: Tensor,
     timesteps: Tensor,
     seed: int,
@@ -82,7 +82,7 @@ def image_stream(stream: str, image: int) -> str:
 
 
 def with_noise(
-    path: DDPMPath,
+    path: NoisePath,
     x0: Tensor,
     noise: Tensor,
     timesteps: Tensor,
@@ -97,8 +97,8 @@ def with_noise(
     alpha, sigma = path.alpha_sigma(timesteps)
     triton = triton_for(x0) if xt is None else None
     if triton is not None:
-        v = path.prediction_type == "v_prediction"
-        xt, wanted = triton.noise_and_target(x0, noise, alpha, sigma, v_prediction=v, dtype=dtype)
+        weights = path.target_weights(timesteps)
+        xt, wanted = triton.noise_and_target(x0, noise, (alpha, sigma), weights, dtype=dtype)
     else:
         xt = add_noise(path, x0, noise, timesteps).to(dtype) if xt is None else xt
         wanted = target(path, x0, noise, timesteps)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffalign.denoising.ddim import ddim_step
-from diffalign.denoising.paths import DDPMPath, to_epsilon
+from diffalign.denoising.paths import NoisePath, to_epsilon
 from diffalign.objectives.base import Transitions
 
 
@@ -59,7 +59,7 @@ class Rollout:
 
 
 def transition_likelihoods(
-    path: DDPMPath,
+    path: NoisePath,
     batch: TransitionBatch,
     policy: Tensor,
     reference: Tensor | None,
@@ -90,7 +90,7 @@ def transition_likelihoods(
     )
 
 
-def _drift(path: DDPMPath, batch: TransitionBatch, policy: Tensor, reference: Tensor) -> Tensor:
+def _drift(path: NoisePath, batch: TransitionBatch, policy: Tensor, reference: Tensor) -> Tensor:
     """Return the mean over C, H, W of (eps of the policy - eps of the reference)^2 [N] (DPOK)."""
     xt, timesteps, _ = batch.starts()
     eps, other = (to_epsilon(path, xt, pred, timesteps) for pred in (policy, reference.detach()))
@@ -108,7 +108,7 @@ def score_matching(eps: Tensor, behavior: Tensor, shift: Tensor) -> list[Tensor]
 
 
 def _score_matching(
-    path: DDPMPath, batch: TransitionBatch, pred: Tensor, eta: float, grad_scale: float
+    path: NoisePath, batch: TransitionBatch, pred: Tensor, eta: float, grad_scale: float
 ) -> list[Tensor]:
     assert batch.behavior_pred is not None, "score matching needs the predictions of the network that sampled"
     assert batch.xt.shape[1] == 1, "score matching is for pairs from one latent"
@@ -122,7 +122,7 @@ def _score_matching(
     return score_matching(eps, behavior, shift)
 
 
-def _log_probs(path: DDPMPath, batch: TransitionBatch, pred: Tensor, eta: float) -> list[Tensor]:
+def _log_probs(path: NoisePath, batch: TransitionBatch, pred: Tensor, eta: float) -> list[Tensor]:
     """Return log p(x_p | x_t) [N] of each transition of an example."""
     xt, timesteps, _ = batch.starts()
     previous = batch.previous.repeat(batch.xt.shape[1])

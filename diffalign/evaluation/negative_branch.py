@@ -4,10 +4,11 @@ eps       = eps_neg(xt, empty) + guidance_scale * (eps_pos(xt, prompt) - eps_neg
 theta_neg = theta_0 + policy_scale * (theta_pos - theta_0) + negative_scale * (theta_npo - theta_0)
 
 Wang et al. 2025, arXiv:2505.11245; the scales are its alpha and beta (`1 - merge_weight` and 1 in the authors' code).
-The pipeline does the first line as ever: its UNet is replaced by one that sends each half of the batch to its network.
+The pipeline does the first line as ever: its denoiser (UNet or transformer) is replaced by one that sends each half of
+the batch to its network. Of flow models eps is the velocity.
 
-Memory: a LoRA costs its own weights, as both networks are one UNet whose adapters are switched between the halves.
-Only a full negative UNet, or a full policy UNet with a policy_scale other than 1, takes a second UNet.
+Memory: a LoRA costs its own weights, as both networks are one whose adapters are switched between the halves. Only a
+full negative network, or a full policy with a policy_scale other than 1, takes a second one.
 """
 
 import copy
@@ -24,16 +25,18 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from diffalign.backbones.adapters import activate, active_adapters, adapter_mix
+from diffalign.backbones.base import TEXT_ENCODERS, present
 from diffalign.backbones.export import load_adapter_into
+from diffalign.backbones.families import denoiser_of, with_denoiser
 from diffalign.errors import ModelError, UserError
 
 Load = Callable[[DiffusionPipeline, str], DiffusionPipeline]
 
 
 class NegativeBranch(nn.Module):
-    """Stand in for a pipeline's UNet: the first half of the batch goes to the negative network, the second to the own.
+    """Stand in for a pipeline's denoiser: half of the batch goes to the negative network, the rest to the own.
 
-    Everything else that a pipeline asks of its UNet (config, dtype, ...) is answered by the positive network.
+    Everything else that a pipeline asks of its denoiser (config, dtype, ...) is answered by the positive network.
     """
 
     def __init__(
@@ -62,15 +65,10 @@ class NegativeBranch(nn.Module):
                 raise
             return getattr(self.networks[0], name)
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
-        return_dict: bool = True,
-        **options: Any,
-    ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """Return the prediction [2N,C,h,w] for `sample` [2N,C,h,w], unconditional half first, at one timestep.
+    def forward(self, *args: Any, return_dict: bool = True, **options: Any) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Return the prediction [2N,C,h,w] for latents [2N,C,h,w], unconditional half first.
+
+        Latents are the first argument, or the first by name: `sample` of UNets, `hidden_states` of transformers.
 
         Raises:
             ModelError: the pipeline does not guide, so that there is no half to be evaluated by the negative network.
@@ -81,11 +79,12 @@ class NegativeBranch(nn.Module):
                 f"The negative branch needs guidance: guidance_scale must be above 1, got {pipeline.guidance_scale}. "
                 "5 to 7.5 is usual."
             )
-        inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states, **options}
+        size = len(next(iter([*args, *options.values()])))
         predictions = []
         for half, (network, mixed) in enumerate(self._branches):
             with mixed():
-                predictions.append(network(**_half(inputs, half, len(sample)), return_dict=False)[0])
+                inputs = _half(args, half, size), _half(options, half, size)
+                predictions.append(network(*inputs[0], **inputs[1], return_dict=False)[0])
         prediction = torch.cat(predictions)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
@@ -105,12 +104,12 @@ def with_negative_branch(
     It shares all modules with `pipeline`, which goes on drawing as before.
 
     Args:
-        pipeline: SD or SDXL; its UNet is theta_pos, with or without LoRAs.
-        source: theta_npo, a LoRA or a UNet as `load` takes it.
+        pipeline: of any family; its denoiser is theta_pos, with or without LoRAs.
+        source: theta_npo, a LoRA or a denoiser as `load` takes it.
         negative_scale: beta >= 0, of what NPO has learnt.
         policy_scale: alpha >= 0, of what the policy has learnt.
-        base: theta_0 of a policy whose UNet was trained as a whole; by default the policy without its LoRAs.
-        source_base: returns what a full UNet in `source` was trained from, if not `base`; a LoRA goes on any model.
+        base: theta_0 of a policy that was trained as a whole; by default the policy without its LoRAs.
+        source_base: returns what a full network in `source` was trained from, if not `base`; a LoRA goes on any model.
         load: puts `source` into a pipeline and returns it.
 
     Raises:
@@ -118,7 +117,7 @@ def with_negative_branch(
         ModelError: `source` cannot be loaded, does not fit, or trains text encoders, which both branches share.
     """
     check_scales(negative_scale=negative_scale, policy_scale=policy_scale)
-    policy = pipeline.unet
+    policy = denoiser_of(pipeline)
     if isinstance(policy, NegativeBranch):
         raise ModelError("This pipeline has a negative branch already. Start from the pipeline it was made from.")
     own = active_adapters(policy)
@@ -131,8 +130,7 @@ def with_negative_branch(
     mix = dict.fromkeys(own, policy_scale) | dict.fromkeys(new, negative_scale)
     result = copy.copy(pipeline)
     branch = NegativeBranch(policy, negative, dict.fromkeys(own, 1.0), mix, result)
-    result.register_modules(unet=branch.eval().requires_grad_(False))
-    return result
+    return with_denoiser(result, branch.eval().requires_grad_(False))
 
 
 def negative_weights(
@@ -154,19 +152,19 @@ def check_scales(**scales: float) -> None:
 
 
 def _load(pipeline: DiffusionPipeline, source: str | Path, load: Load) -> tuple[nn.Module | None, list[str]]:
-    """Return a full network, or None and the names of new adapters in `pipeline.unet`, which do not act there yet."""
-    policy = pipeline.unet
-    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+    """Return a full network, or None and the names of new adapters in the pipeline's, which do not act there yet."""
+    policy = denoiser_of(pipeline)
+    encoders = present(pipeline.components, TEXT_ENCODERS)
     own, before, before_encoders = active_adapters(policy), _adapters(policy), _adapters(*encoders)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second LoRA is what we want
-        npo = load(pipeline, str(source)).unet
-    pipeline.register_modules(unet=policy)
+        npo = denoiser_of(load(pipeline, str(source)))
+    with_denoiser(pipeline, policy)
     activate(policy, own)
     if new := _adapters(*encoders) - before_encoders:
         pipeline.delete_adapters(sorted(new))
         raise ModelError(
-            f'The LoRA "{source}" trains text encoders, which both branches share. Give one that trains the UNet only.'
+            f'The LoRA "{source}" trains text encoders, which both branches share. Give one of the denoiser only.'
         )
     return (None, sorted(_adapters(policy) - before)) if npo is policy else (npo, [])
 

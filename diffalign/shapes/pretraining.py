@@ -1,4 +1,4 @@
-"""Train the embedded pipeline from nothing: first its VAE on rendered scenes, then text encoders and UNet together.
+"""Train an embedded pipeline from nothing: first its VAE on rendered scenes, then text encoders and denoiser together.
 
 This is ordinary latent-diffusion pre-training on a small scale. It stops while the model still follows only part of
 its captions: preference alignment needs something left to improve.
@@ -11,11 +11,14 @@ from itertools import islice
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from rich.console import Console
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from diffalign.backbones.base import Backbone
+from diffalign.backbones.families import family_of
+from diffalign.denoising import TimestepSampling, add_noise, target
 from diffalign.progress import Progress
 from diffalign.shapes.captions import scenes
 from diffalign.shapes.pipeline import RESOLUTION
@@ -57,8 +60,9 @@ def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sc
 def _start_precise(vae: torch.nn.Module) -> None:
     """Start the posterior narrow, std about 0.05: noise of std 1 would drown the latents for hundreds of steps."""
     with torch.no_grad():
-        vae.quant_conv.bias[vae.config.latent_channels :] = -6.0
-        vae.quant_conv.weight[vae.config.latent_channels :] *= 0.1
+        last = vae.encoder.conv_out if vae.quant_conv is None else vae.quant_conv  # SD3's has no quant_conv
+        last.bias[vae.config.latent_channels :] = -6.0
+        last.weight[vae.config.latent_channels :] *= 0.1
 
 
 def _batches(number: int, batch_size: int, steps: int, seed: int) -> Iterator[torch.Tensor]:
@@ -67,10 +71,11 @@ def _batches(number: int, batch_size: int, steps: int, seed: int) -> Iterator[to
         yield torch.randint(0, number, (batch_size,), generator=generator)
 
 
-def train_vae(
-    pipeline: StableDiffusionXLPipeline, images: torch.Tensor, recipe: Pretraining, console: Console
-) -> float:
-    """Train the VAE to reconstruct, set its scaling factor to 1 / std of the latents, and return the final error."""
+def train_vae(pipeline: DiffusionPipeline, images: torch.Tensor, recipe: Pretraining, console: Console) -> float:
+    """Train the VAE to reconstruct, set how its latents are shifted and scaled to unit variance; return the last error.
+
+    Only a VAE that has a shift (SD3's) is given one.
+    """
     vae = pipeline.vae.train()
     _start_precise(vae)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
@@ -92,60 +97,64 @@ def train_vae(
             schedule.step()
             shown.advance(note=f"error {error.item():.4f}")
     vae.eval()
-    scale = 1 / encode(pipeline, images[:2048]).std().item()
-    vae.register_to_config(scaling_factor=round(scale, 5))
+    latents = encode(pipeline, images[:2048])
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    if vae.config.shift_factor is not None:
+        vae.register_to_config(shift_factor=round(latents.mean().item(), 5))
     return error.item()
 
 
 @torch.no_grad()
-def encode(pipeline: StableDiffusionXLPipeline, images: torch.Tensor, batch_size: int = 128) -> torch.Tensor:
-    """Return the posterior means [N, 4, 16, 16] of images, not yet scaled."""
+def encode(pipeline: DiffusionPipeline, images: torch.Tensor, batch_size: int = 128) -> torch.Tensor:
+    """Return the posterior means [N, C, 16, 16] of images, not yet scaled."""
     return torch.cat([pipeline.vae.encode(batch).latent_dist.mean for batch in images.split(batch_size)])
 
 
 class TextToLatent(torch.nn.Module):
-    """Text encoders and UNet as one module, so that one optimiser and one moving average cover both."""
+    """Text encoders and denoiser as one module, so that one optimiser and one moving average cover both."""
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline):
-        """Share the pipeline's modules."""
+    def __init__(self, pipeline: DiffusionPipeline):
+        """Share the pipeline's modules, all of which are to be trained."""
         super().__init__()
-        self.encoders = torch.nn.ModuleList([pipeline.text_encoder, pipeline.text_encoder_2])
-        self.unet = pipeline.unet
+        self.backbone = family_of(type(pipeline).__name__, "the pipeline").over(pipeline, "the pipeline")
+        self.encoders = torch.nn.ModuleList(self.backbone.text_encoders).requires_grad_(True)
+        self.denoiser = self.backbone.denoiser
 
-    def forward(self, xt: torch.Tensor, timesteps: torch.Tensor, ids: list[torch.Tensor]) -> torch.Tensor:
-        """Predict the noise in `xt` from token ids [N, L] of both tokenizers."""
-        outputs = [encoder(row, output_hidden_states=True) for encoder, row in zip(self.encoders, ids, strict=True)]
-        prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        time_ids = torch.tensor([[RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]]).float().repeat(len(xt), 1)
-        added = {"text_embeds": outputs[1].text_embeds, "time_ids": time_ids}
-        return self.unet(xt, timesteps, prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
-
-
-def _tokenize(pipeline: StableDiffusionXLPipeline, captions: list[str]) -> list[torch.Tensor]:
-    tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
-    return [t(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids for t in tokenizers]
+    def forward(self, xt: torch.Tensor, timesteps: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        """Predict from `xt` and captions what the path of the family asks for."""
+        sizes = torch.tensor([[RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]]).float().repeat(len(xt), 1)
+        cond = self.backbone.condition(self.backbone.encode_prompts(captions), sizes)
+        return self.backbone.predict(self.denoiser, xt, timesteps, cond)
 
 
-def train_unet(
-    pipeline: StableDiffusionXLPipeline, x0: torch.Tensor, captions: list[str], recipe: Pretraining, console: Console
+def _noised(
+    backbone: Backbone, x0: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return noisy latents, what is to be predicted from them, and their timesteps, shifted as the scheduler does."""
+    noise, levels = torch.randn(x0.shape, generator=generator), backbone.path.num_train_timesteps
+    # The middle of one of equal parts: of DDPM the very timestep.
+    place = (torch.randint(0, levels, (len(x0),), generator=generator).double() + 0.5) / levels
+    timesteps = backbone.path.timesteps_at(place, sampling=TimestepSampling(shift=backbone.shift_at(RESOLUTION)))
+    problem = backbone.path, x0, noise, timesteps
+    return add_noise(*problem), target(*problem), timesteps
+
+
+def train_denoiser(
+    pipeline: DiffusionPipeline, x0: torch.Tensor, captions: list[str], recipe: Pretraining, console: Console
 ) -> float:
-    """Train text encoders and UNet on scaled latents [N, 4, 16, 16]; keep the moving average; return the last error."""
+    """Train text encoders and denoiser on scaled latents [N, C, 16, 16], keep their average; return the last error."""
     model = TextToLatent(pipeline).train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
-    noising = DDPMScheduler.from_config(pipeline.scheduler.config)
-    ids, empty = _tokenize(pipeline, captions), _tokenize(pipeline, [""])
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.unet_learning_rate, weight_decay=1e-3)
     schedule = _schedule(optimizer, recipe.unet_steps)
     generator = torch.Generator().manual_seed(recipe.seed + 1)
     smoothed = None
-    with Progress("UNet, step", recipe.unet_steps, console=console) as shown:
+    with Progress("denoiser, step", recipe.unet_steps, console=console) as shown:
         for index in _batches(len(x0), recipe.unet_batch_size, recipe.unet_steps, recipe.seed + 2):
-            noise = torch.randn(x0[index].shape, generator=generator)
-            timesteps = torch.randint(0, noising.config.num_train_timesteps, (len(index),), generator=generator)
+            xt, wanted, timesteps = _noised(model.backbone, x0[index], generator)
             dropped = torch.rand(len(index), 1, generator=generator) < recipe.caption_dropout
-            rows = [torch.where(dropped, blank, full[index]) for blank, full in zip(empty, ids, strict=True)]
-            xt = noising.add_noise(x0[index], noise, timesteps)
-            loss = functional.mse_loss(model(xt, timesteps, rows), noise)
+            rows = ["" if blank else captions[i] for i, (blank,) in zip(index.tolist(), dropped.tolist(), strict=True)]
+            loss = functional.mse_loss(model(xt, timesteps, rows), wanted)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -159,9 +168,10 @@ def train_unet(
     return smoothed
 
 
-def pretrain(pipeline: StableDiffusionXLPipeline, recipe: Pretraining, console: Console) -> dict[str, float]:
+def pretrain(pipeline: DiffusionPipeline, recipe: Pretraining, console: Console) -> dict[str, float]:
     """Train the whole pipeline in place; return the final reconstruction and denoising errors."""
     images, captions = render_dataset(recipe.images, recipe.seed)
     vae_error = train_vae(pipeline, images, recipe, console)
-    x0 = encode(pipeline, images) * pipeline.vae.config.scaling_factor
-    return {"vae_error": vae_error, "denoising_error": train_unet(pipeline, x0, captions, recipe, console)}
+    config = pipeline.vae.config
+    x0 = (encode(pipeline, images) - (config.shift_factor or 0.0)) * config.scaling_factor
+    return {"vae_error": vae_error, "denoising_error": train_denoiser(pipeline, x0, captions, recipe, console)}

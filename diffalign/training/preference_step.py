@@ -62,6 +62,7 @@ class PreferenceStep(StepHook):
         noising: a name of denoising.NOISINGS; None takes the objective's own.
         inversion: how latents are inverted, if the noising does that.
         inversion_network: the network that is inverted: the policy as it is, or the reference.
+        sampling: how often timesteps between timestep_low and timestep_high are met; None: all alike, unshifted.
         snr_gamma: weigh errors by min-SNR with this gamma; None: all noise levels alike.
         anchor_weight: adds anchor_weight * mean (policy - reference)^2 of all images of an example.
         sft_weight: adds sft_weight * the policy's error on the first, best image.
@@ -81,6 +82,7 @@ class PreferenceStep(StepHook):
     inversion_network: FrozenDenoiser | None = None
     timestep_low: int = 0
     timestep_high: int | None = None
+    sampling: denoising.TimestepSampling | None = None
     snr_gamma: float | None = None
     anchor_weight: float = 0.0
     sft_weight: float = 0.0
@@ -181,7 +183,8 @@ class PreferenceStep(StepHook):
         streams = ["posterior_w", "posterior_l", *(f"posterior_{i}" for i in range(2, batch.images_per_example))]
         streams = streams[: batch.images_per_example]
         posterior = torch.cat([denoising.normal(self.seed, step, ids, shape, stream) for stream in streams])
-        timesteps = denoising.sample_timesteps(path, self.seed, step, ids, self.timestep_low, self.timestep_high)
+        window = self.timestep_low, self.timestep_high
+        timesteps = denoising.sample_timesteps(path, self.seed, step, ids, *window, self.sampling)
         cond = self.backbone.condition(batch.text, batch.sizes)
         if batch.prompts == batch.prompts[: len(batch)] * batch.images_per_example:
             cond = cond.shared(batch.images_per_example)

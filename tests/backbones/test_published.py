@@ -11,6 +11,7 @@ import transformers
 from diffalign.backbones import published
 from diffalign.backbones.adapters import ATTENTION, add_lora
 from diffalign.backbones.kohya import kohya_metadata, ldm_name
+from diffalign.backbones.sd3 import SD3
 from diffalign.errors import ModelError
 
 # Counts of the checkpoints on the hub.
@@ -77,6 +78,24 @@ def test_lora_size_of_sdxl():
     """Rank 64 on the attention: shared/reference/performance.md counts 92.9 M trainable parameters."""
     parameters = add_lora(published.random_unet("sdxl", device="meta"), 64)
     assert sum(parameter.numel() for parameter in parameters) == 92_897_280
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "parameters", "lora"),
+    [
+        ("stabilityai/stable-diffusion-3-medium-diffusers", 2_028_328_000, 18_677_760),
+        ("stabilityai/stable-diffusion-3.5-medium", 2_243_171_520, 23_789_568),
+        ("stabilityai/stable-diffusion-3.5-large", 8_056_627_520, None),
+    ],
+)
+def test_sizes_of_sd3(hub_id, parameters, lora):
+    """Those of the published checkpoints, and of a LoRA of rank 32 on the attention of text and picture."""
+    network = published.random_transformer(hub_id, device="meta")
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    trained = add_lora(network, 32, target_modules=SD3.lora_targets, idle=SD3.idle_layers(network))
+    blocks, width = network.config.num_layers, network.inner_dim
+    layers = 8 * blocks - 2 + 4 * len(network.config.dual_attention_layers)  # the last block lacks two of them
+    assert sum(parameter.numel() for parameter in trained) == layers * 32 * 2 * width == (lora or layers * 64 * width)
 
 
 @pytest.mark.parametrize(("pad_token", "pad_id"), [("<|endoftext|>", 49407), ("!", 0)])

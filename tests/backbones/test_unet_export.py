@@ -28,7 +28,7 @@ def _trained(folder):
 def test_round_trip_through_diffusers(folder, tmp_path):
     trained = _trained(folder)
     expected = draw(trained.pipeline())
-    assert export.save_full_unet(trained.denoiser, tmp_path) == tmp_path / "unet"
+    assert export.save_denoiser(trained.denoiser, tmp_path) == tmp_path / "unet"
     loaded = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
     image = draw(DiffusionPipeline.from_pretrained(folder, unet=loaded))
     assert torch.equal(image, expected)
@@ -38,7 +38,7 @@ def test_round_trip_through_diffusers(folder, tmp_path):
 def test_load_adapter_into_takes_unets_and_pipelines(folder, tmp_path):
     trained = _trained(folder)
     expected = draw(trained.pipeline())
-    export.save_full_unet(trained.denoiser, tmp_path / "run")
+    export.save_denoiser(trained.denoiser, tmp_path / "run")
     trained.pipeline().save_pretrained(tmp_path / "whole")
     for source in ("run", "run/unet", "whole"):
         pipeline = export.load_adapter_into(backbones.load(folder).pipeline(), tmp_path / source)
@@ -47,13 +47,13 @@ def test_load_adapter_into_takes_unets_and_pipelines(folder, tmp_path):
 
 def test_unet_init_continues_from_an_export(folder, tmp_path):
     trained = _trained(folder)
-    export.save_full_unet(trained.denoiser, tmp_path)
+    export.save_denoiser(trained.denoiser, tmp_path)
     continued = backbones.load(folder, unet_init=tmp_path)
     assert continued.denoiser_fingerprint() == trained.denoiser_fingerprint()
 
 
 def test_a_unet_of_another_family_is_refused(tiny_sd15, tiny_sdxl, tmp_path):
-    export.save_full_unet(_trained(tiny_sd15).denoiser, tmp_path)
+    export.save_denoiser(_trained(tiny_sd15).denoiser, tmp_path)
     with pytest.raises(ModelError, match="cross_attention_dim 32"):
         export.load_adapter_into(backbones.load(tiny_sdxl).pipeline(), tmp_path)
 
@@ -61,7 +61,7 @@ def test_a_unet_of_another_family_is_refused(tiny_sd15, tiny_sdxl, tmp_path):
 def test_dtype_and_state_dict_arguments(tiny_sd15, tmp_path):
     denoiser = backbones.load(tiny_sd15).denoiser
     averaged = {name: 2 * tensor for name, tensor in denoiser.state_dict().items()}
-    export.save_full_unet(denoiser, tmp_path, state_dict=averaged, dtype=torch.bfloat16)
+    export.save_denoiser(denoiser, tmp_path, state_dict=averaged, dtype=torch.bfloat16)
     loaded = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet", torch_dtype=torch.bfloat16)
     assert torch.equal(loaded.conv_in.weight, (2 * denoiser.conv_in.weight).bfloat16())
 
@@ -70,14 +70,14 @@ def test_a_network_with_adapters_is_refused(tiny_sd15, tmp_path):
     denoiser = backbones.load(tiny_sd15).denoiser
     adapters.add_lora(denoiser, 4)
     with pytest.raises(ModelError, match="save_lora"):
-        export.save_full_unet(denoiser, tmp_path)
+        export.save_denoiser(denoiser, tmp_path)
 
 
 def _exports(tiny_sd15, tmp_path, kind):
     """Return a function that exports and the path it writes."""
     backbone = backbones.load(tiny_sd15)
     if kind == "unet":
-        return lambda: export.save_full_unet(backbone.denoiser, tmp_path), tmp_path / "unet", backbone.denoiser
+        return lambda: export.save_denoiser(backbone.denoiser, tmp_path), tmp_path / "unet", backbone.denoiser
     adapters.add_lora(backbone.denoiser, 4)
     if kind == "lora":
         return lambda: export.save_lora(backbone.denoiser, tmp_path), tmp_path / files.LORA_FILE, backbone.denoiser
@@ -156,4 +156,4 @@ def test_a_failed_swap_of_folders_is_undone(tiny_sd15, tmp_path, monkeypatch):
 def test_a_path_that_cannot_be_a_folder(tiny_sd15, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="Cannot write"):
-        export.save_full_unet(backbones.load(tiny_sd15).denoiser, tmp_path / "file")
+        export.save_denoiser(backbones.load(tiny_sd15).denoiser, tmp_path / "file")

@@ -199,3 +199,10 @@ def test_published_recipes():
     sd15, sdxl = training.RECIPES["lrm"], training.RECIPES["lrm_sdxl"]
     assert (sd15.learning_rate, sd15.batch_size, sd15.max_steps, sd15.warmup_steps) == (1e-5, 128, 4000, 500)
     assert (sdxl.learning_rate, sdxl.batch_size, sdxl.max_steps, sdxl.warmup_steps) == (1e-5, 32, 8000, 1000)
+
+
+def test_a_flow_model_has_no_ddim_steps_to_judge(diffalign, table, tiny_sd3, tmp_path):
+    code, said = diffalign("reward", "train", "lrm", table, "--model", tiny_sd3, "--out", tmp_path / "judge")
+    assert code == 2
+    assert "lrm judges the latents of DDIM steps" in said
+    assert "sampled along a flow" in said

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import tensor
 
-from diffalign.denoising import TransitionBatch, ddim_step, guided, ladder, normal, transition_likelihoods
+from diffalign.denoising import (
+    FlowPath,
+    TransitionBatch,
+    ddim_step,
+    guided,
+    ladder,
+    normal,
+    transition_likelihoods,
+)
 from diffalign.errors import ConfigError
 from diffalign.objectives import load
 from tests import golden
@@ -163,3 +171,12 @@ def test_guidance_mixes_both_branches_with_gradient():
     plain = guided(network, xt, torch.full((3,), 5), cond, empty, 1.0)
     assert plain.flatten().tolist() == [2.0] * 3
     assert seen == [(6, 6), (3, 3)]
+
+
+def test_a_flow_path_has_no_ddim_steps():
+    message = "DDIM steps, as spo, .* this model follows a flow path. Choose an objective of pairs"
+    with pytest.raises(ConfigError, match=message):
+        ladder(FlowPath(), 20)
+    xt, level = torch.zeros(1, 4, 2, 2), tensor([500.0])
+    with pytest.raises(ConfigError, match=message):
+        ddim_step(FlowPath(), xt, xt, level, level - 50)

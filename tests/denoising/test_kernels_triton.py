@@ -87,7 +87,7 @@ def test_draws_compile_for_a_gpu(compiled):
 def test_noising_and_errors_compile_for_a_gpu_and_keep_an_order(shape, compiled):
     kernels, instructions = compiled("triton_kernels")
     pred, target, row = torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape), torch.zeros(shape[0])
-    kernels.noise_and_target(target, target, row, row, v_prediction=True, dtype=torch.bfloat16)
+    kernels.noise_and_target(target, target, (row, row), (row, row), dtype=torch.bfloat16)
     kernels.squared_errors(pred, target, target)
     kernels.squared_errors_backward(pred, target, row)
     assert set(instructions) == {"_noise_kernel", "_errors_kernel", "_backward_kernel"}

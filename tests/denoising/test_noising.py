@@ -8,6 +8,7 @@ import torch
 from diffalign.denoising import (
     RANDOM_NOISINGS,
     DDPMPath,
+    FlowPath,
     add_noise,
     independent,
     normal,
@@ -19,6 +20,7 @@ from diffalign.denoising import (
 PATH = DDPMPath.from_config(
     {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
 )
+PATHS = [pytest.param(PATH, id="ddpm"), pytest.param(FlowPath(), id="flow")]
 IDS = torch.tensor([41, 7, 10**12])
 TIMESTEPS = sample_timesteps(PATH, 0, 5, IDS)
 X0 = normal(9, 0, torch.arange(6), (4, 8, 8))
@@ -33,24 +35,27 @@ def assert_equal_rows(got, expected):
         assert torch.equal(got[name], expected[name]), name
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", RANDOM_NOISINGS)
-def test_batch_is_consistent_with_its_path(name):
-    batch = RANDOM_NOISINGS[name](PATH, X0, TIMESTEPS, 0, 5, IDS)
+def test_batch_is_consistent_with_its_path(name, path):
+    timesteps = sample_timesteps(path, 0, 5, IDS)
+    batch = RANDOM_NOISINGS[name](path, X0, timesteps, 0, 5, IDS)
     assert torch.equal(batch.x0, X0)
-    assert torch.equal(batch.timesteps, torch.cat([TIMESTEPS, TIMESTEPS]))
-    assert torch.equal(torch.stack([batch.alpha, batch.sigma]), torch.stack(PATH.alpha_sigma(batch.timesteps)))
-    assert torch.equal(batch.xt, add_noise(PATH, X0, batch.noise, batch.timesteps))
-    assert torch.equal(batch.target, target(PATH, X0, batch.noise, batch.timesteps))
+    assert torch.equal(batch.timesteps, torch.cat([timesteps, timesteps]))
+    assert torch.equal(torch.stack([batch.alpha, batch.sigma]), torch.stack(path.alpha_sigma(batch.timesteps)))
+    assert torch.equal(batch.xt, add_noise(path, X0, batch.noise, batch.timesteps))
+    assert torch.equal(batch.target, target(path, X0, batch.noise, batch.timesteps))
     assert all(tensor.dtype == torch.float32 for tensor in (batch.x0, batch.noise, batch.xt, batch.target, batch.alpha))
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", RANDOM_NOISINGS)
-def test_pairs_do_not_depend_on_their_batch(name):
-    noise = RANDOM_NOISINGS[name]
-    batch = noise(PATH, X0, TIMESTEPS, 0, 5, IDS)
+def test_pairs_do_not_depend_on_their_batch(name, path):
+    noise, timesteps = RANDOM_NOISINGS[name], sample_timesteps(path, 0, 5, IDS)
+    batch = noise(path, X0, timesteps, 0, 5, IDS)
     for pair in range(3):
         members = [pair, pair + 3]
-        alone = noise(PATH, X0[members], TIMESTEPS[[pair]], 0, 5, IDS[[pair]])
+        alone = noise(path, X0[members], timesteps[[pair]], 0, 5, IDS[[pair]])
         assert_equal_rows(rows(alone, slice(None)), rows(batch, members))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffalign import objectives
-from diffalign.denoising import DDPMPath, draws, independent, kernels, normal, uniform
+from diffalign.denoising import DDPMPath, FlowPath, draws, independent, kernels, normal, uniform
 from diffalign.objectives.base import PairErrors
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -72,12 +72,14 @@ def test_ids_may_be_a_view():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow_prediction"])
 def test_noisy_latents_and_targets(prediction_type, dtype):
-    path, ids = DDPMPath(torch.linspace(0.99, 0.01, 100), prediction_type), IDS[:2]
+    flow = prediction_type == "flow_prediction"
+    path = FlowPath() if flow else DDPMPath(torch.linspace(0.99, 0.01, 100), prediction_type)
+    timesteps, ids = torch.tensor([3.25, 996.5] if flow else [3, 96], device=DEVICE), IDS[:2]
     x0 = latents(4, (4, 4, 19, 23)).to(memory_format=torch.channels_last)
-    noised = by_both(lambda: independent(path, x0, torch.tensor([3, 96], device=DEVICE), 0, 0, ids, dtype))
-    full = independent(path, x0, torch.tensor([3, 96], device=DEVICE), 0, 0, ids)
+    noised = by_both(lambda: independent(path, x0, timesteps, 0, 0, ids, dtype))
+    full = independent(path, x0, timesteps, 0, 0, ids)
     torch.testing.assert_close(noised[1].target, noised[0].target, rtol=0, atol=1e-6)
     assert noised[1].xt.dtype == dtype
     if dtype == torch.float32:

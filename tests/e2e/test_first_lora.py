@@ -12,7 +12,11 @@ from diffalign.labelling import Votes
 from diffalign.labelling.store import pair_tasks
 
 PAGE = Path(__file__).parents[2] / "docs" / "first-lora.md"
-PROMPTS = ["a red circle on a blue background", "two green squares on a white background", "a yellow star on a black background"]
+PROMPTS = [
+    "a red circle on a blue background",
+    "two green squares on a white background",
+    "a yellow star on a black background",
+]
 
 
 def blocks(language):

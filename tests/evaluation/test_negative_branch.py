@@ -8,7 +8,7 @@ from torch import nn
 
 from diffalign import backbones
 from diffalign.backbones.adapters import add_lora
-from diffalign.backbones.export import save_full_unet, save_lora
+from diffalign.backbones.export import save_denoiser, save_lora
 from diffalign.backbones.files import LORA_FILE
 from diffalign.errors import ModelError, UserError
 from diffalign.evaluation import SamplingSettings, generate, with_negative_branch
@@ -125,7 +125,7 @@ def test_the_policy_as_negative_network_is_ordinary_guidance(pipeline, loras, mo
 
 
 def test_the_policy_as_a_full_negative_network_is_ordinary_guidance(pipeline, folder, tmp_path):
-    save_full_unet(backbones.load(folder).denoiser, tmp_path)
+    save_denoiser(backbones.load(folder).denoiser, tmp_path)
     branched = with_negative_branch(pipeline, tmp_path)
     assert branched.unet.networks[0] is not branched.unet.networks[1]
     assert same(draw(branched), draw(pipeline))

@@ -57,7 +57,7 @@ def write_run(folder: Path, base: Path, tune: str = "lora", seed: int = 1, alpha
         weights_file = checkpoint.WeightsFile(LORA_FILE, export.lora_keys(denoiser), header)
     else:
         perturb(denoiser.parameters(), seed, scale=0.02)
-        export.save_full_unet(denoiser, folder)
+        export.save_denoiser(denoiser, folder)
     trained = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     checkpoint.save(folder, 3, trained, {}, {}, None, weights_file)
     return Run(folder, base)

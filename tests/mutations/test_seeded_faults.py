@@ -90,11 +90,11 @@ FAULTS = {
         "objectives/npo.py", "F.logsigmoid(-self.logit(errors))", "F.logsigmoid(self.logit(errors))", GOLDENS,
     ),
     "the network is told the level it goes to": (
-        "denoising/inversion.py", "predicted = [noise_at(start, here)]", "predicted = [noise_at(start, there)]",
+        "denoising/inversion.py", "predicted = [direction_at(start, here)]", "predicted = [direction_at(start, there)]",
         f"{DENOISING}/test_inversion.py",
     ),
     "the clean image counts as timestep 0": (
-        "denoising/inversion.py", "torch.where(grid == CLEAN, torch.ones_like(abar), abar)", "abar",
+        "denoising/ddpm_path.py", "torch.where(timesteps < 0, torch.ones_like(abar), abar)", "abar",
         f"{DENOISING}/test_inversion.py",
     ),
     "images that have arrived are inverted on": (
@@ -104,7 +104,30 @@ FAULTS = {
         "denoising/inversion.py", "if 0 < level < t), t]", "if 0 < level < t)]", f"{DENOISING}/test_inversion.py",
     ),
     "v is weighted as epsilon": (
-        "denoising/weighting.py", 'if path.prediction_type == "epsilon":', "if True:", f"{DENOISING}/test_weighting.py",
+        "denoising/ddpm_path.py", "return torch.minimum(signal, gamma * noise) / (signal + noise)",
+        "return (gamma * noise / signal).clamp(max=1.0)", f"{DENOISING}/test_weighting.py",
+    ),
+    "the target of a flow points to the picture": (
+        "denoising/flow_path.py", "return -one, one", "return one, -one", f"{DENOISING}/test_flow_path.py",
+    ),
+    "a flow level is rounded before it is taken from 1": (
+        "denoising/flow_path.py", "(TIMESTEPS - time) / TIMESTEPS", "1 - time / TIMESTEPS",
+        f"{DENOISING}/test_flow_path.py",
+    ),
+    "errors of velocity are weighted as those of v": (
+        "denoising/flow_path.py", "gamma * sigma.square())", "gamma * sigma.square()) / (alpha**2 + sigma**2)",
+        f"{DENOISING}/test_flow_path.py",
+    ),
+    "the window of timesteps holds before the shift": (
+        "denoising/densities.py", "shift.inverse(end / total)", "(end / total)", f"{DENOISING}/test_densities.py",
+    ),
+    "a shift goes towards the picture": (
+        "denoising/shifts.py", "factor * level / (1 + (factor - 1) * level)",
+        "level / (factor + (1 - factor) * level)", f"{DENOISING}/test_shifts.py",
+    ),
+    "an inversion goes down the flow": (
+        "denoising/flow_path.py", "x + (destination - source)", "x - (destination - source)",
+        f"{DENOISING}/test_flow_inversion.py",
     ),
     "the moving reference moves by its decay": (
         "training/moving_reference.py", "1 - self.decay)", "self.decay)", "tests/training/test_moving_reference.py",

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
 from rich.console import Console
 
 from diffalign.backbones import loading
@@ -77,7 +77,7 @@ def test_pretraining_predicts_as_the_pipeline_does(pipeline):
     prompt = "two pink crosses on a black background"
     xt, timesteps = torch.randn(1, 4, 16, 16), torch.tensor([400])
     with torch.no_grad():
-        trained = TextToLatent(pipeline)(xt, timesteps, pretraining._tokenize(pipeline, [prompt]))
+        trained = TextToLatent(pipeline)(xt, timesteps, [prompt])
         embeds, _, pooled, _ = pipeline.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
         time_ids = pipeline._get_add_time_ids((64, 64), (0, 0), (64, 64), torch.float32, 96)
         added = {"text_embeds": pooled, "time_ids": time_ids}
@@ -109,9 +109,9 @@ def denoising_error(pipeline, x0: torch.Tensor, captions: list[str]) -> float:
     generator = torch.Generator().manual_seed(9)
     noise = torch.randn(x0.shape, generator=generator)
     timesteps = torch.randint(200, 1000, (len(x0),), generator=generator)
-    noising = pretraining.DDPMScheduler.from_config(pipeline.scheduler.config)
+    noising = DDPMScheduler.from_config(pipeline.scheduler.config)
     xt = noising.add_noise(x0, noise, timesteps)
-    pred = TextToLatent(pipeline).eval()(xt, timesteps, pretraining._tokenize(pipeline, captions))
+    pred = TextToLatent(pipeline).eval()(xt, timesteps, captions)
     return (pred - noise).square().mean().item()
 
 
@@ -139,7 +139,7 @@ def test_a_few_steps_lower_both_errors():
     assert x0.shape == (RECIPE.images, 4, 16, 16)
     assert x0.std().item() == pytest.approx(1.0, abs=1e-2)
     before = denoising_error(pipeline, x0, captions)
-    reported = pretraining.train_unet(pipeline, x0, captions, RECIPE, console)
+    reported = pretraining.train_denoiser(pipeline, x0, captions, RECIPE, console)
     after = denoising_error(pipeline, x0, captions)
     assert after < 0.9 * before
     assert 0 < reported < 2

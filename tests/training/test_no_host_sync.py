@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffalign import objectives
+from diffalign import denoising, objectives
 from diffalign.training.auto_beta import AutoBeta
 from tests.training.micro_steps import OFFLINE, Latents, Parts
 
@@ -89,6 +89,19 @@ def test_no_objective_waits(name, parts):
 )
 def test_no_option_waits(name, option, parts):
     assert take(parts.step(name, **option))[0].shape == (3,)
+
+
+def test_a_flow_path_does_not_wait(parts, monkeypatch):
+    monkeypatch.setattr(parts.backbone, "path", denoising.FlowPath())
+    assert take(parts.step("dpo", snr_gamma=5.0))[0].shape == (3,)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("logit_normal", {}), ("mode", {}), ("list", {"values": (801, 338)})])
+def test_no_density_waits(name, settings):
+    ids = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    sampling = denoising.TimestepSampling(denoising.DENSITIES[name](**settings), denoising.Shift(3.0, 0.02))
+    with NoBlockingCopies():
+        assert denoising.sample_timesteps(denoising.FlowPath(), 0, 0, ids, 30, 980, sampling).shape == (3,)
 
 
 def test_micro_batches_of_an_inverted_window_are_cut_without_waiting(parts):

@@ -88,28 +88,39 @@ def _normal_kernel(ids, values, seed, stream, step, count, BLOCK: tl.constexpr):
 
 
 def noise_and_target(
-    x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, *, v_prediction: bool, dtype: torch.dtype
+    x0: Tensor,
+    noise: Tensor,
+    coefficients: tuple[Tensor, Tensor],
+    target_weights: tuple[Tensor, Tensor] | None,
+    *,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return xt = alpha * x0 + sigma * noise in `dtype`, and v = alpha * noise - sigma * x0 float32, or the noise."""
+    """Return two mixtures of x0 and noise, [N] weights of each: xt in `dtype` and the target float32.
+
+    Without `target_weights` the target is the noise itself.
+    """
     x0, noise = x0.float().contiguous(), noise.float().contiguous()
     xt = torch.empty_like(x0, dtype=dtype)
-    target = torch.empty_like(x0) if v_prediction else noise
+    mixed = target_weights is not None
+    target = torch.empty_like(x0) if mixed else noise
     count = x0[:1].numel()
-    arguments = x0, noise, alpha, sigma, xt, target, count, v_prediction
+    arguments = x0, noise, *coefficients, *(target_weights or coefficients), xt, target, count, mixed
     _launch(_noise_kernel, len(x0), count, x0.device, *arguments)
     return xt, target
 
 
 @triton.jit
-def _noise_kernel(x0, noise, alpha, sigma, xt, target, count, V_PREDICTION: tl.constexpr, BLOCK: tl.constexpr):
+def _noise_kernel(
+    x0, noise, alpha, sigma, of_x0, of_noise, xt, target, count, MIXED: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask, place = index < count, row * count + index
     clean, drawn = tl.load(x0 + place, mask), tl.load(noise + place, mask)
     signal, level = tl.load(alpha + row), tl.load(sigma + row)
     tl.store(xt + place, (signal * clean + level * drawn).to(xt.dtype.element_ty), mask)
-    if V_PREDICTION:
-        tl.store(target + place, signal * drawn - level * clean, mask)
+    if MIXED:
+        tl.store(target + place, tl.load(of_noise + row) * drawn + tl.load(of_x0 + row) * clean, mask)
 
 
 # Errors

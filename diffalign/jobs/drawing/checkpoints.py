@@ -12,6 +12,7 @@ from torch import Tensor
 from diffalign import config as configuration
 from diffalign.backbones import adapters
 from diffalign.backbones.export import load_adapter_into
+from diffalign.backbones.families import denoiser_of, kind_of, with_denoiser
 from diffalign.backbones.files import LORA_FILE, load_errors, quiet_diffusers
 from diffalign.config.sections import LoraSettings
 from diffalign.errors import ModelError
@@ -25,7 +26,7 @@ def is_checkpoint(folder: str | Path) -> bool:
 
 
 def load_weights(pipeline: DiffusionPipeline, weights: str) -> DiffusionPipeline:
-    """Return `pipeline`, a base, with the LoRA, the UNet or the checkpoint of a run that `weights` names."""
+    """Return `pipeline`, a base, with the LoRA, the denoiser or the checkpoint of a run that `weights` names."""
     if is_checkpoint(weights):
         return load_into(pipeline, Path(weights))
     return load_adapter_into(pipeline, weights)
@@ -34,7 +35,7 @@ def load_weights(pipeline: DiffusionPipeline, weights: str) -> DiffusionPipeline
 def load_into(pipeline: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
     """Return `pipeline`, the run's base, with the weights that the run had at this checkpoint (not their average).
 
-    A LoRA is put beside the adapters that the UNet has; all weights of a UNet come without them.
+    A LoRA is put beside the adapters that the denoiser has; all weights of a denoiser come without them.
 
     Raises:
         ModelError: the checkpoint is damaged or its run trained something else.
@@ -48,17 +49,17 @@ def load_into(pipeline: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
         raise ModelError(f"{folder} is damaged ({error}). Use another checkpoint.") from error
     if config.model.tune == "lora":  # written before 2026-12
         return _load_named(pipeline, folder, tensors, config.lora)
-    unet = copy.deepcopy(pipeline.unet)
-    if adapters.has_adapters(unet):
-        unet.unload_lora()
-    pipeline.register_modules(unet=unet)
-    parameters = dict(pipeline.unet.named_parameters())
+    denoiser = copy.deepcopy(denoiser_of(pipeline))
+    if adapters.has_adapters(denoiser):
+        denoiser.unload_lora()
+    with_denoiser(pipeline, denoiser)
+    parameters = dict(denoiser.named_parameters())
     if parameters.keys() != tensors.keys() or any(tensors[name].shape != p.shape for name, p in parameters.items()):
         raise ModelError(f"{folder} does not fit {folder.parent / 'config.yaml'}: it holds other weights.")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-    pipeline.unet.requires_grad_(False)
+    denoiser.requires_grad_(False)
     return pipeline
 
 
@@ -66,12 +67,13 @@ def _load_named(
     pipeline: DiffusionPipeline, folder: Path, tensors: dict[str, Tensor], lora: LoraSettings
 ) -> DiffusionPipeline:
     settings = {"r": lora.rank, "lora_alpha": lora.lora_alpha or lora.rank, "lora_dropout": 0.0}
-    settings["target_modules"] = sorted(lora.lora_target_modules)
-    adapter = adapters.free_name(pipeline.unet)
+    denoiser = denoiser_of(pipeline)
+    settings["target_modules"] = sorted(lora.lora_target_modules or kind_of(denoiser).lora_targets)
+    adapter = adapters.free_name(denoiser)
     named = {name.replace(f".{adapters.ADAPTER}.", "."): tensor for name, tensor in tensors.items()}
     with load_errors("the LoRA", str(folder)), quiet_diffusers():
-        pipeline.unet.load_lora_adapter(named, prefix=None, adapter_name=adapter, metadata=settings)
-    fitting = adapters.count_adapted(pipeline.unet, adapter)
+        denoiser.load_lora_adapter(named, prefix=None, adapter_name=adapter, metadata=settings)
+    fitting = adapters.count_adapted(denoiser, adapter)
     if 2 * fitting != len(tensors):
-        raise ModelError(f"Only {fitting} of the {len(tensors) // 2} modules in the LoRA of {folder} fit this UNet.")
+        raise ModelError(f"Only {fitting} of the {len(tensors) // 2} modules in the LoRA of {folder} fit this model.")
     return pipeline

@@ -10,6 +10,7 @@ import pandas as pd
 from rich.console import Console
 
 from diffalign.backbones.adapters import active_adapters, adapter_mix, has_adapters
+from diffalign.backbones.families import denoiser_of
 from diffalign.errors import UserError
 from diffalign.evaluation import Look, SamplingSettings, generate_to, save_pages, score_table
 from diffalign.evaluation.grid import check_suffix
@@ -113,10 +114,10 @@ def _scaled(loaded: models.LoadedModel, scale: float):
     """Return a context in which the LoRA acts times `scale`."""
     if scale == 1:
         return nullcontext()
-    unet = loaded.pipeline.unet
-    if not has_adapters(unet):
+    denoiser = denoiser_of(loaded.pipeline)
+    if not has_adapters(denoiser):
         raise UserError(f"--sweep lora_scale has no effect on {loaded.name}: it is no LoRA. Leave it out.")
-    return adapter_mix(unet, dict.fromkeys(active_adapters(unet), scale))()
+    return adapter_mix(denoiser, dict.fromkeys(active_adapters(denoiser), scale))()
 
 
 def columns(specs: Sequence[str], base: str | None, show_base: bool, base_is_used: bool) -> list[models.Model]:

@@ -3,7 +3,7 @@
 stabilityai/stable-diffusion-xl-base-1.0, assets/tiny-sdxl, model.safetensors    a whole model
 runs/demo                            a training run: its config.yaml names the base model
 runs/demo/checkpoint-300             the weights of a run at one step
-lora.safetensors, lora/, unet/       weights that go on a base model: the one that --base, their run or their file names
+lora.safetensors, lora/, unet/, ...  weights that go on a base model: the one that --base, their run or their file names
 dpo=runs/demo                        any of these, under a name of one's own
 """
 
@@ -19,8 +19,10 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 
-from diffalign.backbones import loading
+from diffalign.backbones import inspection, loading
 from diffalign.backbones.base import Backbone
+from diffalign.backbones.export import check_lora
+from diffalign.backbones.families import DENOISERS, denoiser_of
 from diffalign.backbones.files import read_header
 from diffalign.config.sections import ModelSettings
 from diffalign.errors import ConfigError, ModelError
@@ -79,18 +81,10 @@ class LoadedModel:
     @cached_property
     def identity(self) -> str:
         """Return the name, the dtype, a hash of everything in the pipeline that shapes a picture, and the note."""
-        backbone, pipeline = self.backbone, self.pipeline
-        names = ("text_encoder", "text_encoder_2")
-        whole = type(backbone)(
-            denoiser=pipeline.unet,
-            vae=pipeline.vae,
-            tokenizers=backbone.tokenizers,
-            text_encoders=[encoder for name in names if (encoder := getattr(pipeline, name, None)) is not None],
-            scheduler=pipeline.scheduler,
-            source=backbone.source,
-        )
+        pipeline, denoiser = self.pipeline, denoiser_of(self.pipeline)
+        whole = type(self.backbone).over(pipeline, self.backbone.source)
         # A LoRA's alpha is no tensor, so the fingerprints do not see it.
-        scales = [layer.scaling for layer in pipeline.unet.modules() if isinstance(layer, BaseTunerLayer)]
+        scales = [layer.scaling for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]
         parts = f"{whole.fingerprint()} {whole.denoiser_fingerprint()} {scales}"
         dtype = str(pipeline.dtype).removeprefix("torch.")
         return f"{self.name} ({dtype}, weights {hashlib.sha256(parts.encode()).hexdigest()[:16]}){self.note}"
@@ -127,11 +121,12 @@ class ModelLoader:
         if self._pipeline is not None:
             self._pipeline.unload_lora_weights()  # leaves the base as it was
         self._pipeline = None
+        _check_fits(model)
         backbone = self._loaded_base(model)
         self._pipeline = pipeline = backbone.pipeline()
         if model.weights is not None:
             pipeline = checkpoints.load_weights(pipeline, model.weights)
-        pipeline.unet.eval()
+        denoiser_of(pipeline).eval()
         return LoadedModel(model.name, backbone, pipeline)
 
     def _loaded_base(self, model: Model) -> Backbone:
@@ -180,7 +175,7 @@ def split_name(spec: str) -> tuple[str | None, str]:
 
 
 def _resolve(name: str | None, spec: str, base: str | None) -> Model:
-    weights = loading.located(spec)
+    weights = inspection.located(spec)
     path = Path(weights)
     name = name or _short_name(path)
     if _is_whole_model(path, weights, base):
@@ -202,10 +197,11 @@ def _resolve(name: str | None, spec: str, base: str | None) -> Model:
 def _short_name(path: Path) -> str:
     """Return the last part of a path or hub id, with the run's name before a part that says nothing by itself."""
     own = path.stem if path.suffix == ".safetensors" else path.name or str(path.resolve().name)
-    is_general = own in ("unet", "pytorch_lora_weights") or own.startswith("checkpoint-")
+    unsaid = (*DENOISERS, "pytorch_lora_weights")
+    is_general = own in unsaid or own.startswith("checkpoint-")
     if not is_general or path.parent.name in ("", "."):
         return own
-    return path.parent.name if own in ("unet", "pytorch_lora_weights") else f"{path.parent.name}/{own}"
+    return path.parent.name if own in unsaid else f"{path.parent.name}/{own}"
 
 
 def _is_whole_model(path: Path, spec: str, base: str | None) -> bool:
@@ -216,7 +212,7 @@ def _is_whole_model(path: Path, spec: str, base: str | None) -> bool:
     if base is None or spec == base:
         return True
     try:  # weights on the hub, such as mhdang/dpo-sdxl-text2image-v1, have no index of a pipeline
-        loading.read_index(spec)
+        inspection.read_index(spec)
     except ModelError:
         return False
     return True
@@ -241,7 +237,7 @@ def _run_settings(run: Path) -> ModelSettings:
 
 
 def _require_weights(folder: Path, is_run: bool) -> None:
-    if any(folder.glob("*.safetensors")) or (folder / "unet").is_dir():
+    if any(folder.glob("*.safetensors")) or any((folder / name).is_dir() for name in DENOISERS):
         return
     if is_run:
         steps = sorted(path.name for path in folder.glob("checkpoint-*")) or ["none yet"]
@@ -251,8 +247,8 @@ def _require_weights(folder: Path, is_run: bool) -> None:
         )
     held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise ModelError(
-        f'"{folder}" holds no model: expected model_index.json (a pipeline), unet/, a LoRA, or a finished training '
-        f"run; it holds {held}."
+        f'"{folder}" holds no model: expected model_index.json (a pipeline), unet/, transformer/, a LoRA, or a '
+        f"finished training run; it holds {held}."
     )
 
 
@@ -277,6 +273,16 @@ def load_base(model: Model, torch_dtype: torch.dtype) -> Backbone:
         return loading.load(source, torch_dtype=torch_dtype, **options)
     except ModelError as error:
         raise ModelError(f"{error}{_hint(model, source)}") from error
+
+
+def _check_fits(model: Model) -> None:
+    """Refuse a LoRA of another kind of network than its base has, before the base is read."""
+    source = Path(inspection.located(model.base.source))
+    if model.weights is None or not (source / "model_index.json").is_file():
+        return
+    place = Path(model.weights)
+    for file in [place] if place.is_file() else sorted(place.glob("*.safetensors")):
+        check_lora(file, inspection.read_index(str(source))["_class_name"])
 
 
 def _hint(model: Model, source: str) -> str:

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 import reward_models
-from diffalign.backbones import loading
+from diffalign.backbones import inspection, loading
 from diffalign.backbones.base import Backbone
 from diffalign.data import RowError, open_pairs
 from diffalign.data.pairs import ImageRef
@@ -162,6 +162,12 @@ def _judge_of_latents(
 def _diffusion_model(name: str, steps: Steps) -> Backbone:
     if steps.model is None:
         raise UserError(f"{name} judges the steps of one diffusion model: name it, e.g. --model assets/tiny-sdxl.")
+    family = inspection.family_at(steps.model)
+    if not family.ddim_steps:
+        raise UserError(
+            f'{name} judges the latents of DDIM steps; "{steps.model}" ({family.family}) is sampled along a flow. Name '
+            "a model of SD1.5, SD2.1 or SDXL."
+        )
     return loading.load(steps.model)
 
 

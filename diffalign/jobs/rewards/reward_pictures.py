@@ -110,8 +110,7 @@ class OneStepPictures:
     def _timesteps(self, ids: Tensor, visit: int, timestep: int | None) -> Tensor:
         if timestep is not None:
             return torch.full_like(ids, timestep)
-        total = self.backbone.path.num_train_timesteps
-        return (draws.uniform(self.seed, visit, ids, "step_aware_t") * total).long()
+        return self.backbone.path.timesteps_at(draws.uniform(self.seed, visit, ids, "step_aware_t"))
 
     def _file(self, number: int, visit: int, timestep: int | None) -> Path | None:
         if self.folder is None or (self.draws is None and timestep is None):

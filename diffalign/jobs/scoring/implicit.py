@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffalign.backbones.families import denoiser_of
 from diffalign.denoising import draws
 from diffalign.denoising.kernels import squared_errors
 from diffalign.denoising.paths import add_noise, target
@@ -68,7 +69,7 @@ class ImplicitReward:
                 f"Name a run or a LoRA, e.g. {NAME}=runs/demo."
             )
         loaded = models.ModelLoader(torch_dtype, device).load(model)
-        self.backbone, self.policy = loaded.backbone, loaded.pipeline.unet
+        self.backbone, self.policy = loaded.backbone, denoiser_of(loaded.pipeline)
         self.reference = self.backbone.denoiser.eval()  # the policy itself, adapters off, where a LoRA was put on it
         self.beta = _beta_of(Path(spec))
         self.num_draws, self.seed, self.batch_size = num_draws, seed, batch_size
@@ -99,7 +100,7 @@ class ImplicitReward:
         """Return e_ref - e_policy [N] at one (t, eps) a prompt."""
         path = self.backbone.path
         place = (draw + draws.uniform(self.seed, draw, ids, "implicit_t")) / self.num_draws
-        times = (place * path.num_train_timesteps).long().to(x0.device)
+        times = path.timesteps_at(place).to(x0.device)
         noise = draws.normal(self.seed, draw, ids, x0.shape[1:], "implicit").to(x0.device)
         xt, wanted = add_noise(path, x0, noise, times), target(path, x0, noise, times)
         policy = self.backbone.predict(self.policy, xt, times, batch.cond)

@@ -2,15 +2,27 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from diffalign.backbones import loading
+from diffalign.backbones import inspection, loading
 from diffalign.backbones.base import Backbone, move
 from diffalign.config import Config
 from diffalign.data.visits import RepeatedDraws
-from diffalign.denoising import INVERSIONS, FrozenDenoiser, Inversion
+from diffalign.denoising import (
+    INVERSIONS,
+    FixedList,
+    FrozenDenoiser,
+    Inversion,
+    LogitNormal,
+    Mode,
+    Shift,
+    TimestepSampling,
+    Uniform,
+)
+from diffalign.errors import ConfigError
 from diffalign.jobs.training.networks import HALF, Reference, sampling_network
 from diffalign.training.auto_beta import AutoBeta
 from diffalign.training.preference_step import Examples, PreferenceStep
@@ -23,6 +35,8 @@ def load_backbone(config: Config) -> Backbone:
     The VAE stays float32: half precision is visible in its latents, and it runs once if latents are cached.
     """
     model = config.model
+    if config.is_online:
+        check_online(config)
     half = HALF.get(config.train.mixed_precision, torch.float32)
     backbone = loading.load(
         model.pretrained_model_name_or_path,
@@ -33,10 +47,22 @@ def load_backbone(config: Config) -> Backbone:
         torch_dtype=half if model.tune == "lora" else torch.float32,
         prediction_type=model.prediction_type,
         zero_terminal_snr=model.zero_terminal_snr,
+        resolution=config.data.resolution,
     )
     if backbone.vae.dtype != torch.float32:
         move(backbone.vae, dtype=torch.float32)
     return backbone
+
+
+def check_online(config: Config) -> None:
+    """Refuse objectives that learn from DDIM steps for families that are sampled otherwise."""
+    model = config.model
+    family = inspection.family_at(model.pretrained_model_name_or_path, model.revision)
+    if not family.ddim_steps:
+        raise ConfigError(
+            f'"{config.objective_name}" learns from DDIM steps, and {family.family} is sampled along a flow, without '
+            "noise. Use an objective of given pictures, such as dpo, kto, mapo, smpo or rankdpo (docs/families.md)."
+        )
 
 
 def preference_step(
@@ -63,6 +89,7 @@ def preference_step(
         inversion_network=_inversion_network(config, backbone, reference),
         timestep_low=denoising.timestep_low,
         timestep_high=denoising.timestep_high,
+        sampling=timestep_sampling(config, backbone.shift_at(config.data.resolution)),
         snr_gamma=denoising.snr_gamma if denoising.snr_weighting == "min_snr" else None,
         anchor_weight=loss.anchor_weight,
         sft_weight=loss.sft_weight,
@@ -72,6 +99,25 @@ def preference_step(
         proportion_empty_prompts=config.data.proportion_empty_prompts,
         reduce=reduce,
     )
+
+
+def timestep_sampling(config: Config, shift: Shift) -> TimestepSampling:
+    """Return how timesteps are drawn; `shift` is what the model's scheduler does, unless the settings say otherwise."""
+    how = config.denoising
+    densities = {
+        "uniform": Uniform,
+        "logit_normal": partial(LogitNormal, how.logit_mean, how.logit_std),
+        "mode": partial(Mode, how.mode_scale),
+        "list": partial(FixedList, tuple(how.timesteps or ())),
+    }
+    chosen = shift if how.timestep_shift is None else Shift(how.timestep_shift)
+    return TimestepSampling(densities[how.timestep_density](), chosen)
+
+
+def sampling_identity(config: Config, backbone: Backbone) -> dict[str, str]:
+    """Return what weights and errors depend on of how timesteps are drawn; nothing if all are met alike."""
+    sampling = timestep_sampling(config, backbone.shift_at(config.data.resolution))
+    return {} if sampling == TimestepSampling() else {"timestep_sampling": repr(sampling)}
 
 
 def inversion(config: Config) -> Inversion:

@@ -8,7 +8,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from diffalign import config as configuration
-from diffalign.backbones import export, loading
+from diffalign.backbones import export, inspection, loading
+from diffalign.backbones.families import DENOISERS
 from diffalign.backbones.files import LORA_FILE, read_header
 from diffalign.config import Config
 from diffalign.errors import ConfigError, ModelError, suggestion
@@ -19,9 +20,9 @@ from diffalign.jobs.training import meta_model, networks
 from diffalign.training import checkpoint
 
 FORMATS = {
-    "diffusers": "what load_weights of diffusers' pipelines takes: a LoRA, or unet/ of a run that tuned all weights",
+    "diffusers": "what diffusers' pipelines take: a LoRA, or unet/ (transformer/) of a run that tuned all weights",
     "kohya": "one LoRA file for ComfyUI, A1111 and kohya's sd-scripts",
-    "unet": "unet/ with all weights, a LoRA merged into those of its base",
+    "unet": "unet/ or transformer/ with all weights, a LoRA merged into those of its base",
 }
 FOLDER = "export"  # of a run
 CPU = torch.device("cpu")
@@ -50,8 +51,8 @@ class Trained:
             )
         moved = [] if base is None else [f"model.pretrained_model_name_or_path={base}"]
         config = configuration.load(run / models.RUN_FILE, moved)
-        weights = LORA_FILE if config.model.tune == "lora" else "unet"
-        if place == run and not (run / weights).exists():
+        weights = (LORA_FILE,) if config.model.tune == "lora" else DENOISERS
+        if place == run and not any((run / name).exists() for name in weights):
             steps = ", ".join(path.name for path in checkpoint.folders(run)) or "none yet"
             raise ModelError(f'The run "{run}" has not finished. Name one of its checkpoints ({steps}).')
         return cls(run, place, config)
@@ -152,16 +153,17 @@ def _prediction_type(trained: Trained) -> str:
 def _write_unet(trained: Trained, folder: Path, dtype: torch.dtype) -> Path:
     """Write all weights. They are merged in float32, whatever `dtype` they are written in."""
     if not trained.is_lora and trained.place == trained.run:
-        return export.save_full_unet(loading.load_unet(trained.run, torch.float32), folder, dtype=dtype)
+        family = inspection.family_at(trained.config.model.pretrained_model_name_or_path)
+        return export.save_denoiser(loading.load_denoiser(trained.run, family, torch.float32), folder, dtype=dtype)
     model = models.Model(trained.name, models.Base.of(trained.config.model), str(trained.place))
     denoiser = models.load_base(model, torch.float32).denoiser
     if not trained.is_lora:
-        return export.save_full_unet(denoiser, folder, state_dict=trained.weights(denoiser), dtype=dtype)
+        return export.save_denoiser(denoiser, folder, state_dict=trained.weights(denoiser), dtype=dtype)
     networks.add_adapters(trained.config, denoiser)
     denoiser.load_state_dict(trained.weights(denoiser), strict=False)
     denoiser.fuse_lora()
     denoiser.unload_lora()
-    return export.save_full_unet(denoiser, folder, dtype=dtype)
+    return export.save_denoiser(denoiser, folder, dtype=dtype)
 
 
 def _usage(written: Path, form: str, trained: Trained) -> str:
@@ -170,4 +172,5 @@ def _usage(written: Path, form: str, trained: Trained) -> str:
         return "for the folder models/loras of ComfyUI, models/Lora of A1111"
     if written.name == LORA_FILE:
         return f'pipe.load_lora_weights("{written.parent}")'
-    return f'pipe.unet = diffusers.UNet2DConditionModel.from_pretrained("{written}")'
+    network = inspection.family_at(trained.config.model.pretrained_model_name_or_path).denoiser_class.__name__
+    return f'pipe.{written.name} = diffusers.{network}.from_pretrained("{written}")'

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from diffalign.backbones.base import Backbone
 from diffalign.config import Config, portable
 from diffalign.data.fingerprints import digest_files
-from diffalign.jobs.training import own_code
+from diffalign.jobs.training import assemble, own_code
 from diffalign.training.batching import BatchPlan
 
 # Keys that may change on resume: where things are, what is written down, how many are done at a time. Those of
@@ -18,6 +18,10 @@ FREE = {
     "data": {
         *("cache_dir", "train_data_dir", "dataset_name", "prompts_file", "annotations_file"),  # the content decides
         "vae_encode_batch_size",
+    },
+    # How timesteps are drawn: what comes of it for the model decides.
+    "denoising": {
+        *("timestep_density", "logit_mean", "logit_std", "mode_scale", "timesteps", "timestep_shift"),
     },
     "inversion": {"batch_size"},
     "rollout": {"sample_batch_size", "decode_batch_size"},
@@ -48,8 +52,14 @@ def run_identity(config: Config, plan: BatchPlan, backbone: Backbone, source: So
         data["annotations"] = digest_files([Path(config.data.annotations_file)], None)[0]
     content = source.identify(Path(config.data.cache_dir) / "content_hashes.sqlite")
     data["content"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    lora = {"lora": known["lora"] | _targets(config, backbone)} if "lora" in known else {}
     fingerprints = {"denoiser": backbone.denoiser_fingerprint(), "encoders": backbone.fingerprint()}
-    return {**known, "model": known["model"] | fingerprints, "data": data}
+    denoising = known["denoising"] | assemble.sampling_identity(config, backbone)
+    return {**known, **lora, "denoising": denoising, "model": known["model"] | fingerprints, "data": data}
+
+
+def _targets(config: Config, backbone: Backbone) -> dict[str, list[str]]:
+    return {"lora_target_modules": config.lora.lora_target_modules or list(backbone.lora_targets)}
 
 
 def settings_identity(config: Config, plan: BatchPlan) -> dict[str, Any]:
@@ -67,5 +77,7 @@ def settings_identity(config: Config, plan: BatchPlan) -> dict[str, Any]:
     train["precision"] = [config.pure_bf16, performance.reference_dtype, performance.sampling_dtype]
     if config.optimizer.lr_scheduler in ("linear", "cosine"):
         train["max_train_steps"] = config.train.max_train_steps
+    if "lora" in sections and config.lora.lora_target_modules is None:  # the family decides
+        del sections["lora"]["lora_target_modules"]
     schedule = {"zero_terminal_snr": True} if config.model.zero_terminal_snr else {}  # no tensor shows it
     return {**sections, "model": {"tune": config.model.tune, **schedule}, **own_code.sources(config)}

@@ -1,17 +1,22 @@
 """The model of a run without its weights: its shapes, for estimates of memory and disk. Nothing is downloaded."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
-from diffalign.backbones import adapters, loading, published, single_file
+from diffalign.backbones import inspection, published
+from diffalign.backbones.adapters import trainable_parameters
+from diffalign.backbones.base import Backbone
+from diffalign.backbones.families import BY_NAME
 from diffalign.config import Config
-
-TEXT_LENGTH = 77  # tokens, of CLIP's text encoders
+from diffalign.denoising import Shift, TimestepSampling
+from diffalign.jobs.training import assemble, networks
 
 
 @dataclass(frozen=True)
@@ -22,44 +27,59 @@ class MetaModel:
     family: str
     origin: str  # in words, where the shapes are from
     vae_scale_factor: int = 8
+    scheduler: Mapping[str, Any] | None = None  # its configuration, where it is here
 
     @property
-    def text_width(self) -> int:
-        """Return the numbers of a token's embedding."""
-        return self.denoiser.config.cross_attention_dim
+    def kind(self) -> type[Backbone]:
+        """Return the family's class."""
+        return BY_NAME[self.family]
 
-    @property
-    def pooled_width(self) -> int:
-        """Return the numbers of a prompt's pooled embedding, 0 where there is none."""
-        shape = self.denoiser.config
-        if shape.addition_embed_type != "text_time":
-            return 0
-        return shape.projection_class_embeddings_input_dim - 6 * shape.addition_time_embed_dim
+    def shift_at(self, resolution: int) -> Shift | None:
+        """Return how the scheduler moves levels of noise for pictures of this size, None if it is not here."""
+        side = resolution // (self.vae_scale_factor * self.kind.patch_size(self.denoiser.config))
+        return None if self.scheduler is None else self.kind.shift(self.scheduler, side**2)
 
 
 def read(config: Config) -> MetaModel:
     """Return the model of a run.
 
-    A hub model that is not in the local cache counts as the published SDXL base or SD1.5, by its name; a single file
-    does so by the names of its tensors.
+    A hub model that is not in the local cache counts as the published model it is named like; a single file does so by
+    the names of its tensors.
 
     Raises:
         ModelError: a path that does not exist, or a folder that is no pipeline of a supported family.
     """
-    name, revision = loading.located(config.model.pretrained_model_name_or_path), config.model.revision
+    name, revision = inspection.located(config.model.pretrained_model_name_or_path), config.model.revision
     if Path(name).is_dir():
-        family = loading.PIPELINES[loading.read_index(name)["_class_name"]].family
-        shape = Path(name) / "unet" / "config.json"
-        return MetaModel(_on_meta(shape), family, "from its config", _scale_factor(Path(name) / "vae"))
+        return _from_folder(Path(name), inspection.family_at(name), "from its config")
     if Path(name).is_file():
-        family = "sdxl" if single_file.family_of(Path(name)) == "sdxl" else "sd15"
+        family = inspection.family_at(name).family
         return MetaModel(published.random_unet(family, device="meta"), family, f"counted as the published {family}")
-    family = published.MODELS.get(name) or ("sdxl" if "xl" in name.lower() else "sd15")
-    cached = try_to_load_from_cache(name, "unet/config.json", revision=revision)
+    cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
     if isinstance(cached, str):
-        return MetaModel(_on_meta(Path(cached)), family, "from its config in the hub cache")
+        folder = Path(cached).parent
+        family = inspection.family_at(folder)
+        if (folder / family.denoiser_name / "config.json").is_file():
+            return _from_folder(folder, family, "from its config in the hub cache")
+    if inspection.flow_family(name) is not None:
+        known = name if name in published.TRANSFORMERS else next(iter(published.TRANSFORMERS))
+        network = published.random_transformer(known, device="meta")
+        return MetaModel(network, "sd3", f"not read; counted as the published {known}", scheduler={"shift": 3.0})
+    family = published.MODELS.get(name) or ("sdxl" if "xl" in name.lower() else "sd15")
     origin = f"not read; counted as the published {family}"
     return MetaModel(published.random_unet(family, device="meta"), family, origin)
+
+
+def timesteps(config: Config, model: MetaModel) -> str | None:
+    """Word how timesteps are drawn, None if it is as ever: all of DDPM's alike."""
+    if config.is_online:
+        return None
+    shift = model.shift_at(config.data.resolution)
+    sampling = assemble.timestep_sampling(config, shift or Shift())
+    if sampling == TimestepSampling() and model.kind.ddim_steps:
+        return None
+    known = shift is not None or config.denoising.timestep_shift is not None
+    return str(sampling) if known else f"{sampling.density}, shifted as the scheduler of the model says"
 
 
 def count(config: Config, denoiser: nn.Module) -> tuple[int, int]:
@@ -67,18 +87,21 @@ def count(config: Config, denoiser: nn.Module) -> tuple[int, int]:
     total = sum(p.numel() for p in denoiser.parameters())
     if config.model.tune == "full":
         return total, total
-    lora = config.lora
-    trained = adapters.add_lora(denoiser, lora.rank, lora.lora_alpha, lora.lora_target_modules, blocks=lora.blocks)
-    return total, sum(p.numel() for p in trained)
+    networks.add_adapters(config, denoiser)
+    return total, sum(p.numel() for p in trainable_parameters(denoiser))
 
 
-def _on_meta(file: Path) -> nn.Module:
+def _from_folder(folder: Path, family: type[Backbone], origin: str) -> MetaModel:
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(file))
+        loader = family.denoiser_class
+        denoiser = loader.from_config(loader.load_config(folder / family.denoiser_name))
+    file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = json.loads(file.read_text(encoding="utf8")) if file.is_file() else None
+    return MetaModel(denoiser, family.family, origin, _scale_factor(folder / "vae", family), scheduler)
 
 
-def _scale_factor(folder: Path) -> int:
+def _scale_factor(folder: Path, family: type[Backbone]) -> int:
     """Return how many pixels a latent stands for in each direction; the published 8 where no VAE is."""
     if not (folder / "config.json").is_file():
         return 8
-    return 2 ** (len(AutoencoderKL.load_config(folder)["block_out_channels"]) - 1)
+    return family.scale_factor_of(family.vae_class.load_config(folder))

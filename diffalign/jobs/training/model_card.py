@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from diffalign import config as configuration
+from diffalign.backbones.families import BY_NAME
 from diffalign.config import Config
 from diffalign.places import is_hub_id
 from diffalign.yaml_text import dump_yaml
 
-PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd15": "StableDiffusionPipeline"}
 SHOWN = ("loss", "implicit_accuracy", "margin", "chosen_drift", "rejected_drift", "pairs_per_second")
 # What says nothing about the result: sections, and keys.
 UNTOLD = {"validation", "logging"}
@@ -32,7 +32,7 @@ def render(
 
     Args:
         config: of the run.
-        family: of the model, a key of PIPELINES.
+        family: of the model, a name of `families.BY_NAME`.
         metrics: of the last step.
         scores: a table to show.
         repo: where the model will be on the hub.
@@ -49,7 +49,7 @@ def render(
             "",
             f"# {repo.rpartition('/')[2] if repo else Path(config.train.output_dir).name}",
             "",
-            f"{'A LoRA for' if lora else 'A fine-tuned UNet of'} `{public(base)}`, aligned with {learnt_from} "
+            f"{'A LoRA for' if lora else 'Fine-tuned weights of'} `{public(base)}`, aligned with {learnt_from} "
             f"by {method_of(config).upper()} in {config.train.max_train_steps} steps.",
             "",
             *_picture(Path(config.train.output_dir)),
@@ -126,7 +126,9 @@ def _picture(output_dir: Path) -> list[str]:
 
 
 def _usage(base: str, family: str, lora: bool, place: str) -> list[str]:
-    lines = ["import diffusers", "", f'pipe = diffusers.{PIPELINES[family]}.from_pretrained("{base}")']
+    known = BY_NAME[family]
+    lines = ["import diffusers", "", f'pipe = diffusers.{known.pipeline_class.__name__}.from_pretrained("{base}")']
     if lora:
         return [*lines, f'pipe.load_lora_weights("{place}")']
-    return [*lines, f'pipe.unet = diffusers.UNet2DConditionModel.from_pretrained("{place}", subfolder="unet")']
+    name, loader = known.denoiser_name, f"diffusers.{known.denoiser_class.__name__}"
+    return [*lines, f'pipe.{name} = {loader}.from_pretrained("{place}", subfolder="{name}")']

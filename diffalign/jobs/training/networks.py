@@ -12,10 +12,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from diffalign.backbones import adapters
+from diffalign.backbones import adapters, export
 from diffalign.backbones.attention import share_text, use_backend
 from diffalign.backbones.attention_probe import attention_shapes, probe
 from diffalign.backbones.base import Backbone
+from diffalign.backbones.families import kind_of
 from diffalign.backbones.fused_blocks import fuse_activations
 from diffalign.backbones.fused_lora import fuse_lora
 from diffalign.backbones.prefix import SharedPrefix
@@ -82,15 +83,18 @@ def prepare_networks(
 
 def add_adapters(config: Config, denoiser: nn.Module) -> None:
     """Freeze `denoiser` and add the adapters of a run, as they are before the first step."""
-    lora = config.lora
+    lora, family = config.lora, kind_of(denoiser)
+    if lora.export_kohya:
+        export.require_kohya(denoiser)  # and not after the last step
     adapters.add_lora(
         denoiser,
         lora.rank,
         lora.lora_alpha,
-        lora.lora_target_modules,
+        lora.lora_target_modules or family.lora_targets,
         lora.lora_dropout,
         seed=config.train.seed,
         blocks=lora.blocks,
+        idle=family.idle_layers(denoiser),
     )
 
 
@@ -166,6 +170,9 @@ def _kept_operators() -> Iterable[Any]:
 def choose_attention(config: Config, backbone: Backbone) -> None:
     """Set the attention kernels of the denoiser as it was loaded, and whether images of an example share their text."""
     denoiser, performance = backbone.denoiser, config.performance
+    if not backbone.plain_attention:
+        _check_own_attention(config, backbone)
+        return
     if config.train.enable_xformers_memory_efficient_attention:
         _use_xformers(denoiser)
         return
@@ -179,6 +186,19 @@ def choose_attention(config: Config, backbone: Backbone) -> None:
         use_backend(denoiser, name)
     if performance.share_text:
         share_text(denoiser)
+
+
+def _check_own_attention(config: Config, backbone: Backbone) -> None:
+    """Refuse kernels for the attention of a transformer over text and picture, which stays diffusers' own."""
+    chosen = {
+        "train.enable_xformers_memory_efficient_attention": config.train.enable_xformers_memory_efficient_attention,
+        f"performance.attention {config.performance.attention}": config.performance.attention
+        not in ("default", "auto"),
+    }
+    if refused := [key for key, is_set in chosen.items() if is_set]:
+        raise ConfigError(
+            f"{refused[0]} is for the attention of UNets; that of {backbone.family} is torch's own choice. Drop it."
+        )
 
 
 def _use_xformers(denoiser: nn.Module) -> None:

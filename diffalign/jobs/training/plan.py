@@ -118,6 +118,8 @@ class Plan:
         yield "batch", self.batch.describe(unit)
         yield f"{unit} seen", self._seen(unit)
         yield "network passes", passes(config)
+        if self.model is not None and (drawn := meta_model.timesteps(config, self.model)):
+            yield "timesteps", drawn
         rate = optimizer.peak_learning_rate(config.optimizer, self.batch.global_batch_size)
         yield "learning rate", f"{rate:.4g} after {config.optimizer.lr_warmup_steps} warm-up steps"
         if self.counts is not None:

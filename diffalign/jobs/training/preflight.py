@@ -13,14 +13,23 @@ from typing import Any
 import torch
 
 import reward_models
-from diffalign.backbones import loading
+from diffalign.backbones import inspection
 from diffalign.config import Config
 from diffalign.data import PairSource
 from diffalign.denoising import acceleration
 from diffalign.errors import ConfigError, UserError
 from diffalign.jobs.drawing.prompts import is_prompt_file, read_prompts
 from diffalign.jobs.scoring import scorers
-from diffalign.jobs.training import examples, human_labels, identity, networks, online, online_costs, online_judges
+from diffalign.jobs.training import (
+    assemble,
+    examples,
+    human_labels,
+    identity,
+    networks,
+    online,
+    online_costs,
+    online_judges,
+)
 from diffalign.places import is_hub_id
 from diffalign.training import checkpoint, optimizer, zero
 from diffalign.training.batching import BatchPlan
@@ -70,7 +79,10 @@ def examine(config: Config, error_log: Path | None = None, source: PairSource | 
     model = config.model
     vae, unet_init = model.pretrained_vae_model_name_or_path, model.unet_init
     where = {"vae": vae, "unet_init": unet_init, "variant": model.variant}
-    found.attempt(lambda: loading.check(model.pretrained_model_name_or_path, **where))
+    source, resolution = model.pretrained_model_name_or_path, config.data.resolution
+    found.attempt(lambda: inspection.check(source, resolution, **where))
+    if config.is_online:
+        found.attempt(lambda: assemble.check_online(config))
     found.attempt(lambda: examples.transform_of(config))
     if config.is_online:
         _examine_rollout(config, plan, found)

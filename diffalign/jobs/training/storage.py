@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 import reward_models
-from diffalign.backbones import published
+from diffalign.backbones import inspection, published
 from diffalign.config import Config
 from diffalign.data import PairSource
 from diffalign.data.cache import META
@@ -17,7 +17,7 @@ from diffalign.data.cache_store import COMPLETE, read_json
 from diffalign.data.shards import downloaded_snapshot
 from diffalign.jobs.scoring import scorers
 from diffalign.jobs.training import examples, memory
-from diffalign.jobs.training.meta_model import TEXT_LENGTH, MetaModel
+from diffalign.jobs.training.meta_model import MetaModel
 from diffalign.places import is_hub_id
 from reward_models.base import UNPUBLISHED
 
@@ -78,7 +78,7 @@ def latent_cache(config: Config, model: MetaModel, data: Content) -> Write:
     number, variants = STORED_BYTES[config.data.cache_dtype], 2 if config.data.random_flip else 1
     side = config.data.resolution // model.vae_scale_factor
     image = variants * (2 * model.denoiser.config.in_channels * side**2 * number + 6 * 4) + 16
-    prompt = (TEXT_LENGTH * model.text_width + model.pooled_width) * number
+    prompt = model.kind.prompt_size(model.denoiser.config) * number
     images, prompts = data.examples * data.images_per_example, data.prompts + 1  # and the empty one
     size = images * image + prompts * prompt + data.examples * (20 + 20 * data.images_per_example)
     what = f"latents of at most {images:,} images, {amount(image)} each, and {prompts:,} prompts, {amount(prompt)} each"
@@ -149,7 +149,9 @@ def _models(config: Config) -> Iterator[Download]:
     if is_hub_id(name):
         parameters = published.PARAMETERS.get(published.MODELS.get(name, ""), {})
         replaced = {part for part, given in (("vae", vae), ("unet", unet)) if given is not None}
-        folders = [part for part in parameters or ("unet",) if part not in replaced]
+        flow = inspection.flow_family(name)
+        denoiser = "unet" if flow is None else flow.denoiser_name
+        folders = [part for part in parameters or (denoiser,) if part not in replaced]
         if not _downloaded(name, model.revision, folders):
             known = sum(count for part, count in parameters.items() if part not in replaced)
             yield Download(name, known * (2 if model.variant == "fp16" else 4) or None)

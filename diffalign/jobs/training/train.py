@@ -49,7 +49,8 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
     """Run a training job; return its last metrics.
 
     Leaves in `train.output_dir`: config.yaml, environment.json, metrics.jsonl, checkpoints, the LoRA
-    (pytorch_lora_weights.safetensors) or the UNet (unet/), README.md, and validation grids if asked for.
+    (pytorch_lora_weights.safetensors) or the denoiser (unet/ or transformer/), README.md, and validation grids if
+    asked for.
     """
     output_dir = Path(config.train.output_dir)
     found = preflight.examine(config, output_dir / skipped.FILE)
@@ -220,7 +221,7 @@ def export_model(config: Config, backbone: Backbone, output_dir: Path, weights: 
     base = configuration.portable(config).model.pretrained_model_name_or_path
     metadata = lora_metadata(config, backbone) | {"training_steps": config.train.max_train_steps}
     if config.model.tune == "full":
-        export.save_full_unet(backbone.denoiser, output_dir, state_dict=weights)
+        export.save_denoiser(backbone.denoiser, output_dir, state_dict=weights)
     else:
         export.save_lora(backbone.denoiser, output_dir, base, metadata, state_dict=weights)
         if config.lora.export_kohya:

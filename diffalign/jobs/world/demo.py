@@ -14,6 +14,7 @@ import reward_models
 from diffalign import config as configuration
 from diffalign.backbones import loading
 from diffalign.backbones.export import load_adapter_into
+from diffalign.backbones.families import denoiser_of
 from diffalign.config import Config
 from diffalign.evaluation import (
     Comparison,
@@ -73,7 +74,9 @@ def draw(config: Config, output_dir: Path, prompts: list[str], seed: int) -> tup
     for name in ("base", "aligned"):
         if name == "aligned":
             pipeline = load_adapter_into(pipeline, output_dir)
-            backbone.denoiser = pipeline.unet  # another module after full fine-tuning: the fingerprint must be its own
+            backbone.denoiser = denoiser_of(
+                pipeline
+            )  # another module after full fine-tuning: the fingerprint must be its own
         fingerprint = backbone.denoiser_fingerprint()
         identity, folder = f"{name} {fingerprint}", output_dir / "images" / f"{name}-{fingerprint[:8]}"
         drawn.append(generate_to(folder, pipeline, texts, seeds, SAMPLING, identity=identity, prompt_ids=ids))

@@ -196,3 +196,30 @@ class TestReport:
         assert "lr_scheduler: constant_with_warmup" in full
         assert not (tmp_path / "run").exists()
         assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("denoising", "said"),
+    [
+        ({}, "uniform, shift 3 (mu 1.099)"),
+        ({"timestep_density": "logit_normal"}, "logit_normal(mean 0, std 1), shift 3 (mu 1.099)"),
+        ({"timestep_density": "mode", "timestep_shift": 1.0}, "mode(scale 1.29), no shift"),
+        ({"timestep_density": "list", "timesteps": [801, 548]}, "one of 801, 548"),
+    ],
+)
+def test_timesteps_of_a_flow_model_are_said(content, tiny_sd3, denoising, said):
+    assert "timesteps" not in lines(configuration.check(content))
+    content["model"]["pretrained_model_name_or_path"] = str(tiny_sd3)
+    report = lines(configuration.check(content | {"denoising": denoising}))
+    assert report["timesteps"] == said
+    assert report["model"].startswith("sd3, 321,824 parameters")
+
+
+def test_the_prompts_of_a_flow_model_take_what_is_stored(content, tiny_sd3):
+    content["model"]["pretrained_model_name_or_path"] = str(tiny_sd3)
+    config = configuration.check(content)
+    model, backbone = meta_model.read(config), loading.load(tiny_sd3)
+    with torch.no_grad():
+        text = backbone.encode_prompts(["a red circle"])
+    assert model.kind.prompt_size(model.denoiser.config) == sum(column.numel() for column in text.values())
+    assert model.shift_at(64) == backbone.shift_at(64)

@@ -140,7 +140,8 @@ def test_what_cannot_be_is_refused(diffalign, lora_run, full_run, tmp_path):
     assert 'Unknown dtype "float8"' in said
     assert not (tmp_path / "out").exists()
     other = shutil.copytree(lora_run.folder, tmp_path / "other")
-    config = (other / "config.yaml").read_text().replace("  - to_q\n", "")
+    config = (other / "config.yaml").read_text()
+    config = config.replace("lora_target_modules: null", "lora_target_modules: [to_k, to_v]")
     (other / "config.yaml").write_text(config)
     code, said = diffalign("export", other, "--out", tmp_path / "out")
     assert code == 2

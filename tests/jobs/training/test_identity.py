@@ -25,11 +25,18 @@ MAY_CHANGE = {
     *("performance.compile", "performance.cuda_graphs", "performance.channels_last", "performance.attention"),
     *("performance.fused_lora", "performance.fused_activations", "performance.share_text", "performance.kernels"),
     "performance.sampling_buckets",
+    # Of densities that are not in use.
+    *("denoising.logit_mean", "denoising.logit_std", "denoising.mode_scale", "denoising.timesteps"),
     # The model itself is compared, not where it lies.
     *("model.pretrained_model_name_or_path", "model.pretrained_vae_model_name_or_path", "model.unet_init"),
     *("model.revision", "model.variant", "model.prediction_type"),
 }
-NAMED_OTHERWISE = {"performance.pure_bf16", "performance.reference_dtype", "performance.sampling_dtype"}
+NAMED_OTHERWISE = {
+    **dict.fromkeys(
+        ("performance.pure_bf16", "performance.reference_dtype", "performance.sampling_dtype"), "train.precision"
+    ),
+    **dict.fromkeys(("denoising.timestep_density", "denoising.timestep_shift"), "denoising.timestep_sampling"),
+}
 KEYS = [
     f"{section}.{key}"
     for section, field in Config.model_fields.items()
@@ -59,6 +66,8 @@ def identified(config, made):
 
 def other(value, key):
     """Return another value than `value`, of its kind."""
+    if key in ("denoising.timestep_density", "denoising.timestep_shift"):
+        return {"uniform": "logit_normal", None: 2.0}[value]
     if key == "data.annotations_file":
         return None  # its content is part of the identity: tested below
     if key.endswith(".scorer"):
@@ -100,8 +109,7 @@ def test_every_key_is_free_or_named(made, objective, tmp_path):
     offline = {name for name in KEYS if name.startswith("rollout.")} if objective == "dpo" else set()
     assert free == MAY_CHANGE | offline
     for name, found in refused.items():
-        said = "train.precision" if name in NAMED_OTHERWISE else name
-        assert said in found
+        assert NAMED_OTHERWISE.get(name, name) in found
         assert len(found) == 1 or name in ("model.tune", "train.mixed_precision")  # on which others depend
 
 

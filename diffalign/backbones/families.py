@@ -1,0 +1,55 @@
+"""The families there are, and which of them a pipeline is of. A new one is a file here and a name in FAMILIES."""
+
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from diffalign.backbones.base import Backbone
+from diffalign.backbones.sd3 import SD3
+from diffalign.backbones.sd15 import SD15
+from diffalign.backbones.sdxl import SDXL
+from diffalign.errors import ModelError
+
+FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3)
+PIPELINES = {family.pipeline_class.__name__: family for family in FAMILIES}
+BY_NAME = {family.family: family for family in FAMILIES}
+DENOISERS = tuple(dict.fromkeys(family.denoiser_name for family in FAMILIES))  # names of folders, too: unet/ ...
+
+
+def kind_of(denoiser: nn.Module) -> type[Backbone]:
+    """Return the first family with denoisers of this class; those that share one share all that is asked of it here."""
+    return next(family for family in FAMILIES if isinstance(denoiser, family.denoiser_class))
+
+
+def name_of(denoiser: nn.Module) -> str:
+    """Return what pipelines, folders and the keys of LoRA files call such a denoiser."""
+    return kind_of(denoiser).denoiser_name
+
+
+def denoiser_name(pipeline: DiffusionPipeline) -> str:
+    """Return under which name a pipeline of any of the families holds its denoiser."""
+    return next(name for name in DENOISERS if getattr(pipeline, name, None) is not None)
+
+
+def denoiser_of(pipeline: DiffusionPipeline) -> Any:
+    """Return the network of a pipeline that denoises."""
+    return getattr(pipeline, denoiser_name(pipeline))
+
+
+def with_denoiser(pipeline: DiffusionPipeline, denoiser: nn.Module) -> DiffusionPipeline:
+    """Put `denoiser` in the place of the pipeline's own, and return the pipeline."""
+    pipeline.register_modules(**{denoiser_name(pipeline): denoiser})
+    return pipeline
+
+
+def family_of(pipeline_class: str, source: str) -> type[Backbone]:
+    """Return the family of a pipeline class, as model_index.json names it.
+
+    Raises:
+        ModelError: no family has such pipelines.
+    """
+    if pipeline_class not in PIPELINES:
+        known = ", ".join(f"{family.family} ({name})" for name, family in PIPELINES.items())
+        raise ModelError(f'"{source}" is a {pipeline_class}. Supported: {known}; other families are not supported yet.')
+    return PIPELINES[pipeline_class]

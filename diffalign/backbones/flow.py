@@ -1,0 +1,73 @@
+"""What the families of flow matching share: a transformer that predicts v, and levels of noise moved by a shift."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from diffalign.backbones.base import Backbone
+from diffalign.denoising.paths import NoisePath, path_of
+from diffalign.denoising.shifts import Shift, shift_of
+from diffalign.errors import ConfigError, ModelError
+
+
+class FlowBackbone(Backbone):
+    """Adapt what is made of a transformer trained by flow matching.
+
+    `predict` returns v = noise - x0 whatever sign and time the network has.
+    """
+
+    denoiser_name = "transformer"
+    ddim_steps = False
+    hub_mark: ClassVar[str]  # in the hub ids of its models, and of no others
+    # Of hub ids and folders: no configuration says that a model was distilled to a few steps.
+    few_steps: ClassVar[re.Pattern[str]] = re.compile(
+        r"turbo|lightning|hyper-?sd|flash|schnell|distill|\blcm\b|\bdmd", re.IGNORECASE
+    )
+
+    @classmethod
+    def shift(cls, scheduler_config: Mapping[str, Any], tokens: int) -> Shift:
+        """Return how the model's scheduler moves the levels of noise of a picture of `tokens` tokens.
+
+        Raises:
+            ModelError: it is no scheduler of flow matching that is known.
+        """
+        try:
+            return shift_of(scheduler_config, tokens)
+        except ConfigError as error:
+            raise ModelError(str(error)) from error
+
+    @classmethod
+    def check_trainable(cls, source: str, denoiser: Mapping[str, Any], vae: Mapping[str, Any], resolution: int) -> None:
+        """Refuse few-step models, and pictures that no whole number of tokens covers."""
+        cls.check_name(source)
+        super().check_trainable(source, denoiser, vae, resolution)
+
+    @classmethod
+    def check_name(cls, source: str) -> None:
+        """Refuse few-step models."""
+        if found := cls.few_steps.search(source.rstrip("/").rsplit("/", 1)[-1]):
+            raise ModelError(
+                f'"{source}" ("{found[0]}") is distilled to draw in a few steps. Learning from given pictures by flow '
+                "matching would undo that: its pictures would blur at the steps it is made for. Train the model that "
+                "it was distilled from, and put the LoRA on this one when drawing."
+            )
+
+    def _noise_path(self) -> NoisePath:
+        try:
+            path = path_of(self.scheduler.config)
+        except ConfigError as error:
+            raise ModelError(f'The {type(self.scheduler).__name__} of "{self.source}": {error}') from error
+        if path.prediction_type != "flow_prediction":
+            raise ModelError(
+                f'The {type(self.scheduler).__name__} of "{self.source}" is not one of flow matching, which '
+                f"{self.family} was trained by. Put back the scheduler_config.json the model came with."
+            )
+        return path
+
+    def _check_parts(self) -> None:
+        channels = self.denoiser.config.in_channels
+        if channels != self.latent_channels:
+            raise ModelError(
+                f'The transformer of "{self.source}" takes {channels} channels, the VAE makes {self.latent_channels}. '
+                "Inpainting and edit checkpoints cannot be trained here: use the text-to-image model."
+            )

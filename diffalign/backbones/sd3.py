@@ -1,0 +1,131 @@
+"""Stable Diffusion 3 and 3.5: two CLIP text encoders, T5, and a transformer over text and picture (2403.03206)."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from diffalign.backbones.base import CLIP_LENGTH
+from diffalign.backbones.conditioning import Conditioning
+from diffalign.backbones.flow import FlowBackbone
+from diffalign.errors import ModelError
+
+logger = logging.getLogger(__name__)
+T5_LENGTH = 256  # tokens, the pipeline's `max_sequence_length`
+
+
+class SD3(FlowBackbone):
+    """Adapt StableDiffusion3Pipeline checkpoints: SD3-medium, SD3.5-medium and SD3.5-large, and their fine-tunes.
+
+    A pipeline without T5 is trained as it draws: with zeros in the place of T5's embeddings.
+    """
+
+    family = "sd3"
+    hub_mark = "stable-diffusion-3"
+    pipeline_class, denoiser_class = StableDiffusion3Pipeline, SD3Transformer2DModel
+    required = frozenset(
+        {"transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
+    )
+    encoder_classes = (CLIPTextModelWithProjection, T5EncoderModel)
+    tokenizer_classes = (CLIPTokenizer, T5Tokenizer)
+    text_columns = ("prompt_embeds", "pooled_prompt_embeds")
+    repeated_blocks = ("JointTransformerBlock",)
+    # Ends of names: `attn` of all blocks, and `attn2`, which the first blocks of SD3.5-medium have beside it.
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+    @classmethod
+    def idle_layers(cls, denoiser: nn.Module) -> tuple[str, ...]:
+        """Return the queries of the last block's text, whose answers nothing reads."""
+        return (f"transformer_blocks.{len(denoiser.transformer_blocks) - 1}.attn.add_q_proj",)
+
+    @classmethod
+    def patch_size(cls, denoiser_config: Mapping[str, Any]) -> int:
+        """Return the side of the patches that become tokens."""
+        return denoiser_config["patch_size"]
+
+    @classmethod
+    def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:
+        """Return the numbers of the tokens of CLIP and T5 and of the pooled embedding."""
+        tokens = CLIP_LENGTH + T5_LENGTH
+        return tokens * denoiser_config["joint_attention_dim"] + denoiser_config["pooled_projection_dim"]
+
+    @classmethod
+    def check_trainable(cls, source: str, denoiser: Mapping[str, Any], vae: Mapping[str, Any], resolution: int) -> None:
+        """Refuse what the flow families refuse, and pictures beyond the transformer's table of positions."""
+        super().check_trainable(source, denoiser, vae, resolution)
+        largest = denoiser["pos_embed_max_size"] * cls.patch_size(denoiser) * cls.scale_factor_of(vae)
+        if resolution > largest:
+            raise ModelError(
+                f'"{source}" knows positions of pictures of up to {largest} pixels a side; data.resolution is '
+                f"{resolution}. Lower it."
+            )
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Return CLIP's penultimate hidden states, padded to T5's width and followed by T5's states [N,L+256,D].
+
+        The pooled embeddings are both projections side by side.
+        """
+        length = self.tokenizers[0].model_max_length  # of both, as in the pipeline
+        states, pooled = [], []
+        for tokenizer, encoder in zip(self.tokenizers[:2], self.text_encoders[:2], strict=True):
+            tokens = self._tokenize(tokenizer, prompts, length).input_ids.to(encoder.device)
+            output = encoder(tokens, output_hidden_states=True)
+            states.append(output.hidden_states[-2].to(self.text_encoders[0].dtype))
+            pooled.append(output[0])
+        clip, t5 = torch.cat(states, dim=-1), self._t5_states(prompts)
+        clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        return {"prompt_embeds": torch.cat([clip, t5], dim=1), "pooled_prompt_embeds": torch.cat(pooled, dim=-1)}
+
+    def predict(self, denoiser: nn.Module, xt: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        """Return v [N,C,h,w] in the denoiser's dtype; it takes timesteps as they are, from 0 to 1000."""
+        dtype = self._dtype(denoiser)
+        return denoiser(
+            hidden_states=xt.to(dtype),
+            timestep=timesteps,
+            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+            pooled_projections=cond["pooled_prompt_embeds"].to(dtype),
+            return_dict=False,
+        )[0]
+
+    def pipeline(self) -> StableDiffusion3Pipeline:
+        """Return a StableDiffusion3Pipeline over these modules."""
+        t5, tokenizer = (parts[2] if len(parts) > 2 else None for parts in (self.text_encoders, self.tokenizers))
+        return StableDiffusion3Pipeline(
+            transformer=self.denoiser,
+            vae=self.vae,
+            text_encoder=self.text_encoders[0],
+            text_encoder_2=self.text_encoders[1],
+            text_encoder_3=t5,
+            tokenizer=self.tokenizers[0],
+            tokenizer_2=self.tokenizers[1],
+            tokenizer_3=tokenizer,
+            scheduler=type(self.scheduler).from_config(self.scheduler.config),
+        )
+
+    def _t5_states(self, prompts: list[str]) -> Tensor:
+        if len(self.text_encoders) < 3:
+            like, width = self.text_encoders[0], self.denoiser.config.joint_attention_dim
+            return torch.zeros(len(prompts), T5_LENGTH, width, device=like.device, dtype=like.dtype)
+        encoder = self.text_encoders[2]
+        tokens = self._tokenize(self.tokenizers[2], prompts, T5_LENGTH).input_ids
+        return encoder(tokens.to(encoder.device))[0]
+
+    def _check_parts(self) -> None:
+        super()._check_parts()
+        encoders, tokenizers = len(self.text_encoders), len(self.tokenizers)
+        if encoders != tokenizers:
+            raise ModelError(
+                f'"{self.source}" has {encoders} text encoders and {tokenizers} tokenizers. Of T5, give both '
+                "(text_encoder_3, tokenizer_3) or neither."
+            )
+        if encoders < 3:
+            logger.warning(
+                '"%s" has no T5 (text_encoder_3): zeros take the place of its embeddings, in training and in drawing. '
+                "Long prompts and text in pictures suffer; short prompts hardly do.",
+                self.source,
+            )
