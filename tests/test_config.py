@@ -4,20 +4,12 @@ from diffalign import config as configuration
 from diffalign.errors import ConfigError
 from diffalign.objectives.dpo import DPO
 from diffalign.objectives.sft import SFT
-from tests.config_files import MINIMAL, write
+from tests.config_files import MINIMAL, loader, message, write
 
 
 @pytest.fixture
 def load(tmp_path):
-    """Return a function that loads the minimal configuration with overrides."""
-    path = write(tmp_path)
-    return lambda *overrides: configuration.load(path, list(overrides))
-
-
-def message(load, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load(*overrides)
-    return str(caught.value)
+    return loader(tmp_path)
 
 
 def test_a_minimal_file_takes_defaults_for_the_rest(load):

@@ -9,22 +9,14 @@ from diffalign.config.keys import keys
 from diffalign.config.spelling import unknown, with_equals
 from diffalign.config.synonyms import SYNONYMS
 from diffalign.errors import ConfigError
-from tests.config_files import write
+from tests.config_files import loader, message, write
 
 FULL = {key.full for key in keys()}
 
 
 @pytest.fixture
 def load(tmp_path):
-    """Return a function that loads the minimal configuration with overrides."""
-    path = write(tmp_path)
-    return lambda *overrides: configuration.load(path, list(overrides))
-
-
-def message(load, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load(*overrides)
-    return str(caught.value)
+    return loader(tmp_path)
 
 
 class TestSynonyms:

@@ -2,20 +2,24 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
 
 from diffalign.api.common import PathLike, Scorers, Seeds, kept_in, listed, telling, worded
-from diffalign.evaluation import Evaluation, SamplingSettings
+from diffalign.evaluation import Evaluation, Manifest, SamplingSettings
 from diffalign.evaluation.prompt_sets import PromptSet
 from diffalign.evaluation.results import Bootstrap
 from diffalign.jobs.drawing import prompt_sets
 from diffalign.jobs.drawing.prompts import parse_seeds
 from diffalign.jobs.evaluating import evaluate as job
+from diffalign.jobs.scoring.own_pictures import compared_as_they_are
 
 
 def evaluate(
     models: PathLike | Sequence[PathLike],
     *,
-    prompts: PathLike | Sequence[str],
+    prompts: PathLike | Sequence[str] | None = None,
     scorers: Scorers = (),
     out: PathLike | None = None,
     protocol: str | None = None,
@@ -42,8 +46,9 @@ def evaluate(
 
     Args:
         models: each a hub id, folder, .safetensors file, LoRA or training run, or pictures that `generate` kept; as a
-            path, as `train` returned it, or named: "dpo=runs/demo".
-        prompts: a list; "embedded"; a file; or a published set as on the command line, "parti=PartiPrompts.tsv".
+            path, as `train` returned it, or named: "dpo=runs/demo". Without prompts: folders of pictures of your own.
+        prompts: a list; "embedded"; a file; or a published set as on the command line, "parti=PartiPrompts.tsv". None
+            compares the pictures of equal names in the folders that `models` are.
         scorers: "pickscore,hpsv2.1,oracle" or a list; own weights: "pickscore=assets/tiny-pickscore".
         out: a folder for pictures, scores, summary.md and report.html. Called again, only missing pictures are drawn.
             None keeps no files.
@@ -75,11 +80,13 @@ def evaluate(
         width=width,
         batch_size=batch_size,
     )
-    named = [models] if isinstance(models, str | os.PathLike) else models
+    named = list(map(os.fspath, [models] if isinstance(models, str | os.PathLike) else models))
     with kept_in(out) as folder, telling(quiet, messages=out is not None) as console:
+        prompt_set, own = _asked(named, prompts, folder, limit, console)
         request = job.Request(
-            specs=list(map(os.fspath, named)),
-            prompts=_prompt_set(prompts, limit),
+            specs=named,
+            own=own,
+            prompts=prompt_set,
             seeds=parse_seeds(worded(seeds)),
             scorers=listed(scorers),
             out=folder,
@@ -98,7 +105,12 @@ def evaluate(
         return job.evaluate(request, console=console)
 
 
-def _prompt_set(prompts: PathLike | Sequence[str], limit: int | None) -> PromptSet:
+def _asked(
+    named: list[str], prompts: PathLike | Sequence[str] | None, out: Path, limit: int | None, console: Console
+) -> tuple[PromptSet, dict[str, Manifest] | None]:
+    """Return the prompts, and the pictures if they are there already."""
+    if prompts is None:
+        return compared_as_they_are(named, out, limit, console)
     if isinstance(prompts, str | os.PathLike):
-        return prompt_sets.open_prompt_set(os.fspath(prompts), limit)
-    return prompt_sets.listed("prompts", prompts).head(limit)
+        return prompt_sets.open_prompt_set(os.fspath(prompts), limit), None
+    return prompt_sets.listed("prompts", prompts).head(limit), None

@@ -197,3 +197,13 @@ class TestEvaluate:
     def test_one_model_needs_another(self, lora_run):
         with pytest.raises(UserError, match="--show-base"):
             diffalign.evaluate(lora_run.folder, prompts=PROMPTS, scorers="oracle")
+
+
+def test_folders_of_pictures_are_compared_without_prompts(tmp_path):
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+        for number, prompt in enumerate(PROMPTS):
+            (tmp_path / name / f"{number}.png").write_bytes(png(number + 10 * (name == "after")))
+            (tmp_path / name / f"{number}.txt").write_text(prompt)
+    result = diffalign.evaluate([tmp_path / "before", tmp_path / "after"], scorers="oracle", device="cpu", quiet=True)
+    assert result.table["model"].tolist() == ["after"]  # against the first folder
