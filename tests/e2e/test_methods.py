@@ -18,6 +18,7 @@ from tests.e2e.test_training import assert_close, assert_same_bits, variant, wei
 FIRST_LOSS = {name: math.log(2) for name in ("dpo", "robust_dpo", "inpo", "smpo", "dcpo", "sdpo", "npo", "fdpo")}
 FIRST_LOSS |= {name: math.log(2) for name in ("spo", "d3po")}
 FIRST_LOSS |= {"ipo": 0.25, "hinge": 1.0, "bco": 2 * math.log(2), "sppo": 0.5, "apo": 1.0, "kto": 0.5}
+FIRST_LOSS |= {"plackett_luce": math.log(6)}  # of three images: each of 3! orders is as likely as the others
 
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -51,12 +52,13 @@ def method(content, sources):
     def make(name, **sections):
         changed = copy.deepcopy(content)
         changed["objective"] = {"name": name, **sections.pop("objective", {})}
-        changed["data"]["train_data_dir"] = str(sources["lists" if name == "rankdpo" else "pairs"])
+        layout = objectives.objective_class(name).layout
+        changed["data"]["train_data_dir"] = str(sources["lists" if layout == "list" else "pairs"])
         if name == "dcpo":
             changed["data"]["image_caption_columns"] = ["caption_0", "caption_1"]
         if name == "smpo":
             changed["data"] |= {"annotations_file": str(sources["scores"]), "preference_from": "scores"}
-        if objectives.objective_class(name).layout in ("transition", "reward"):
+        if layout in ("transition", "reward"):
             changed["data"] = {"prompts_file": str(ASSETS / "prompts" / "tiny-train.txt"), "resolution": 64}
             changed["rollout"] = ROLLOUT | {"samples_per_prompt": 2, "transitions_per_prompt": 3}
         changed["inversion"] = {"num_steps": 3}
