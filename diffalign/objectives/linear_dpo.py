@@ -1,4 +1,4 @@
-"""Linear-DPO (Li et al. 2026, "Linear Direct Preference Optimization for Diffusion and Flow-Matching ...", 2605.21123)."""
+"""Linear-DPO (Li et al. 2026, "Linear Direct Preference Optimization for Diffusion and Flow-Matching", 2605.21123)."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Diffusion-LPO (Bai et al. 2025, "Towards Better Optimization For Listwise Preference in Diffusion ...", 2510.01540)."""
+"""Diffusion-LPO (Bai et al. 2025, "Towards Better Optimization For Listwise Preference ...", 2510.01540)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
