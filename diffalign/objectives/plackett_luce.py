@@ -17,8 +17,8 @@ class PlackettLuce(Objective[ListErrors]):
 
     There is no public code; the equation is the paper's in our words. The conventions are DPO's: errors are means over
     C, H, W, the factor 1/2 is kept, T * omega(lambda_t) is folded into `beta`. Two images are Diffusion-DPO exactly.
-    The sum over images is not averaged, so the loss grows with k; where policy and reference agree it is log k!. Only
-    the order of the scores is read, not their distance: for that see `rankdpo`.
+    The sum over images is not averaged, so the loss grows with k; where policy and reference agree it is log k!
+    without ties. Only the order of the scores is read, not their distance: for that see `rankdpo`.
 
     Ours: images with equal scores do not compete with each other (as ties are left out of DPO), where the model itself
     knows no ties; and the images of a list share their noise, as in DPO's code.

@@ -18,7 +18,6 @@ from tests.e2e.test_training import assert_close, assert_same_bits, variant, wei
 FIRST_LOSS = {name: math.log(2) for name in ("dpo", "robust_dpo", "inpo", "smpo", "dcpo", "sdpo", "npo", "fdpo")}
 FIRST_LOSS |= {name: math.log(2) for name in ("spo", "d3po")}
 FIRST_LOSS |= {"ipo": 0.25, "hinge": 1.0, "bco": 2 * math.log(2), "sppo": 0.5, "apo": 1.0, "kto": 0.5}
-FIRST_LOSS |= {"plackett_luce": math.log(6)}  # of three images: each of 3! orders is as likely as the others
 
 
 ASSETS = Path(__file__).parents[2] / "assets"
