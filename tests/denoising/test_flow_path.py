@@ -115,6 +115,11 @@ def test_min_snr_counts_an_x0_error_clipped_at_gamma(record, gamma):
     assert min_snr(PATH, tensor([1e-3]), gamma).isfinite()
 
 
+def test_min_snr_that_never_clips_is_the_level_dependent_beta_of_flow_dpo():
+    levels = torch.arange(1, 1001) / 1000
+    torch.testing.assert_close(min_snr(PATH, 1000 * levels, 1e9), (1 - levels) ** 2)
+
+
 FLOW = {
     "SD3": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
     "Euler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config,

@@ -51,12 +51,13 @@ def method(content, sources):
     def make(name, **sections):
         changed = copy.deepcopy(content)
         changed["objective"] = {"name": name, **sections.pop("objective", {})}
-        changed["data"]["train_data_dir"] = str(sources["lists" if name == "rankdpo" else "pairs"])
+        layout = objectives.objective_class(name).layout
+        changed["data"]["train_data_dir"] = str(sources["lists" if layout == "list" else "pairs"])
         if name == "dcpo":
             changed["data"]["image_caption_columns"] = ["caption_0", "caption_1"]
         if name == "smpo":
             changed["data"] |= {"annotations_file": str(sources["scores"]), "preference_from": "scores"}
-        if objectives.objective_class(name).layout in ("transition", "reward"):
+        if layout in ("transition", "reward"):
             changed["data"] = {"prompts_file": str(ASSETS / "prompts" / "tiny-train.txt"), "resolution": 64}
             changed["rollout"] = ROLLOUT | {"samples_per_prompt": 2, "transitions_per_prompt": 3}
         changed["inversion"] = {"num_steps": 3}

@@ -73,6 +73,14 @@ FAULTS = {
         "objectives/rankdpo.py", "importance * (scores[:, :, None] > scores[:, None])", "importance",
         f"{OBJECTIVES}/test_rankdpo.py",
     ),
+    "the weight of Linear-DPO carries a gradient": (
+        "objectives/linear_dpo.py", "self.logit(errors).detach()", "self.logit(errors)",
+        f"{OBJECTIVES}/test_linear_dpo.py",
+    ),
+    "an image of a ranking competes with those above it": (
+        "objectives/plackett_luce.py", "errors.scores[:, None] < ", "errors.scores[:, None] > ",
+        f"{OBJECTIVES}/test_plackett_luce.py",
+    ),
     "the loser scale of SDPO exceeds 1": (
         "objectives/sdpo.py", "ratio.clamp(max=1.0)", "ratio", f"{OBJECTIVES}/test_changed_gradients.py",
     ),

@@ -6,6 +6,7 @@ from torch import nn
 
 from diffalign.denoising import FrozenDenoiser
 from diffalign.training.moving_reference import MovingReference
+from tests import golden
 
 
 def network():
@@ -28,6 +29,18 @@ def test_an_average_lags_behind_by_its_decay():
         reference.after_step(step)
     # 0.9 * (0.9 * 0 + 0.1 * 1) + 0.1 * 2
     torch.testing.assert_close(reference.weights["weight"], start + 0.29)
+
+
+def test_an_average_is_that_of_linear_dpos_authors():
+    record = golden.load("objectives-2026")["ema_reference_d0.95_plain"]
+    weight = nn.Parameter(torch.tensor(record["inputs"]["start"]))
+    reference = MovingReference({"weight": weight}, "ema", decay=record["hyperparameters"]["decay"], every=1)
+    averages = []
+    for step, value in enumerate(record["inputs"]["weights"]):
+        weight.data = torch.tensor(value)
+        reference.after_step(step)
+        averages.append(reference.weights["weight"].clone())
+    golden.assert_close(record, "average", torch.stack(averages))
 
 
 def test_a_refreshed_reference_is_renewed_every_so_many_steps():
