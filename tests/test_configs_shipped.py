@@ -21,7 +21,7 @@ from diffalign.shapes.pipeline import build_unet
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "accelerate")
 NAMES = [str(path.relative_to(CONFIGS)) for path in SHIPPED]
-PUBLISHED = {"sdxl": 2_567_463_684, "sd15": 859_520_964}
+PUBLISHED = {"sdxl": 2_567_463_684, "sd15": 859_520_964, "flux": 11_901_408_320}
 SD3 = (2_028_328_000, 2_243_171_520)  # of SD3-medium and of SD3.5-medium
 
 
@@ -43,7 +43,7 @@ def shown(config: configuration.Config) -> str:
 
 
 def test_there_are_recipes_of_every_size():
-    assert {path.parent.name for path in SHIPPED} >= {"tiny", "sd15", "sdxl", "sd3"}
+    assert {path.parent.name for path in SHIPPED} >= {"tiny", "sd15", "sdxl", "sd3", "flux"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -159,9 +159,9 @@ def test_a_single_file_is_recognised_by_its_tensors(tmp_path):
 
 
 def test_models_that_cannot_be_trained_are_refused_by_the_plan_too(tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "AuraFlowPipeline"}')
     config = configuration.load(CONFIGS / "sdxl" / "dpo.yaml", [f"pretrained_model_name_or_path={tmp_path}"])
-    with pytest.raises(ModelError, match="FluxPipeline"):
+    with pytest.raises(ModelError, match="AuraFlowPipeline"):
         meta_model.read(config)
     config = configuration.load(CONFIGS / "sdxl" / "dpo.yaml", ["pretrained_model_name_or_path=absent"])
     with pytest.raises(ModelError, match='There is no model at "absent"'):

@@ -94,6 +94,11 @@ class Backbone(ABC):
         return 1
 
     @classmethod
+    def latent_channels_of(cls, denoiser_config: Mapping[str, Any]) -> int:
+        """Return C of the latents that the denoiser denoises."""
+        return denoiser_config["in_channels"]
+
+    @classmethod
     @abstractmethod
     def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:
         """Return how many numbers the `text_columns` of a prompt hold, for tokenizers of the published lengths."""

@@ -16,7 +16,7 @@ BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0.1}
 # Saved activations of one image at the native resolution, GiB, counted on meta tensors (docs/performance.md). They grow
 # with the area of the image; float32 doubles what autocast keeps.
-NATIVE = {"sdxl": 1024, "sd15": 512, "sd3": 1024}
+NATIVE = {"sdxl": 1024, "sd15": 512, "sd3": 1024, "flux": 1024}
 ACTIVATIONS = {
     "sdxl": {"pure": 5.28, "lora": 7.25, "full": 8.56, "checkpointed": 0.5},
     "sd15": {"pure": 0.76, "lora": 1.08, "full": 1.35, "checkpointed": 0.14},
