@@ -59,10 +59,10 @@ class Flux(FlowBackbone):
         shifted = scheduler.get("use_dynamic_shifting") or scheduler.get("shift", 1.0) != 1.0
         if not denoiser.get("guidance_embeds") and not shifted:
             raise ModelError(
-                f'"{source}" has no guidance embedding and a scheduler without a shift, as FLUX.1-schnell has, which is '
-                "distilled to draw in a few steps. Learning from given pictures by flow matching would undo that. Train "
-                "FLUX.1-dev and put the LoRA on this one when drawing. If it was trained back to many steps, give it "
-                "FLUX.1-dev's scheduler_config.json."
+                f'"{source}" has no guidance embedding and a scheduler without a shift, as FLUX.1-schnell has, which '
+                "is distilled to draw in a few steps. Learning from given pictures by flow matching would undo that. "
+                "Train FLUX.1-dev and put the LoRA on this one when drawing. If it was trained back to many steps, "
+                "give it FLUX.1-dev's scheduler_config.json."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Latents as tokens: the packing of FLUX.1, which other families took over. A token is 2 x 2 latents of all channels."""
+"""Latents as tokens, as FLUX.1 packs them and families after it: a token is 2 x 2 latents of all channels."""
 
 import torch
 from torch import Tensor

@@ -120,8 +120,8 @@ def with_negative_branch(
     check_scales(negative_scale=negative_scale, policy_scale=policy_scale)
     if not has_unconditional_branch(pipeline):
         raise ModelError(
-            f"A {type(pipeline).__name__} is told its guidance_scale and predicts nothing without a prompt: there is no "
-            "branch for a negative network. Leave --negative-lora out."
+            f"A {type(pipeline).__name__} is told its guidance_scale and predicts nothing without a prompt: there is "
+            "no branch for a negative network. Leave --negative-lora out."
         )
     policy = denoiser_of(pipeline)
     if isinstance(policy, NegativeBranch):

@@ -1,4 +1,4 @@
-"""FLUX.1 against golden records and diffusers' own pipeline: packing, prompts, one pass, a whole trajectory, adapters."""
+"""FLUX.1 against golden records and diffusers' own pipeline: packing, prompts, a pass, a trajectory, adapters."""
 
 import json
 import shutil
@@ -244,7 +244,7 @@ class TestWhatCannotBeTrained:
 
     def test_a_model_without_guidance_embedding_but_a_shift_can_be(self, empty):
         self._is_schnell(empty, {"use_dynamic_shifting": True})
-        with pytest.raises(ModelError, match="Cannot|broken|truncated|header") as caught:  # its weights, read last
+        with pytest.raises(ModelError, match=r"\.safetensors") as caught:  # its weights, read last
             loading.load(str(empty), resolution=64)
         assert "few steps" not in str(caught.value)
 

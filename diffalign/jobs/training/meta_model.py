@@ -64,10 +64,8 @@ def read(config: Config) -> MetaModel:
     if (flow := inspection.flow_family(name)) is not None:
         models = published.TRANSFORMERS[flow.family]
         known = name if name in models else next(iter(models))
-        network, origin = (
-            published.random_transformer(known, device="meta"),
-            f"not read; counted as the published {known}",
-        )
+        network = published.random_transformer(known, device="meta")
+        origin = f"not read; counted as the published {known}"
         return MetaModel(network, flow.family, origin, scheduler=published.SHIFTS[flow.family])
     family = published.MODELS.get(name) or ("sdxl" if "xl" in name.lower() else "sd15")
     origin = f"not read; counted as the published {family}"
