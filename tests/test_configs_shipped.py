@@ -135,6 +135,20 @@ def test_memory_is_added_up_as_stated(monkeypatch):
     assert estimated.activations == pytest.approx(2 * 0.5)  # two images of 1024 x 1024, checkpointed
 
 
+def test_the_text_of_flux_stays_when_pictures_get_smaller(monkeypatch):
+    monkeypatch.setattr(preflight, "world_size", lambda: 1)
+
+    def activations(*changes):
+        config = configuration.load(CONFIGS / "flux" / "dpo-lora.yaml", ["train_batch_size=1", *changes])
+        model = meta_model.read(config)
+        total, trained = meta_model.count(config, model.denoiser)
+        counts = memory.Counts(model.family, model.denoiser, total, trained)
+        return memory.estimate(config, plan.BatchPlan.of(config.train, 1), counts, "none").activations
+
+    assert activations("data.resolution=1024") == pytest.approx(2 * 27.1)
+    assert activations() == pytest.approx(2 * 27.1 * (32**2 + 512) / (64**2 + 512))
+
+
 @pytest.mark.parametrize(("available", "kind"), [(24, "none"), (16, "selective"), (10, "full"), (4, "full")])
 def test_as_little_is_recomputed_as_the_memory_asks_for(available, kind):
     config = configuration.load(CONFIGS / "sdxl" / "dpo-lora.yaml", ["train_batch_size=1"])

@@ -46,7 +46,7 @@ def with_denoiser(pipeline: DiffusionPipeline, denoiser: nn.Module) -> Diffusion
 
 def has_unconditional_branch(pipeline: DiffusionPipeline) -> bool:
     """Tell whether guidance weighs a prediction without the prompt; a guidance-distilled network is told the scale."""
-    return hasattr(pipeline, "do_classifier_free_guidance")
+    return hasattr(type(pipeline), "do_classifier_free_guidance")  # of a pipeline it would ask for a scale
 
 
 def family_of(pipeline_class: str, source: str) -> type[Backbone]:

@@ -11,12 +11,15 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffalign import config as configuration
 from diffalign.backbones import loading
 from diffalign.errors import UserError
-from diffalign.evaluation import Manifest
+from diffalign.evaluation import Manifest, SamplingSettings, generate
+from diffalign.jobs.scoring.implicit import ImplicitReward
 from diffalign.jobs.training import meta_model, storage
 from diffalign.training import metrics
 from tests.backbones.drawing import draw
+from tests.e2e.pairs import write_lists
 from tests.e2e.test_training import assert_same_bits, variant, weights
 
+ASSETS = Path(__file__).parents[2] / "assets"
 FULL = {"model": {"tune": "full"}, "optimizer": {"learning_rate": 1e-4}}
 
 
@@ -37,6 +40,33 @@ def test_the_first_logit_is_0_and_the_model_learns(content, run, tmp_path, tune,
     assert first["margin"] == 0.0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert last["loss"] != pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["kto", "rankdpo", "smpo"])
+def test_other_kinds_of_data_train(content, run, tmp_path, name):
+    changed = variant(content, tmp_path, name, train={"max_train_steps": 2})
+    changed["objective"] = {"name": name}
+    if name == "rankdpo":
+        changed["data"]["train_data_dir"] = str(write_lists(tmp_path / "lists", 8, 3))
+    if name == "smpo":
+        changed["data"] |= {"scorer": f"pickscore={ASSETS / 'tiny-pickscore'}", "preference_from": "scores"}
+        changed["inversion"] = {"num_steps": 3}
+    last = run(changed)
+    assert math.isfinite(last["loss"])
+    assert last["grad_norm"] > 0
+
+
+def test_the_implicit_reward_is_that_of_the_run(content, run, tiny_flux):
+    run(content)
+    scorer = ImplicitReward(content["train"]["output_dir"], "cpu", num_draws=2)
+    settings = SamplingSettings(num_inference_steps=2, guidance_scale=3.5, height=64, width=64)
+    image = generate(loading.load(tiny_flux).pipeline(), ["a red circle"], [3], settings, progress=False)[0]
+    assert scorer.score([image], ["a red circle"]).abs().item() > 1e-3
+    with torch.no_grad():
+        for name, weight in scorer.policy.named_parameters():
+            if "lora_B" in name:
+                weight.zero_()
+    assert scorer.score([image], ["a red circle"]).item() == 0.0
 
 
 def test_what_runs_leave_draws_in_the_stock_pipeline_and_resumes(content, run, tmp_path, tiny_flux, diffalign):
