@@ -13,6 +13,7 @@ from diffalign.backbones.conditioning import Conditioning
 from diffalign.backbones.flow import FlowBackbone
 from diffalign.errors import ModelError
 
+NATIVE_LATENTS = 128  # the pipeline's `default_sample_size`
 T5_LENGTH = 512  # tokens, the pipeline's `max_sequence_length`
 
 
@@ -39,6 +40,11 @@ class Flux(FlowBackbone):
     # What policy and reference are told in training: the distilled guidance scale, as in diffusers' scripts of
     # fine-tuning. Drawing tells the network its own, usually 3.5.
     guidance: ClassVar[float] = 1.0
+
+    @property
+    def native_resolution(self) -> int:
+        """Return how many pixels the pipeline draws, high and wide, unless it is told: no configuration says it."""
+        return NATIVE_LATENTS * self.vae_scale_factor
 
     @classmethod
     def idle_layers(cls, denoiser: nn.Module) -> tuple[str, ...]:
