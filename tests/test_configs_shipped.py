@@ -21,7 +21,7 @@ from diffalign.shapes.pipeline import build_unet
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "accelerate")
 NAMES = [str(path.relative_to(CONFIGS)) for path in SHIPPED]
-PUBLISHED = {"sdxl": 2_567_463_684, "sd15": 859_520_964}
+PUBLISHED = {"sdxl": 2_567_463_684, "sd15": 859_520_964, "flux": 11_901_408_320}
 SD3 = (2_028_328_000, 2_243_171_520)  # of SD3-medium and of SD3.5-medium
 
 
@@ -43,7 +43,7 @@ def shown(config: configuration.Config) -> str:
 
 
 def test_there_are_recipes_of_every_size():
-    assert {path.parent.name for path in SHIPPED} >= {"tiny", "sd15", "sdxl", "sd3"}
+    assert {path.parent.name for path in SHIPPED} >= {"tiny", "sd15", "sdxl", "sd3", "flux"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,6 +135,20 @@ def test_memory_is_added_up_as_stated(monkeypatch):
     assert estimated.activations == pytest.approx(2 * 0.5)  # two images of 1024 x 1024, checkpointed
 
 
+def test_the_text_of_flux_stays_when_pictures_get_smaller(monkeypatch):
+    monkeypatch.setattr(preflight, "world_size", lambda: 1)
+
+    def activations(*changes):
+        config = configuration.load(CONFIGS / "flux" / "dpo-lora.yaml", ["train_batch_size=1", *changes])
+        model = meta_model.read(config)
+        total, trained = meta_model.count(config, model.denoiser)
+        counts = memory.Counts(model.family, model.denoiser, total, trained)
+        return memory.estimate(config, plan.BatchPlan.of(config.train, 1), counts, "none").activations
+
+    assert activations("data.resolution=1024") == pytest.approx(2 * 27.1)
+    assert activations() == pytest.approx(2 * 27.1 * (32**2 + 512) / (64**2 + 512))
+
+
 @pytest.mark.parametrize(("available", "kind"), [(24, "none"), (16, "selective"), (10, "full"), (4, "full")])
 def test_as_little_is_recomputed_as_the_memory_asks_for(available, kind):
     config = configuration.load(CONFIGS / "sdxl" / "dpo-lora.yaml", ["train_batch_size=1"])
@@ -159,9 +173,9 @@ def test_a_single_file_is_recognised_by_its_tensors(tmp_path):
 
 
 def test_models_that_cannot_be_trained_are_refused_by_the_plan_too(tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "AuraFlowPipeline"}')
     config = configuration.load(CONFIGS / "sdxl" / "dpo.yaml", [f"pretrained_model_name_or_path={tmp_path}"])
-    with pytest.raises(ModelError, match="FluxPipeline"):
+    with pytest.raises(ModelError, match="AuraFlowPipeline"):
         meta_model.read(config)
     config = configuration.load(CONFIGS / "sdxl" / "dpo.yaml", ["pretrained_model_name_or_path=absent"])
     with pytest.raises(ModelError, match='There is no model at "absent"'):

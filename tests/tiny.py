@@ -8,6 +8,8 @@ from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -87,6 +89,21 @@ def tiny_transformer_sd3() -> SD3Transformer2DModel:
         pos_embed_max_size=16,
         qk_norm="rms_norm",
         dual_attention_layers=(0,),
+    )
+
+
+def tiny_transformer_flux(guidance_embeds: bool = True) -> FluxTransformer2DModel:
+    """Return FLUX.1's topology (blocks of two streams, then of one) with a block and two of 32 channels."""
+    return FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=guidance_embeds,
     )
 
 
@@ -194,12 +211,32 @@ def build_tiny_sd3(directory: str | Path, seed: int = 0, t5: bool = True) -> Pat
     return _save(pipeline, directory)
 
 
+def build_tiny_flux(directory: str | Path, seed: int = 0, guidance_embeds: bool = True) -> Path:
+    """Write a random-weight FluxPipeline of about 0.3 M parameters to `directory` and return its path."""
+    first, second = tiny_tokenizer(), tiny_t5_tokenizer()
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = FluxPipeline(
+            vae=tiny_vae(0.3611, 16, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=CLIPTextModel(tiny_text_config(first, 16, "quick_gelu")),
+            text_encoder_2=T5EncoderModel(T5Config(vocab_size=len(second), **shape)),
+            tokenizer=first,
+            tokenizer_2=second,
+            transformer=tiny_transformer_flux(guidance_embeds),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        )
+    return _save(pipeline, directory)
+
+
 def _save(pipeline, directory: str | Path) -> Path:
     directory = Path(directory)
     pipeline.save_pretrained(directory, safe_serialization=True)
     # The published repositories carry the vocabulary in CLIP's own two files; other loaders read these.
     for folder in [directory / name for name in ("tokenizer", "tokenizer_2") if (directory / name).is_dir()]:
         model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        if "merges" not in model:  # T5's
+            continue
         (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
         lines = ["#version: 0.2", *(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])]
         (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -94,6 +94,11 @@ class Backbone(ABC):
         return 1
 
     @classmethod
+    def latent_channels_of(cls, denoiser_config: Mapping[str, Any]) -> int:
+        """Return C of the latents that the denoiser denoises."""
+        return denoiser_config["in_channels"]
+
+    @classmethod
     @abstractmethod
     def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:
         """Return how many numbers the `text_columns` of a prompt hold, for tokenizers of the published lengths."""
@@ -121,6 +126,11 @@ class Backbone(ABC):
         """Return how the scheduler moves levels of noise for pictures of `resolution` pixels a side."""
         side = resolution // (self.vae_scale_factor * self.patch_size(self.denoiser.config))
         return self.shift(self.scheduler.config, side**2)
+
+    @property
+    def native_resolution(self) -> int:
+        """Return how many pixels the pictures are high and wide that the denoiser was made for."""
+        return self.denoiser.config.sample_size * self.vae_scale_factor
 
     @property
     def vae_scale_factor(self) -> int:

@@ -19,7 +19,9 @@ from diffalign.backbones.loading import load, load_denoiser
 from diffalign.errors import ModelError
 
 # Settings in which the denoisers of two families, or of two sizes of one, differ.
-SHAPES = ("cross_attention_dim", "addition_embed_type", "in_channels", "joint_attention_dim", "num_layers")
+SHAPES = ("cross_attention_dim", "addition_embed_type", "in_channels", "joint_attention_dim")
+SHAPES += ("num_layers", "num_single_layers")
+KOHYA_TRANSFORMERS = ("lora_unet_joint", "lora_unet_double", "lora_unet_single")  # how its keys begin
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -233,7 +235,7 @@ def check_lora(file: Path, pipeline_class: str) -> None:
     names = [name for name in read_header(file) if name != "__metadata__"]
     marks = {
         "unet": ("unet.", "lora_unet_down", "lora_unet_mid", "lora_unet_up", "lora_unet_input", "lora_unet_output"),
-        "transformer": ("transformer.", "lora_transformer_", "lora_unet_joint", "lora_unet_double", "diffusion_model."),
+        "transformer": ("transformer.", "lora_transformer_", "diffusion_model.", *KOHYA_TRANSFORMERS),
     }
     found = [kind for kind, starts in marks.items() if any(name.startswith(starts) for name in names)]
     if found and wanted not in found:

@@ -6,12 +6,13 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffalign.backbones.base import Backbone
+from diffalign.backbones.flux import Flux
 from diffalign.backbones.sd3 import SD3
 from diffalign.backbones.sd15 import SD15
 from diffalign.backbones.sdxl import SDXL
 from diffalign.errors import ModelError
 
-FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3)
+FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux)
 PIPELINES = {family.pipeline_class.__name__: family for family in FAMILIES}
 BY_NAME = {family.family: family for family in FAMILIES}
 DENOISERS = tuple(dict.fromkeys(family.denoiser_name for family in FAMILIES))  # names of folders, too: unet/ ...
@@ -41,6 +42,11 @@ def with_denoiser(pipeline: DiffusionPipeline, denoiser: nn.Module) -> Diffusion
     """Put `denoiser` in the place of the pipeline's own, and return the pipeline."""
     pipeline.register_modules(**{denoiser_name(pipeline): denoiser})
     return pipeline
+
+
+def has_unconditional_branch(pipeline: DiffusionPipeline) -> bool:
+    """Tell whether guidance weighs a prediction without the prompt; a guidance-distilled network is told the scale."""
+    return hasattr(type(pipeline), "do_classifier_free_guidance")  # of a pipeline it would ask for a scale
 
 
 def family_of(pipeline_class: str, source: str) -> type[Backbone]:

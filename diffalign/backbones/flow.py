@@ -19,6 +19,7 @@ class FlowBackbone(Backbone):
     denoiser_name = "transformer"
     ddim_steps = False
     hub_mark: ClassVar[str]  # in the hub ids of its models, and of no others
+    packing_side: ClassVar[int] = 1  # latents that a token is high and wide where the transformer is given tokens
     # Of hub ids and folders: no configuration says that a model was distilled to a few steps.
     few_steps: ClassVar[re.Pattern[str]] = re.compile(
         r"turbo|lightning|hyper-?sd|flash|schnell|distill|\blcm\b|\bdmd", re.IGNORECASE
@@ -37,6 +38,16 @@ class FlowBackbone(Backbone):
             raise ModelError(str(error)) from error
 
     @classmethod
+    def patch_size(cls, denoiser_config: Mapping[str, Any]) -> int:
+        """Return the side of the patches that become tokens, in the transformer or before it."""
+        return denoiser_config["patch_size"] * cls.packing_side
+
+    @classmethod
+    def latent_channels_of(cls, denoiser_config: Mapping[str, Any]) -> int:
+        """Return C of the latents that the transformer denoises, packed or not."""
+        return denoiser_config["in_channels"] // cls.packing_side**2
+
+    @classmethod
     def check_trainable(cls, source: str, denoiser: Mapping[str, Any], vae: Mapping[str, Any], resolution: int) -> None:
         """Refuse few-step models, and pictures that no whole number of tokens covers."""
         cls.check_name(source)
@@ -52,6 +63,11 @@ class FlowBackbone(Backbone):
                 "it was distilled from, and put the LoRA on this one when drawing."
             )
 
+    @classmethod
+    def check_schedule(cls, source: str, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
+        """Refuse few-step models that no name tells, but the configurations of transformer and scheduler do."""
+        return
+
     def _noise_path(self) -> NoisePath:
         try:
             path = path_of(self.scheduler.config)
@@ -65,7 +81,7 @@ class FlowBackbone(Backbone):
         return path
 
     def _check_parts(self) -> None:
-        channels = self.denoiser.config.in_channels
+        channels = self.latent_channels_of(self.denoiser.config)
         if channels != self.latent_channels:
             raise ModelError(
                 f'The transformer of "{self.source}" takes {channels} channels, the VAE makes {self.latent_channels}. '

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from diffalign.backbones import single_file
 from diffalign.backbones.base import TEXT_ENCODERS, Backbone
@@ -110,6 +110,10 @@ def check_trainable(source: str, family: type[Backbone], resolution: int, revisi
     with load_errors("the configurations", source):
         denoiser = family.denoiser_class.load_config(source, subfolder=family.denoiser_name, revision=revision)
         vae = family.vae_class.load_config(source, subfolder="vae", revision=revision)
+        if issubclass(family, FlowBackbone):
+            loader = FlowMatchEulerDiscreteScheduler  # of whichever class it is: a dictionary is read
+            scheduler = loader.load_config(source, subfolder="scheduler", revision=revision)
+            family.check_schedule(source, denoiser, scheduler)
     family.check_trainable(source, denoiser, vae, resolution)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTokenizer
 
 from diffalign.errors import ModelError
@@ -118,17 +119,23 @@ VAES = (
     "stabilityai/sd-vae-ft-mse",
     "stabilityai/sd-vae-ft-ema",
 )
-# Transformers of Stable Diffusion 3 as published, transformer/config.json of each hub id.
+# Transformers as published, transformer/config.json of each hub id; the first of a family stands for others of it.
 _SD3 = {"sample_size": 128, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
 _SD3 |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 192}
 _SD35 = _SD3 | {"qk_norm": "rms_norm"}
-TRANSFORMERS = {
-    "stabilityai/stable-diffusion-3-medium-diffusers": _SD3,
-    "stabilityai/stable-diffusion-3.5-medium": _SD35
-    | {"pos_embed_max_size": 384, "dual_attention_layers": list(range(13))},
-    "stabilityai/stable-diffusion-3.5-large": _SD35
-    | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432},
+TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
+    "sd3": {
+        "stabilityai/stable-diffusion-3-medium-diffusers": _SD3,
+        "stabilityai/stable-diffusion-3.5-medium": _SD35
+        | {"pos_embed_max_size": 384, "dual_attention_layers": list(range(13))},
+        "stabilityai/stable-diffusion-3.5-large": _SD35
+        | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432},
+    },
+    "flux": {"black-forest-labs/FLUX.1-dev": {"guidance_embeds": True}},  # all else is the class's default
 }
+TRANSFORMER_CLASSES: dict[str, type[nn.Module]] = {"sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}
+# What their schedulers say of the shift.
+SHIFTS = {"sd3": {"shift": 3.0}, "flux": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}}
 CLIP_MERGES = 48894  # with 256 letters, 256 final letters and 2 marks they make the 49,408 tokens
 PIPELINE_NAMES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
@@ -150,9 +157,10 @@ def random_unet(
 
 def random_transformer(
     hub_id: str, torch_dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", seed: int = 0
-) -> SD3Transformer2DModel:
+) -> Any:
     """Build a transformer of TRANSFORMERS with random weights; arguments as of `random_unet`."""
-    return _random(SD3Transformer2DModel, TRANSFORMERS[hub_id], torch_dtype, device, seed)
+    family = next(name for name, models in TRANSFORMERS.items() if hub_id in models)
+    return _random(TRANSFORMER_CLASSES[family], TRANSFORMERS[family][hub_id], torch_dtype, device, seed)
 
 
 def _random(

@@ -44,11 +44,6 @@ class SD3(FlowBackbone):
         return (f"transformer_blocks.{len(denoiser.transformer_blocks) - 1}.attn.add_q_proj",)
 
     @classmethod
-    def patch_size(cls, denoiser_config: Mapping[str, Any]) -> int:
-        """Return the side of the patches that become tokens."""
-        return denoiser_config["patch_size"]
-
-    @classmethod
     def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:
         """Return the numbers of the tokens of CLIP and T5 and of the pooled embedding."""
         tokens = CLIP_LENGTH + T5_LENGTH

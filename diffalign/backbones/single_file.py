@@ -19,7 +19,7 @@ UNET_PREFIX = "model.diffusion_model."
 # Tensor-name fragments of what a user may offer instead of an SD1.5 or SDXL checkpoint, and what to say.
 OTHERS = {
     "joint_blocks.": "an SD3 checkpoint in one file: give its diffusers folder or hub id instead",
-    "double_blocks.": "a Flux checkpoint, which is not supported yet",
+    "double_blocks.": "a Flux checkpoint in one file: give its diffusers folder or hub id instead",
     "lora_": "a LoRA: give its base model here, and the LoRA to evaluation",
     "conditioner.embedders.0.model.": "an SDXL refiner, which cannot be trained here: use the base model",
     "down_blocks.": "a single network in diffusers' layout: put it into a folder with its config.json",

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from diffalign.backbones.families import has_unconditional_branch
 from diffalign.errors import DataError, ModelError, UserError
 from diffalign.evaluation.manifest import Manifest, atomic_write
 from diffalign.progress import progress_bar
@@ -99,6 +100,7 @@ def generate_to(
     """
     settings = settings or SamplingSettings()
     _check_request(pipeline, prompts, seeds)
+    _check_negative_prompt(pipeline, settings)
     ids = pd.factorize(pd.Series(prompts, dtype=object))[0] if prompt_ids is None else prompt_ids
     if len(ids) != len(prompts):
         raise DataError(f"Got {len(prompts)} prompts but {len(ids)} prompt ids: every picture needs one of each.")
@@ -123,6 +125,7 @@ def _batches(
     progress: bool,
 ) -> Iterator[list[Image.Image]]:
     _check_request(pipeline, prompts, seeds)
+    _check_negative_prompt(pipeline, settings)
     size = settings.batch_size
     with _quiet(pipeline), progress_bar(len(prompts), "Drawing", progress) as advance:
         start = 0
@@ -171,6 +174,14 @@ def _check_request(pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: S
         raise ModelError(
             "The pipeline has a safety checker, which blacks out pictures and falsifies every score. "
             "Load it with safety_checker=None, requires_safety_checker=False."
+        )
+
+
+def _check_negative_prompt(pipeline: DiffusionPipeline, settings: SamplingSettings) -> None:
+    if settings.negative_prompt and not has_unconditional_branch(pipeline):
+        raise UserError(
+            f"A {type(pipeline).__name__} is told its guidance_scale and predicts nothing without a prompt: a negative "
+            "prompt has no effect on its pictures. Leave --negative-prompt out."
         )
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from diffalign.backbones.adapters import activate, active_adapters, adapter_mix
 from diffalign.backbones.base import TEXT_ENCODERS, present
 from diffalign.backbones.export import load_adapter_into
-from diffalign.backbones.families import denoiser_of, with_denoiser
+from diffalign.backbones.families import denoiser_of, has_unconditional_branch, with_denoiser
 from diffalign.errors import ModelError, UserError
 
 Load = Callable[[DiffusionPipeline, str], DiffusionPipeline]
@@ -114,9 +114,15 @@ def with_negative_branch(
 
     Raises:
         UserError: a scale that is no number from 0 up.
-        ModelError: `source` cannot be loaded, does not fit, or trains text encoders, which both branches share.
+        ModelError: `source` cannot be loaded, does not fit, or trains text encoders, which both branches share; or the
+            pipeline has no unconditional branch.
     """
     check_scales(negative_scale=negative_scale, policy_scale=policy_scale)
+    if not has_unconditional_branch(pipeline):
+        raise ModelError(
+            f"A {type(pipeline).__name__} is told its guidance_scale and predicts nothing without a prompt: there is "
+            "no branch for a negative network. Leave --negative-lora out."
+        )
     policy = denoiser_of(pipeline)
     if isinstance(policy, NegativeBranch):
         raise ModelError("This pipeline has a negative branch already. Start from the pipeline it was made from.")

@@ -205,13 +205,13 @@ def test_missing_weights(copy):
         backbones.load(copy)
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "AuraFlowPipeline", "StableDiffusionXLImg2ImgPipeline"])
+@pytest.mark.parametrize("name", ["HiDreamImagePipeline", "AuraFlowPipeline", "StableDiffusionXLImg2ImgPipeline"])
 def test_unsupported_family(copy, name):
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
     with pytest.raises(ModelError, match=f"is a {name}") as caught:
         backbones.load(copy)
-    assert "sd3 (StableDiffusion3Pipeline); other families are not supported yet" in str(caught.value)
+    assert "flux (FluxPipeline); other families are not supported yet" in str(caught.value)
 
 
 def test_refiner_is_refused(copy):

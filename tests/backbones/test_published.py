@@ -10,6 +10,7 @@ import transformers
 
 from diffalign.backbones import published
 from diffalign.backbones.adapters import ATTENTION, add_lora
+from diffalign.backbones.flux import Flux
 from diffalign.backbones.kohya import kohya_metadata, ldm_name
 from diffalign.backbones.sd3 import SD3
 from diffalign.errors import ModelError
@@ -96,6 +97,16 @@ def test_sizes_of_sd3(hub_id, parameters, lora):
     blocks, width = network.config.num_layers, network.inner_dim
     layers = 8 * blocks - 2 + 4 * len(network.config.dual_attention_layers)  # the last block lacks two of them
     assert sum(parameter.numel() for parameter in trained) == layers * 32 * 2 * width == (lora or layers * 64 * width)
+
+
+def test_size_of_flux():
+    """That of FLUX.1-dev, and of a LoRA of rank 16 on the layers that are adapted by default."""
+    network = published.random_transformer("black-forest-labs/FLUX.1-dev", device="meta")
+    assert sum(parameter.numel() for parameter in network.parameters()) == 11_901_408_320
+    trained = add_lora(network, 16, target_modules=Flux.lora_targets, idle=Flux.idle_layers(network))
+    square, mlp_in, both = 2 * 3072, 3072 + 4 * 3072, 5 * 3072 + 3072  # inputs and outputs of a layer
+    layers = 19 * 8 * square + 38 * (3 * square + mlp_in + both)
+    assert sum(parameter.numel() for parameter in trained) == 16 * layers
 
 
 @pytest.mark.parametrize(("pad_token", "pad_id"), [("<|endoftext|>", 49407), ("!", 0)])

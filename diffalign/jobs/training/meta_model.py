@@ -61,10 +61,12 @@ def read(config: Config) -> MetaModel:
         family = inspection.family_at(folder)
         if (folder / family.denoiser_name / "config.json").is_file():
             return _from_folder(folder, family, "from its config in the hub cache")
-    if inspection.flow_family(name) is not None:
-        known = name if name in published.TRANSFORMERS else next(iter(published.TRANSFORMERS))
+    if (flow := inspection.flow_family(name)) is not None:
+        models = published.TRANSFORMERS[flow.family]
+        known = name if name in models else next(iter(models))
         network = published.random_transformer(known, device="meta")
-        return MetaModel(network, "sd3", f"not read; counted as the published {known}", scheduler={"shift": 3.0})
+        origin = f"not read; counted as the published {known}"
+        return MetaModel(network, flow.family, origin, scheduler=published.SHIFTS[flow.family])
     family = published.MODELS.get(name) or ("sdxl" if "xl" in name.lower() else "sd15")
     origin = f"not read; counted as the published {family}"
     return MetaModel(published.random_unet(family, device="meta"), family, origin)

@@ -77,7 +77,7 @@ def latent_cache(config: Config, model: MetaModel, data: Content) -> Write:
     """Return the cache of latents and prompts of a data set, all of whose images are distinct."""
     number, variants = STORED_BYTES[config.data.cache_dtype], 2 if config.data.random_flip else 1
     side = config.data.resolution // model.vae_scale_factor
-    image = variants * (2 * model.denoiser.config.in_channels * side**2 * number + 6 * 4) + 16
+    image = variants * (2 * model.kind.latent_channels_of(model.denoiser.config) * side**2 * number + 6 * 4) + 16
     prompt = model.kind.prompt_size(model.denoiser.config) * number
     images, prompts = data.examples * data.images_per_example, data.prompts + 1  # and the empty one
     size = images * image + prompts * prompt + data.examples * (20 + 20 * data.images_per_example)
