@@ -13,7 +13,7 @@ import torch
 
 from diffalign.denoising import FrozenDenoiser
 from tests.plugged import forget
-from tests.tiny import build_tiny_sd3, build_tiny_sd15, build_tiny_sdxl
+from tests.tiny import build_tiny_sd3, build_tiny_sd15, build_tiny_sdxl, build_tiny_zimage
 
 LOCAL = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
 
@@ -63,6 +63,12 @@ def tiny_sd15(tmp_path_factory):
 def tiny_sd3(tmp_path_factory):
     """Return the folder of a random-weight SD3.5-medium pipeline with T5; treat it as read-only."""
     return build_tiny_sd3(tmp_path_factory.mktemp("models") / "tiny-sd3")
+
+
+@pytest.fixture(scope="session")
+def tiny_zimage(tmp_path_factory):
+    """Return the folder of a random-weight Z-Image pipeline; treat it as read-only."""
+    return build_tiny_zimage(tmp_path_factory.mktemp("models") / "tiny-zimage")
 
 
 @pytest.fixture

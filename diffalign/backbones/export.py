@@ -20,6 +20,7 @@ from diffalign.errors import ModelError
 
 # Settings in which the denoisers of two families, or of two sizes of one, differ.
 SHAPES = ("cross_attention_dim", "addition_embed_type", "in_channels", "joint_attention_dim", "num_layers")
+SHAPES += ("dim", "n_layers")
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTokenizer
 
 from diffalign.errors import ModelError
@@ -118,9 +120,10 @@ VAES = (
     "stabilityai/sd-vae-ft-mse",
     "stabilityai/sd-vae-ft-ema",
 )
-# Transformers of Stable Diffusion 3 as published, transformer/config.json of each hub id.
-_SD3 = {"sample_size": 128, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+# Transformers as published, transformer/config.json of each hub id.
+_SD3 = {"_class_name": "SD3Transformer2DModel", "sample_size": 128, "num_layers": 24, "num_attention_heads": 24}
 _SD3 |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 192}
+_SD3 |= {"caption_projection_dim": 1536}
 _SD35 = _SD3 | {"qk_norm": "rms_norm"}
 TRANSFORMERS = {
     "stabilityai/stable-diffusion-3-medium-diffusers": _SD3,
@@ -128,7 +131,10 @@ TRANSFORMERS = {
     | {"pos_embed_max_size": 384, "dual_attention_layers": list(range(13))},
     "stabilityai/stable-diffusion-3.5-large": _SD35
     | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432},
+    "Tongyi-MAI/Z-Image": {"_class_name": "ZImageTransformer2DModel", "dim": 3840, "n_layers": 30, "n_heads": 30}
+    | {"n_kv_heads": 30, "n_refiner_layers": 2, "cap_feat_dim": 2560},
 }
+SHIFTS = {"Tongyi-MAI/Z-Image": 6.0}  # of its scheduler; of the others 3
 CLIP_MERGES = 48894  # with 256 letters, 256 final letters and 2 marks they make the 49,408 tokens
 PIPELINE_NAMES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
@@ -150,9 +156,11 @@ def random_unet(
 
 def random_transformer(
     hub_id: str, torch_dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", seed: int = 0
-) -> SD3Transformer2DModel:
+) -> nn.Module:
     """Build a transformer of TRANSFORMERS with random weights; arguments as of `random_unet`."""
-    return _random(SD3Transformer2DModel, TRANSFORMERS[hub_id], torch_dtype, device, seed)
+    settings = dict(TRANSFORMERS[hub_id])
+    network = getattr(diffusers, settings.pop("_class_name"))
+    return _random(network, settings, torch_dtype, device, seed)
 
 
 def _random(

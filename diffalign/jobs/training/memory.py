@@ -16,16 +16,18 @@ BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0.1}
 # Saved activations of one image at the native resolution, GiB, counted on meta tensors (docs/performance.md). They grow
 # with the area of the image; float32 doubles what autocast keeps.
-NATIVE = {"sdxl": 1024, "sd15": 512, "sd3": 1024}
+NATIVE = {"sdxl": 1024, "sd15": 512, "sd3": 1024, "zimage": 1024}
 ACTIVATIONS = {
     "sdxl": {"pure": 5.28, "lora": 7.25, "full": 8.56, "checkpointed": 0.5},
     "sd15": {"pure": 0.76, "lora": 1.08, "full": 1.35, "checkpointed": 0.14},
     # SD3.5-medium's; half as much for SD3-medium, which has no second attention and no norms of queries and keys.
     "sd3": {"pure": 8.32, "lora": 12.08, "full": 12.08, "checkpointed": 0.34},
+    "zimage": {"pure": 33.6, "lora": 37.6, "full": 55.0, "checkpointed": 1.0},
 }
 SELECTIVE = 0.6  # share that remains when norms, activations and casts are recomputed; an estimate
 NATIVE_WIDTH = 320  # channels of the first block of the published UNets: of other sizes nothing is known
 NATIVE_HEADS = 24 * 24  # layers times heads, of 64 channels each, of SD3.5-medium
+NATIVE_ZIMAGE = {"dim": 3840, "n_heads": 30}  # and 30 layers
 HEADROOM = 0.9  # of a device's memory; the rest goes to workspaces and fragmentation
 # Images of an example that pass with gradient; how long the lists are is only known from the data. Of transitions it
 # depends on the rollout: see `online_costs.images_with_gradient`.
@@ -154,6 +156,8 @@ def _relative_size(counts: Counts) -> float | None:
         return None
     if "block_out_channels" in shape:
         return 1.0 if shape["block_out_channels"][0] == NATIVE_WIDTH else None
+    if "n_layers" in shape:
+        return shape["n_layers"] / 30 if NATIVE_ZIMAGE.items() <= dict(shape).items() else None
     known = shape["attention_head_dim"] == 64
     return shape["num_layers"] * shape["num_attention_heads"] / NATIVE_HEADS if known else None
 

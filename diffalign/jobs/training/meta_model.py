@@ -14,6 +14,7 @@ from diffalign.backbones import inspection, published
 from diffalign.backbones.adapters import trainable_parameters
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.families import BY_NAME
+from diffalign.backbones.flow import FlowBackbone
 from diffalign.config import Config
 from diffalign.denoising import Shift, TimestepSampling
 from diffalign.jobs.training import assemble, networks
@@ -61,10 +62,11 @@ def read(config: Config) -> MetaModel:
         family = inspection.family_at(folder)
         if (folder / family.denoiser_name / "config.json").is_file():
             return _from_folder(folder, family, "from its config in the hub cache")
-    if inspection.flow_family(name) is not None:
-        known = name if name in published.TRANSFORMERS else next(iter(published.TRANSFORMERS))
+    if (flow := inspection.flow_family(name)) is not None:
+        known = name if name in published.TRANSFORMERS else _published_of(flow)
         network = published.random_transformer(known, device="meta")
-        return MetaModel(network, "sd3", f"not read; counted as the published {known}", scheduler={"shift": 3.0})
+        scheduler = {"shift": published.SHIFTS.get(known, 3.0)}
+        return MetaModel(network, flow.family, f"not read; counted as the published {known}", scheduler=scheduler)
     family = published.MODELS.get(name) or ("sdxl" if "xl" in name.lower() else "sd15")
     origin = f"not read; counted as the published {family}"
     return MetaModel(published.random_unet(family, device="meta"), family, origin)
@@ -89,6 +91,11 @@ def count(config: Config, denoiser: nn.Module) -> tuple[int, int]:
         return total, total
     networks.add_adapters(config, denoiser)
     return total, sum(p.numel() for p in trainable_parameters(denoiser))
+
+
+def _published_of(family: type[FlowBackbone]) -> str:
+    """Return the hub id of the first published model of a family."""
+    return next(hub_id for hub_id in published.TRANSFORMERS if family.hub_mark in hub_id)
 
 
 def _from_folder(folder: Path, family: type[Backbone], origin: str) -> MetaModel:
