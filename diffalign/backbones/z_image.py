@@ -32,6 +32,7 @@ class ZImage(FlowBackbone):
     tokenizer_classes = (Qwen2Tokenizer,)
     text_columns = ("prompt_embeds", MASK)
     repeated_blocks = ("ZImageTransformerBlock",)
+    prompt_first = True
     lora_targets = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
     @classmethod

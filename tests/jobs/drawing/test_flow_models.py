@@ -17,11 +17,17 @@ from tests.jobs.material import PROMPTS, write_run
 SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=3.0, batch_size=2)
 
 
+@pytest.fixture(scope="module", params=["tiny_sd3", "tiny_zimage"])
+def model(request):
+    """Return the folder of a flow model."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="module")
-def runs(tiny_sd3, tmp_path_factory):
+def runs(model, tmp_path_factory):
     """Return a run of a LoRA and one of all weights."""
     folder = tmp_path_factory.mktemp("runs")
-    return {tune: write_run(folder / tune, tiny_sd3, tune) for tune in ("lora", "full")}
+    return {tune: write_run(folder / tune, model, tune) for tune in ("lora", "full")}
 
 
 def pictures(pipeline):
@@ -79,8 +85,8 @@ def test_the_implicit_reward_is_that_of_the_run(runs, tune):
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
-def test_a_negative_branch_guides_away_from_another_network(runs, tiny_sd3, tune):
-    base = loading.load(tiny_sd3).pipeline()
+def test_a_negative_branch_guides_away_from_another_network(runs, model, tune):
+    base = loading.load(model).pipeline()
     plain = pictures(base)
     guided = with_negative_branch(base, runs[tune].folder)
     assert pictures(guided) != plain
