@@ -124,6 +124,11 @@ class Backbone(ABC):
         return self.shift(self.scheduler.config, side**2)
 
     @property
+    def native_resolution(self) -> int:
+        """Return how many pixels a side the pictures have that its pipeline draws unless told."""
+        return self.denoiser.config.sample_size * self.vae_scale_factor
+
+    @property
     def vae_scale_factor(self) -> int:
         """Return how many pixels a latent is high and wide."""
         return self.scale_factor_of(self.vae.config)

@@ -54,12 +54,17 @@ class ZImage(FlowBackbone):
                 f'The transformer of "{source}" looks at pictures too (siglip_feat_dim). Edit and omni checkpoints '
                 "cannot be trained here: use the text-to-image model."
             )
-        largest = min(denoiser["axes_lens"][1:]) * PATCH * cls.scale_factor_of(vae)
+        largest = cls._largest(denoiser, vae)
         if resolution > largest:
             raise ModelError(
                 f'"{source}" knows positions of pictures of up to {largest} pixels a side; data.resolution is '
                 f"{resolution}. Lower it."
             )
+
+    @property
+    def native_resolution(self) -> int:
+        """Return the pipeline's 1024 pixels, or as many as there are positions for."""
+        return min(1024, self._largest(self.denoiser.config, self.vae.config))
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return Qwen3's last but one hidden states [N,512,D] of the chat about each prompt, zeros where none is."""
@@ -96,3 +101,8 @@ class ZImage(FlowBackbone):
             tokenizer=self.tokenizers[0],
             scheduler=type(self.scheduler).from_config(self.scheduler.config),
         )
+
+    @classmethod
+    def _largest(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+        """Return the side of the largest pictures whose every token has a position of its own, in pixels."""
+        return min(denoiser["axes_lens"][1:]) * PATCH * cls.scale_factor_of(vae)

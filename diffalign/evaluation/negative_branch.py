@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from diffalign.backbones.adapters import activate, active_adapters, adapter_mix
 from diffalign.backbones.base import TEXT_ENCODERS, present
 from diffalign.backbones.export import load_adapter_into
-from diffalign.backbones.families import denoiser_of, kind_of, with_denoiser
+from diffalign.backbones.families import PIPELINES, denoiser_of, with_denoiser
 from diffalign.errors import ModelError, UserError
 
 Load = Callable[[DiffusionPipeline, str], DiffusionPipeline]
@@ -54,7 +54,7 @@ class NegativeBranch(nn.Module):
             (negative, adapter_mix(negative, negative_adapters)),
             (positive, adapter_mix(positive, positive_adapters)),
         )
-        self._branches = branches[::-1] if kind_of(positive).prompt_first else branches
+        self._branches = branches[::-1] if PIPELINES[type(pipeline).__name__].prompt_first else branches
         self._pipeline = weakref.ref(pipeline)
 
     def __getattr__(self, name: str) -> Any:
@@ -88,9 +88,8 @@ class NegativeBranch(nn.Module):
             with mixed():
                 inputs = _half(args, half, size), _half(options, half, size)
                 predictions.append(network(*inputs[0], **inputs[1], return_dict=False)[0])
-        prediction = (
-            torch.cat(predictions) if isinstance(predictions[0], Tensor) else [*predictions[0], *predictions[1]]
-        )
+        listed = isinstance(predictions[0], list)
+        prediction = [entry for half in predictions for entry in half] if listed else torch.cat(predictions)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
 

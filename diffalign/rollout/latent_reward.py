@@ -92,7 +92,7 @@ class LatentReward:
             text_projection: [P,D], for a family whose text encoder has none: that of the CLIP it was taken from.
             seed: of visual_projection, drawn from N(0, 0.02^2).
         """
-        resolution = base.denoiser.config.sample_size * base.vae_scale_factor
+        resolution = base.native_resolution
         projections = {} if text_projection is None else {"text_projection": text_projection}
         width = base.text_encoders[-1].config.projection_dim if text_projection is None else len(text_projection)
         drawn = torch.randn(width, _features(base.denoiser), generator=torch.Generator().manual_seed(seed))

@@ -79,7 +79,7 @@ def start(base: Backbone, init: str | None, seed: int) -> LatentReward:
         ModelError: `init` is of another family, or of none.
     """
     if init is not None and (Path(init) / "unet").is_dir():
-        resolution = base.denoiser.config.sample_size * base.vae_scale_factor
+        resolution = base.native_resolution
         return LatentReward.load(Path(init), base, torch.device("cpu"), resolution)
     if base.family == "sdxl":
         if init is not None:

@@ -83,7 +83,7 @@ class OneStepPictures:
     def _made(self, pairs: Sequence[RewardPair], ids: Tensor, visit: int, timestep: int | None) -> np.ndarray:
         """Return the pictures of pairs [B,2,3,H,W] uint8."""
         device, count = next(self.backbone.denoiser.parameters()).device, len(pairs)
-        side = self.backbone.denoiser.config.sample_size * self.backbone.vae_scale_factor
+        side = self.backbone.native_resolution
         pictures = squares(pairs, side).to(device)
         if timestep != 0:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):

@@ -73,7 +73,7 @@ class ImplicitReward:
         self.reference = self.backbone.denoiser.eval()  # the policy itself, adapters off, where a LoRA was put on it
         self.beta = _beta_of(Path(spec))
         self.num_draws, self.seed, self.batch_size = num_draws, seed, batch_size
-        self.resolution = self.policy.config.sample_size * self.backbone.vae_scale_factor
+        self.resolution = self.backbone.native_resolution
         self._encode = PromptEncoder(self.backbone, self.resolution)
         self.identity = self._identity(loaded.identity)
 

@@ -14,7 +14,8 @@ from diffalign.jobs.drawing.negative import Negative
 from diffalign.jobs.scoring.implicit import ImplicitReward
 from tests.jobs.material import PROMPTS, write_run
 
-SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=3.0, batch_size=2)
+SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=3.0, batch_size=2, height=64, width=64)
+SIDES = "--height", 64, "--width", 64
 
 
 @pytest.fixture(scope="module", params=["tiny_sd3", "tiny_zimage"])
@@ -49,11 +50,22 @@ def test_a_run_and_its_checkpoint_are_the_same_model_and_not_the_base(runs, tune
 
 def test_generate_and_grid_from_the_command_line(runs, diffalign, tmp_path):
     out = tmp_path / "pictures"
-    code, said = diffalign("generate", runs["lora"].folder, "--prompt", PROMPTS[0], "--steps", 2, "--out", out)
+    code, said = diffalign("generate", runs["lora"].folder, "--prompt", PROMPTS[0], "--steps", 2, "--out", out, *SIDES)
     assert code == 0, said
     manifest = Manifest.read(out)
     assert len(manifest.paths) == 1
-    arguments = ["--show-base", "--prompt", PROMPTS[0], "--seeds", 0, "--steps", 2, "--out", tmp_path / "grid.png"]
+    arguments = [
+        "--show-base",
+        "--prompt",
+        PROMPTS[0],
+        "--seeds",
+        0,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "grid.png",
+        *SIDES,
+    ]
     code, said = diffalign("grid", runs["lora"].folder, *arguments, "--sweep", "lora_scale=0,1")
     assert code == 0, said
     assert "1 rows of 3 pictures" in said
