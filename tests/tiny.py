@@ -16,12 +16,17 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -227,6 +232,55 @@ def build_tiny_flux(directory: str | Path, seed: int = 0, guidance_embeds: bool 
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         )
     return _save(pipeline, directory)
+
+
+def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
+    """Return a Qwen tokenizer over single bytes, with the part of Qwen3's chat template that a prompt meets."""
+    marks = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    vocabulary = {token: index for index, token in enumerate((*_byte_alphabet(), *marks))}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks[1:])})
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not enable_thinking %}<think></think>{% endif %}"
+        "{% endif %}"
+    )
+    return tokenizer
+
+
+def tiny_transformer_zimage() -> ZImageTransformer2DModel:
+    """Return Z-Image's topology with two blocks of 32 channels, and tokens of padding that are not zeros."""
+    transformer = ZImageTransformer2DModel(
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[1024, 16, 16],
+    )
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)
+    return transformer
+
+
+def build_tiny_zimage(directory: str | Path, seed: int = 0) -> Path:
+    """Write a random-weight ZImagePipeline of about 0.4 M parameters to `directory` and return its path."""
+    tokenizer = tiny_qwen_tokenizer()
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = ZImagePipeline(
+            vae=tiny_vae(0.3611, 16, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=Qwen3Model(Qwen3Config(vocab_size=len(tokenizer), **shape, **heads)),
+            tokenizer=tokenizer,
+            transformer=tiny_transformer_zimage(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        )
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    return Path(directory)
 
 
 def _save(pipeline, directory: str | Path) -> Path:

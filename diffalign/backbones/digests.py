@@ -12,6 +12,8 @@ def tokenizer_identity(tokenizer: Any) -> bytes:
     # Padding and truncation are left out: calling the tokenizer changes them.
     model = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = [model["model"], model["normalizer"], model["pre_tokenizer"], model["added_tokens"]]
+    if template := getattr(tokenizer, "chat_template", None):
+        parts.append(template)
     return json.dumps([parts, tokenizer.model_max_length, tokenizer.pad_token_id], sort_keys=True).encode()
 
 

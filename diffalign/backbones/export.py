@@ -20,7 +20,7 @@ from diffalign.errors import ModelError
 
 # Settings in which the denoisers of two families, or of two sizes of one, differ.
 SHAPES = ("cross_attention_dim", "addition_embed_type", "in_channels", "joint_attention_dim")
-SHAPES += ("num_layers", "num_single_layers")
+SHAPES += ("num_layers", "num_single_layers", "dim", "n_layers")
 KOHYA_TRANSFORMERS = ("lora_unet_joint", "lora_unet_double", "lora_unet_single")  # how its keys begin
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 

@@ -10,9 +10,10 @@ from diffalign.backbones.flux import Flux
 from diffalign.backbones.sd3 import SD3
 from diffalign.backbones.sd15 import SD15
 from diffalign.backbones.sdxl import SDXL
+from diffalign.backbones.z_image import ZImage
 from diffalign.errors import ModelError
 
-FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux)
+FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux, ZImage)
 PIPELINES = {family.pipeline_class.__name__: family for family in FAMILIES}
 BY_NAME = {family.family: family for family in FAMILIES}
 DENOISERS = tuple(dict.fromkeys(family.denoiser_name for family in FAMILIES))  # names of folders, too: unet/ ...

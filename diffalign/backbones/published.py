@@ -1,4 +1,4 @@
-"""Configurations of SD1.5 and SDXL base as published, so that neither a hub nor a cache is needed to build them."""
+"""Configurations of SD1.5, SDXL base and flow transformers as published: to build them takes no hub and no cache."""
 
 import gzip
 import importlib.util
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -120,8 +120,9 @@ VAES = (
     "stabilityai/sd-vae-ft-ema",
 )
 # Transformers as published, transformer/config.json of each hub id; the first of a family stands for others of it.
-_SD3 = {"sample_size": 128, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+_SD3 = {"sample_size": 128, "num_layers": 24, "num_attention_heads": 24}
 _SD3 |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 192}
+_SD3 |= {"caption_projection_dim": 1536}
 _SD35 = _SD3 | {"qk_norm": "rms_norm"}
 TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
     "sd3": {
@@ -132,10 +133,22 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
         | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432},
     },
     "flux": {"black-forest-labs/FLUX.1-dev": {"guidance_embeds": True}},  # all else is the class's default
+    "zimage": {
+        "Tongyi-MAI/Z-Image": {"dim": 3840, "n_layers": 30, "n_heads": 30}
+        | {"n_kv_heads": 30, "n_refiner_layers": 2, "cap_feat_dim": 2560},
+    },
 }
-TRANSFORMER_CLASSES: dict[str, type[nn.Module]] = {"sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}
+TRANSFORMER_CLASSES: dict[str, type[nn.Module]] = {
+    "sd3": SD3Transformer2DModel,
+    "flux": FluxTransformer2DModel,
+    "zimage": ZImageTransformer2DModel,
+}
 # What their schedulers say of the shift.
-SHIFTS = {"sd3": {"shift": 3.0}, "flux": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}}
+SHIFTS = {
+    "sd3": {"shift": 3.0},
+    "flux": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
+    "zimage": {"shift": 6.0},
+}
 CLIP_MERGES = 48894  # with 256 letters, 256 final letters and 2 marks they make the 49,408 tokens
 PIPELINE_NAMES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 

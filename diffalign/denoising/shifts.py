@@ -2,7 +2,7 @@
 
 Every shift in use is s' = k s / (1 + (k - 1) s), of Esser et al. 2024 (SD3, 2403.03206), with one factor k:
 
-    static       k = shift                    SD3 3, Lumina2 6, Z-Image and SANA 3
+    static       k = shift                    SD3 3, Lumina2 and Z-Image 6, SANA and Z-Image-Turbo 3
     exponential  k = e^mu                     Flux, FLUX.2, Qwen-Image
     linear       k = mu                       diffusers' other `time_shift_type`
 

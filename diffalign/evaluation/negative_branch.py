@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from diffalign.backbones.adapters import activate, active_adapters, adapter_mix
 from diffalign.backbones.base import TEXT_ENCODERS, present
 from diffalign.backbones.export import load_adapter_into
-from diffalign.backbones.families import denoiser_of, has_unconditional_branch, with_denoiser
+from diffalign.backbones.families import PIPELINES, denoiser_of, has_unconditional_branch, with_denoiser
 from diffalign.errors import ModelError, UserError
 
 Load = Callable[[DiffusionPipeline, str], DiffusionPipeline]
@@ -50,10 +50,11 @@ class NegativeBranch(nn.Module):
         """Take networks, which may be one, the factor of each adapter that acts in a branch, and who will call."""
         super().__init__()
         self.networks = nn.ModuleList([positive] if negative is positive else [positive, negative])
-        self._branches = (
+        branches = (
             (negative, adapter_mix(negative, negative_adapters)),
             (positive, adapter_mix(positive, positive_adapters)),
         )
+        self._branches = branches[::-1] if PIPELINES[type(pipeline).__name__].prompt_first else branches
         self._pipeline = weakref.ref(pipeline)
 
     def __getattr__(self, name: str) -> Any:
@@ -66,7 +67,9 @@ class NegativeBranch(nn.Module):
             return getattr(self.networks[0], name)
 
     def forward(self, *args: Any, return_dict: bool = True, **options: Any) -> UNet2DConditionOutput | tuple[Tensor]:
-        """Return the prediction [2N,C,h,w] for latents [2N,C,h,w], unconditional half first.
+        """Return the prediction [2N,C,h,w] for latents [2N,C,h,w], the halves in the order of the family's pipeline.
+
+        Lists of 2N latents become lists of 2N predictions.
 
         Latents are the first argument, or the first by name: `sample` of UNets, `hidden_states` of transformers.
 
@@ -85,7 +88,8 @@ class NegativeBranch(nn.Module):
             with mixed():
                 inputs = _half(args, half, size), _half(options, half, size)
                 predictions.append(network(*inputs[0], **inputs[1], return_dict=False)[0])
-        prediction = torch.cat(predictions)
+        listed = isinstance(predictions[0], list)
+        prediction = [entry for half in predictions for entry in half] if listed else torch.cat(predictions)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
 
@@ -206,6 +210,8 @@ def _half(value: Any, half: int, size: int) -> Any:
     """Return the entries of one half wherever `value` has one for each of the `size` in the batch."""
     if isinstance(value, Tensor):
         return value.chunk(2)[half] if value.ndim and len(value) == size else value
+    if isinstance(value, list) and len(value) == size:
+        return value[half * size // 2 : (half + 1) * size // 2]
     if isinstance(value, dict):
         return {key: _half(entry, half, size) for key, entry in value.items()}
     if isinstance(value, tuple | list):

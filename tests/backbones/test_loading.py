@@ -211,7 +211,7 @@ def test_unsupported_family(copy, name):
     (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
     with pytest.raises(ModelError, match=f"is a {name}") as caught:
         backbones.load(copy)
-    assert "flux (FluxPipeline); other families are not supported yet" in str(caught.value)
+    assert "zimage (ZImagePipeline); other families are not supported yet" in str(caught.value)
 
 
 def test_refiner_is_refused(copy):

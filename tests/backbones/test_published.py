@@ -13,6 +13,7 @@ from diffalign.backbones.adapters import ATTENTION, add_lora
 from diffalign.backbones.flux import Flux
 from diffalign.backbones.kohya import kohya_metadata, ldm_name
 from diffalign.backbones.sd3 import SD3
+from diffalign.backbones.z_image import ZImage
 from diffalign.errors import ModelError
 
 # Counts of the checkpoints on the hub.
@@ -107,6 +108,14 @@ def test_size_of_flux():
     square, mlp_in, both = 2 * 3072, 3072 + 4 * 3072, 5 * 3072 + 3072  # inputs and outputs of a layer
     layers = 19 * 8 * square + 38 * (3 * square + mlp_in + both)
     assert sum(parameter.numel() for parameter in trained) == 16 * layers
+
+
+def test_size_of_z_image():
+    """Of a LoRA of rank 32: attention and feed-forward layers (10240 wide) of 30 blocks and of two refiners of two."""
+    network = published.random_transformer("Tongyi-MAI/Z-Image", device="meta")
+    assert sum(parameter.numel() for parameter in network.parameters()) == 6_154_908_736
+    trained = add_lora(network, 32, target_modules=ZImage.lora_targets, idle=ZImage.idle_layers(network))
+    assert sum(parameter.numel() for parameter in trained) == 34 * 32 * (4 * 2 * 3840 + 3 * (3840 + 10240))
 
 
 @pytest.mark.parametrize(("pad_token", "pad_id"), [("<|endoftext|>", 49407), ("!", 0)])

@@ -14,14 +14,21 @@ from diffalign.jobs.drawing.negative import Negative
 from diffalign.jobs.scoring.implicit import ImplicitReward
 from tests.jobs.material import PROMPTS, write_run
 
-SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=3.0, batch_size=2)
+SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=3.0, batch_size=2, height=64, width=64)
+SIDES = "--height", 64, "--width", 64
+
+
+@pytest.fixture(scope="module", params=["tiny_sd3", "tiny_zimage"])
+def model(request):
+    """Return the folder of a flow model."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_sd3, tmp_path_factory):
+def runs(model, tmp_path_factory):
     """Return a run of a LoRA and one of all weights."""
     folder = tmp_path_factory.mktemp("runs")
-    return {tune: write_run(folder / tune, tiny_sd3, tune) for tune in ("lora", "full")}
+    return {tune: write_run(folder / tune, model, tune) for tune in ("lora", "full")}
 
 
 def pictures(pipeline):
@@ -43,11 +50,22 @@ def test_a_run_and_its_checkpoint_are_the_same_model_and_not_the_base(runs, tune
 
 def test_generate_and_grid_from_the_command_line(runs, diffalign, tmp_path):
     out = tmp_path / "pictures"
-    code, said = diffalign("generate", runs["lora"].folder, "--prompt", PROMPTS[0], "--steps", 2, "--out", out)
+    code, said = diffalign("generate", runs["lora"].folder, "--prompt", PROMPTS[0], "--steps", 2, "--out", out, *SIDES)
     assert code == 0, said
     manifest = Manifest.read(out)
     assert len(manifest.paths) == 1
-    arguments = ["--show-base", "--prompt", PROMPTS[0], "--seeds", 0, "--steps", 2, "--out", tmp_path / "grid.png"]
+    arguments = [
+        "--show-base",
+        "--prompt",
+        PROMPTS[0],
+        "--seeds",
+        0,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "grid.png",
+        *SIDES,
+    ]
     code, said = diffalign("grid", runs["lora"].folder, *arguments, "--sweep", "lora_scale=0,1")
     assert code == 0, said
     assert "1 rows of 3 pictures" in said
@@ -79,8 +97,8 @@ def test_the_implicit_reward_is_that_of_the_run(runs, tune):
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
-def test_a_negative_branch_guides_away_from_another_network(runs, tiny_sd3, tune):
-    base = loading.load(tiny_sd3).pipeline()
+def test_a_negative_branch_guides_away_from_another_network(runs, model, tune):
+    base = loading.load(model).pipeline()
     plain = pictures(base)
     guided = with_negative_branch(base, runs[tune].folder)
     assert pictures(guided) != plain
