@@ -113,7 +113,7 @@ def require_kohya(denoiser: nn.Module) -> None:
     if name_of(denoiser) != "unet":
         raise ModelError(
             f"The kohya layout is written for UNets only, and this is a {type(denoiser).__name__}. Leave it out: "
-            "ComfyUI loads diffusers' layout of this family."
+            "diffusers' layout is written in any case, and its pipelines load that."
         )
 
 
