@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _WORD = 2**32
 
@@ -76,3 +76,21 @@ def _float64(values: Any) -> Tensor:
     if isinstance(values, list):
         return torch.stack([_float64(value) for value in values]) if values else torch.empty(0, dtype=torch.float64)
     return torch.tensor(float("nan") if values is None else float(values), dtype=torch.float64)
+
+
+def network(kind: type[nn.Module], record: Mapping[str, Any]) -> nn.Module:
+    """Return the whole network of a record, its weights a formula that is checked against the record's sums."""
+    built = kind(**record["hyperparameters"]["constructor"])
+    weights = hash_weights({name: parameter.shape for name, parameter in built.named_parameters()})
+    expected = record["expected"]["weights"]
+    assert sum(weight.numel() for weight in weights.values()) == expected["parameters"]
+    assert math.isclose(sum(weight.sum().item() for weight in weights.values()), expected["sum"], rel_tol=1e-6)
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            parameter.copy_(weights[name])
+    return built
+
+
+def fill(shape: Sequence[int], stream: int, scale: float = 1.0) -> Tensor:
+    """Return `hash_fill` times `scale`, float32."""
+    return (scale * hash_fill(shape, stream)).float()

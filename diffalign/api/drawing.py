@@ -94,7 +94,7 @@ def generate(
         out: a folder for PNG files and their manifest; what it holds already is not drawn again. None keeps no files.
         base: the model that a LoRA or UNet goes on, if not the one it names.
         steps: denoising steps, with the model's own scheduler.
-        guidance_scale: 7.5 is usual for SD1.5, 5.0 for SDXL; 1 switches guidance off.
+        guidance_scale: 7.5 is usual for SD1.5, 5.0 for SDXL; 1 switches guidance off (of Z-Image, 0).
         negative_prompt: what the pictures should not show.
         negative_lora: Diffusion-NPO: a LoRA, UNet or run that draws the unconditional branch of guidance.
         negative_scale: how much of it is in that branch.

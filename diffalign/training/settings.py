@@ -135,7 +135,7 @@ class ValidationSettings(Settings):
     num_inference_steps: int = Field(30, ge=1)
     """Denoising steps of a picture, with the model's own scheduler."""
     guidance_scale: float = Field(5.0, ge=0)
-    """7.5 is usual for SD1.5, 5.0 for SDXL; 1 switches guidance off."""
+    """7.5 is usual for SD1.5, 5.0 for SDXL; 1 switches guidance off (of Z-Image, which counts from 0, 0 does)."""
 
     @model_validator(mode="after")
     def _something_to_draw(self) -> "ValidationSettings":

@@ -39,24 +39,13 @@ def backbone(tiny_flux):
 @pytest.fixture(scope="module")
 def network():
     """Return the transformer of the records, its weights a formula."""
-    record = RECORDS["backbone_flux"]
-    network = FluxTransformer2DModel(**record["hyperparameters"]["constructor"])
-    weights = golden.hash_weights({name: p.shape for name, p in network.named_parameters()})
-    expected = record["expected"]["weights"]
-    assert sum(w.numel() for w in weights.values()) == expected["parameters"]
-    assert sum(w.sum().item() for w in weights.values()) == pytest.approx(expected["sum"], rel=1e-6)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.copy_(weights[name])
-    return network
-
-
-def _fill(shape, stream, scale=1.0):
-    return (scale * golden.hash_fill(shape, stream)).float()
+    return golden.network(FluxTransformer2DModel, RECORDS["backbone_flux"])
 
 
 def _cond(text, pooled):
-    return Conditioning({"prompt_embeds": _fill((2, 7, 32), text), "pooled_prompt_embeds": _fill((2, 32), pooled)})
+    return Conditioning(
+        {"prompt_embeds": golden.fill((2, 7, 32), text), "pooled_prompt_embeds": golden.fill((2, 32), pooled)}
+    )
 
 
 class TestGoldens:
@@ -73,7 +62,7 @@ class TestGoldens:
     def test_one_pass_and_its_error(self, backbone, network):
         record, path = RECORDS["backbone_flux"], backbone.path
         backbone.guidance = record["hyperparameters"]["guidance"]
-        x0, noise = _fill((2, 16, 8, 8), 1000), _fill((2, 16, 8, 8), 1001, 1.5)
+        x0, noise = golden.fill((2, 16, 8, 8), 1000), golden.fill((2, 16, 8, 8), 1001, 1.5)
         problem = with_noise(path, x0, noise, 1000 * torch.tensor(record["inputs"]["s"]))
         torch.testing.assert_close(problem.xt.flatten()[:4], torch.tensor(record["expected"]["x_s_first4"]))
         velocity = backbone.predict(network, problem.xt, problem.timesteps, _cond(1010, 1011))
@@ -90,7 +79,7 @@ class TestGoldens:
         record = RECORDS["pipeline_flux"]
         backbone.guidance = RECORDS["backbone_flux"]["hyperparameters"]["guidance"]
         scale = record["hyperparameters"]["guidance"][kind]["true_cfg_scale"]
-        x, sigmas = _fill((2, 16, 8, 8), 1001, 1.5), torch.tensor(record["expected"]["sigmas"])
+        x, sigmas = golden.fill((2, 16, 8, 8), 1001, 1.5), torch.tensor(record["expected"]["sigmas"])
         cond, empty = _cond(1010, 1011), _cond(1020, 1021)
         for here, there in pairwise(sigmas):
             timesteps = (1000 * here).repeat(2)

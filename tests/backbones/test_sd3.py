@@ -37,30 +37,19 @@ def backbone(tiny_sd3):
 @pytest.fixture(scope="module")
 def network():
     """Return the transformer of the records, its weights a formula."""
-    record = RECORDS["backbone_sd3"]
-    network = SD3Transformer2DModel(**record["hyperparameters"]["constructor"])
-    weights = golden.hash_weights({name: p.shape for name, p in network.named_parameters()})
-    expected = record["expected"]["weights"]
-    assert sum(w.numel() for w in weights.values()) == expected["parameters"]
-    assert sum(w.sum().item() for w in weights.values()) == pytest.approx(expected["sum"], rel=1e-6)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.copy_(weights[name])
-    return network
-
-
-def _fill(shape, stream, scale=1.0):
-    return (scale * golden.hash_fill(shape, stream)).float()
+    return golden.network(SD3Transformer2DModel, RECORDS["backbone_sd3"])
 
 
 def _cond(text, pooled):
-    return Conditioning({"prompt_embeds": _fill((2, 7, 32), text), "pooled_prompt_embeds": _fill((2, 64), pooled)})
+    return Conditioning(
+        {"prompt_embeds": golden.fill((2, 7, 32), text), "pooled_prompt_embeds": golden.fill((2, 64), pooled)}
+    )
 
 
 class TestGoldens:
     def test_one_pass_and_its_error(self, backbone, network):
         record, path = RECORDS["backbone_sd3"], backbone.path
-        x0, noise = _fill((2, 16, 8, 8), 1000), _fill((2, 16, 8, 8), 1001, 1.5)
+        x0, noise = golden.fill((2, 16, 8, 8), 1000), golden.fill((2, 16, 8, 8), 1001, 1.5)
         timesteps = 1000 * torch.tensor(record["inputs"]["s"])
         problem = with_noise(path, x0, noise, timesteps)
         torch.testing.assert_close(problem.xt.flatten()[:4], torch.tensor(record["expected"]["x_s_first4"]))
@@ -77,7 +66,7 @@ class TestGoldens:
     def test_three_steps_of_its_pipeline(self, backbone, network, kind):
         record = RECORDS["pipeline_sd3"]
         scale = record["hyperparameters"]["guidance"][kind]["guidance_scale"]
-        x, sigmas = _fill((2, 16, 8, 8), 1001, 1.5), torch.tensor(record["expected"]["sigmas"])
+        x, sigmas = golden.fill((2, 16, 8, 8), 1001, 1.5), torch.tensor(record["expected"]["sigmas"])
         cond, empty = _cond(1010, 1011), _cond(1020, 1021)
 
         def velocity(xt, timesteps, cond):

@@ -31,24 +31,11 @@ def backbone(tiny_zimage):
 @pytest.fixture(scope="module")
 def network():
     """Return the transformer of the records, its weights a formula."""
-    record = RECORDS["backbone_zimage"]
-    network = ZImageTransformer2DModel(**record["hyperparameters"]["constructor"])
-    weights = golden.hash_weights({name: p.shape for name, p in network.named_parameters()})
-    expected = record["expected"]["weights"]
-    assert sum(w.numel() for w in weights.values()) == expected["parameters"]
-    assert sum(w.sum().item() for w in weights.values()) == pytest.approx(expected["sum"], rel=1e-6)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.copy_(weights[name])
-    return network
-
-
-def _fill(shape, stream, scale=1.0):
-    return (scale * golden.hash_fill(shape, stream)).float()
+    return golden.network(ZImageTransformer2DModel, RECORDS["backbone_zimage"])
 
 
 def _cond(stream, mask):
-    return Conditioning({"prompt_embeds": _fill((2, 7, 16), stream), MASK: torch.tensor(mask).bool()})
+    return Conditioning({"prompt_embeds": golden.fill((2, 7, 16), stream), MASK: torch.tensor(mask).bool()})
 
 
 def _noise(number=2, seed=3):
@@ -63,7 +50,7 @@ def _told(backbone, prompts):
 class TestGoldens:
     def test_one_pass_and_its_error(self, backbone, network):
         record = RECORDS["backbone_zimage"]
-        x0, noise = _fill((2, 16, 8, 8), 1000), _fill((2, 16, 8, 8), 1001, 1.5)
+        x0, noise = golden.fill((2, 16, 8, 8), 1000), golden.fill((2, 16, 8, 8), 1001, 1.5)
         problem = with_noise(backbone.path, x0, noise, 1000 * torch.tensor(record["inputs"]["s"]))
         velocity = backbone.predict(network, problem.xt, problem.timesteps, _cond(1010, record["inputs"]["mask"]))
         golden.assert_close(record, "velocity", velocity)
@@ -78,7 +65,7 @@ class TestGoldens:
         record = RECORDS["pipeline_zimage"]
         scale = 1 + record["hyperparameters"]["guidance"][kind]["guidance_scale"]  # theirs counts from 0
         cond, empty = _cond(1010, record["inputs"]["mask"]), _cond(1020, [[1] * 7] * 2)
-        x = _fill((2, 16, 8, 8), 1001, 1.5)
+        x = golden.fill((2, 16, 8, 8), 1001, 1.5)
         for here, there in pairwise(torch.tensor(record["expected"]["sigmas"])):
             timesteps = (1000 * here).repeat(2)
             v, without = (backbone.predict(network, x, timesteps, told) for told in (cond, empty))
