@@ -173,6 +173,11 @@ class Backbone(ABC):
         `denoiser` is passed in because policy, reference and wrapped (DDP, compiled) networks go through this one.
         """
 
+    @classmethod
+    def drawing_options(cls, pipeline: Any) -> dict[str, Any]:
+        """Return arguments with which a pipeline draws the same pictures faster, or without which it would not."""
+        return {}
+
     @abstractmethod
     def pipeline(self) -> Any:
         """Return diffusers' pipeline over these very modules with its own scheduler, safety checker off.

@@ -50,6 +50,12 @@ def has_unconditional_branch(pipeline: DiffusionPipeline) -> bool:
     return hasattr(type(pipeline), "do_classifier_free_guidance")  # of a pipeline it would ask for a scale
 
 
+def drawing_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Return the arguments beyond the usual ones with which a pipeline of any of the families is to be called."""
+    family = PIPELINES.get(type(pipeline).__name__)
+    return {} if family is None else family.drawing_options(pipeline)
+
+
 def family_of(pipeline_class: str, source: str) -> type[Backbone]:
     """Return the family of a pipeline class, as model_index.json names it.
 

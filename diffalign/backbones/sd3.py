@@ -13,6 +13,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from diffalign.backbones.base import CLIP_LENGTH
 from diffalign.backbones.conditioning import Conditioning
 from diffalign.backbones.flow import FlowBackbone
+from diffalign.backbones.repeated_text import REPEATS, allow_repeats, repeats_text
 from diffalign.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,8 @@ T5_LENGTH = 256  # tokens, the pipeline's `max_sequence_length`
 class SD3(FlowBackbone):
     """Adapt StableDiffusion3Pipeline checkpoints: SD3-medium, SD3.5-medium and SD3.5-large, and their fine-tunes.
 
-    A pipeline without T5 is trained as it draws: with zeros in the place of T5's embeddings.
+    A pipeline without T5 is trained as it draws: with zeros in the place of T5's embeddings. One zero stands for all of
+    them in what is encoded, cached and computed.
     """
 
     family = "sd3"
@@ -37,6 +39,12 @@ class SD3(FlowBackbone):
     repeated_blocks = ("JointTransformerBlock",)
     # Ends of names: `attn` of all blocks, and `attn2`, which the first blocks of SD3.5-medium have beside it.
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+    def __init__(self, **parts: Any):
+        """Take over the parts of a loaded pipeline; see Backbone."""
+        super().__init__(**parts)
+        if self._lacks_t5:
+            allow_repeats(self.denoiser)
 
     @classmethod
     def idle_layers(cls, denoiser: nn.Module) -> tuple[str, ...]:
@@ -63,7 +71,7 @@ class SD3(FlowBackbone):
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return CLIP's penultimate hidden states, padded to T5's width and followed by T5's states [N,L+256,D].
 
-        The pooled embeddings are both projections side by side.
+        Without T5 a single zero [N,L+1,D] follows. The pooled embeddings are both projections side by side.
         """
         length = self.tokenizers[0].model_max_length  # of both, as in the pipeline
         states, pooled = [], []
@@ -79,13 +87,26 @@ class SD3(FlowBackbone):
     def predict(self, denoiser: nn.Module, xt: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
         """Return v [N,C,h,w] in the denoiser's dtype; it takes timesteps as they are, from 0 to 1000."""
         dtype = self._dtype(denoiser)
+        text, options = cond["prompt_embeds"].to(dtype), {}
+        if self._lacks_t5 and repeats_text(denoiser):
+            options["joint_attention_kwargs"] = {REPEATS: T5_LENGTH}
+        elif self._lacks_t5:
+            text = F.pad(text, (0, 0, 0, T5_LENGTH - 1))
         return denoiser(
             hidden_states=xt.to(dtype),
             timestep=timesteps,
-            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+            encoder_hidden_states=text,
             pooled_projections=cond["pooled_prompt_embeds"].to(dtype),
             return_dict=False,
+            **options,
         )[0]
+
+    @classmethod
+    def drawing_options(cls, pipeline: StableDiffusion3Pipeline) -> dict[str, Any]:
+        """Return what makes a pipeline without T5 compute one zero in its place, where the transformer can."""
+        if pipeline.text_encoder_3 is not None or not repeats_text(pipeline.transformer):
+            return {}
+        return {"max_sequence_length": 1, "joint_attention_kwargs": {REPEATS: T5_LENGTH}}
 
     def pipeline(self) -> StableDiffusion3Pipeline:
         """Return a StableDiffusion3Pipeline over these modules."""
@@ -102,10 +123,14 @@ class SD3(FlowBackbone):
             scheduler=type(self.scheduler).from_config(self.scheduler.config),
         )
 
+    @property
+    def _lacks_t5(self) -> bool:
+        return len(self.text_encoders) < 3
+
     def _t5_states(self, prompts: list[str]) -> Tensor:
-        if len(self.text_encoders) < 3:
+        if self._lacks_t5:
             like, width = self.text_encoders[0], self.denoiser.config.joint_attention_dim
-            return torch.zeros(len(prompts), T5_LENGTH, width, device=like.device, dtype=like.dtype)
+            return torch.zeros(len(prompts), 1, width, device=like.device, dtype=like.dtype)
         encoder = self.text_encoders[2]
         tokens = self._tokenize(self.tokenizers[2], prompts, T5_LENGTH).input_ids
         return encoder(tokens.to(encoder.device))[0]
@@ -118,7 +143,7 @@ class SD3(FlowBackbone):
                 f'"{self.source}" has {encoders} text encoders and {tokenizers} tokenizers. Of T5, give both '
                 "(text_encoder_3, tokenizer_3) or neither."
             )
-        if encoders < 3:
+        if self._lacks_t5:
             logger.warning(
                 '"%s" has no T5 (text_encoder_3): zeros take the place of its embeddings, in training and in drawing. '
                 "Long prompts and text in pictures suffer; short prompts hardly do.",

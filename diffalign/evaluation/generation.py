@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from diffalign.backbones.families import has_unconditional_branch
+from diffalign.backbones.families import drawing_options, has_unconditional_branch
 from diffalign.errors import DataError, ModelError, UserError
 from diffalign.evaluation.manifest import Manifest, atomic_write
 from diffalign.progress import progress_bar
@@ -156,6 +156,7 @@ def _draw(
         width=settings.width,
         generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
         output_type="np",
+        **drawing_options(pipeline),
     ).images
     # The pipeline's own conversion would turn NaN into black pictures without a word.
     bad = ~np.isfinite(arrays).reshape(len(arrays), -1).all(axis=1)

@@ -4,18 +4,23 @@ import json
 import shutil
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from diffalign import backbones
 from diffalign.backbones import Conditioning, adapters, export, inspection, loading
 from diffalign.backbones.families import denoiser_of
+from diffalign.backbones.repeated_text import repeats_text
 from diffalign.denoising import add_noise, errors, guided, target
 from diffalign.denoising.noising import with_noise
 from diffalign.denoising.step import DenoisingOutputs
 from diffalign.errors import ModelError
+from diffalign.evaluation import generate
 from tests import golden
 from tests.backbones.drawing import PROMPT, draw, perturb
 from tests.tiny import build_tiny_sd3
@@ -92,11 +97,59 @@ def test_prompts_equal_the_pipeline(tiny_sd3, without_t5, t5):
             PROMPTS, PROMPTS, PROMPTS, device="cpu", do_classifier_free_guidance=False
         )
         text = backbone.encode_prompts(PROMPTS)
-    assert torch.equal(text["prompt_embeds"], embeds)
-    assert torch.equal(text["pooled_prompt_embeds"], pooled)
     assert embeds.shape == (3, 77 + 256, 32)
+    kept = text["prompt_embeds"]
+    assert torch.equal(kept, embeds if t5 else embeds[:, :78])
     assert bool(embeds[:, 77:].any()) is t5
-    assert sum(column[0].numel() for column in text.values()) == backbone.prompt_size(backbone.denoiser.config)
+    assert torch.equal(text["pooled_prompt_embeds"], pooled)
+    if t5:
+        assert sum(column[0].numel() for column in text.values()) == backbone.prompt_size(backbone.denoiser.config)
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_one_zero_stands_for_the_256_in_the_place_of_t5(without_t5, foreign):
+    backbone = backbones.load(without_t5)
+    network = backbone.denoiser
+    if foreign:  # what does not understand repeats gets all 256
+        network.set_attn_processor(type("Foreign", (JointAttnProcessor2_0,), {})())
+    text = backbone.encode_prompts(PROMPTS)
+    xt, timesteps = (
+        torch.randn(3, 16, 16, 16, generator=torch.Generator().manual_seed(2)),
+        torch.tensor([9.0, 500, 990]),
+    )
+    long = F.pad(text["prompt_embeds"], (0, 0, 0, 255))
+    inputs = {"encoder_hidden_states": long, "pooled_projections": text["pooled_prompt_embeds"]}
+    expected = network(xt, timestep=timesteps, **inputs).sample
+    lengths = []
+    hook = network.context_embedder.register_forward_hook(lambda *call: lengths.append(call[2].shape[1]))
+    found = backbone.predict(network, xt, timesteps, backbone.condition(text, None))
+    hook.remove()
+    assert lengths == [77 + (256 if foreign else 1)]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    wanted, got = (_all_gradients(network, v) for v in (expected, found))
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_pictures_without_t5_equal_those_of_the_stock_pipeline(without_t5):
+    stock = StableDiffusion3Pipeline.from_pretrained(without_t5, text_encoder_3=None, tokenizer_3=None)
+    ours = backbones.load(without_t5).pipeline()
+    drawn = [
+        np.stack(
+            [np.asarray(image, dtype=float) for image in generate(each, [PROMPT, "a cat"], [3, 4], progress=False)]
+        )
+        for each in (stock, ours)
+    ]
+    assert repeats_text(ours.transformer)
+    assert not repeats_text(stock.transformer)
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+
+
+def _all_gradients(network, v):
+    loss = v.square().mean()
+    named = dict(network.requires_grad_(True).named_parameters())
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: part for name, part in zip(named, found, strict=True) if part is not None}
 
 
 def test_a_missing_t5_is_said(without_t5, caplog):
