@@ -10,7 +10,7 @@ from rich.console import Console
 
 from diffalign.cli import options
 from diffalign.cli.settings import ConfigFile, Overrides, WithSettings
-from diffalign.errors import ConfigError
+from diffalign.errors import ConfigError, UserError, suggestion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,16 +127,25 @@ def precompute(config: ConfigFile, overrides: Overrides = None) -> None:
 
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("runs/demo"),
-    config: Annotated[Path, typer.Option(help="The training configuration.")] = Path("tiny/dpo"),
+    model: Annotated[
+        str, typer.Option(help="The embedded model: sdxl, or sd3, which learns by flow matching.")
+    ] = "sdxl",
+    config: Annotated[
+        Path | None,
+        typer.Option(help="The training configuration, in place of the model's own.", show_default=False),
+    ] = None,
     prompts: Annotated[Path, typer.Option(help="Held-out prompts, one a line.")] = Path(
         "assets/prompts/tiny-held-out.txt"
     ),
     seed: Annotated[int, typer.Option(help="Seed of training and of the evaluation's noise.")] = 0,
 ) -> None:
     """Align the embedded model, score it on held-out prompts and show the result, in minutes on a CPU."""
+    from diffalign.jobs.world.demo import RECIPES
     from diffalign.jobs.world.demo import demo as run
 
-    run(config, output_dir, prompts, seed, Console())
+    if model not in RECIPES:
+        raise UserError(f'--model must be one of {", ".join(RECIPES)}, got "{model}".{suggestion(model, RECIPES)}')
+    run(config or RECIPES[model], output_dir, prompts, seed, Console())
 
 
 def register(app: typer.Typer) -> None:

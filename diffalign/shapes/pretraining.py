@@ -27,16 +27,16 @@ from diffalign.shapes.render import render
 
 @dataclass(frozen=True, kw_only=True)
 class Pretraining:
-    """Hold the recipe of the embedded pipeline; the defaults made `assets/tiny-sdxl`."""
+    """Hold the recipe of an embedded pipeline; the defaults made `assets/tiny-sdxl`."""
 
     images: int = 20_000
     vae_steps: int = 1_500
     vae_batch_size: int = 32
     vae_crop: int = 32  # pixels; the VAE is convolutional, and a quarter of the image costs a quarter
     vae_learning_rate: float = 3e-3
-    unet_steps: int = 5_000
-    unet_batch_size: int = 32
-    unet_learning_rate: float = 5e-4
+    denoiser_steps: int = 5_000
+    denoiser_batch_size: int = 32
+    denoiser_learning_rate: float = 5e-4
     caption_dropout: float = 0.1
     ema_decay: float = 0.998
     seed: int = 0
@@ -145,12 +145,12 @@ def train_denoiser(
     """Train text encoders and denoiser on scaled latents [N, C, 16, 16], keep their average; return the last error."""
     model = TextToLatent(pipeline).train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.unet_learning_rate, weight_decay=1e-3)
-    schedule = _schedule(optimizer, recipe.unet_steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.denoiser_learning_rate, weight_decay=1e-3)
+    schedule = _schedule(optimizer, recipe.denoiser_steps)
     generator = torch.Generator().manual_seed(recipe.seed + 1)
     smoothed = None
-    with Progress("denoiser, step", recipe.unet_steps, console=console) as shown:
-        for index in _batches(len(x0), recipe.unet_batch_size, recipe.unet_steps, recipe.seed + 2):
+    with Progress("denoiser, step", recipe.denoiser_steps, console=console) as shown:
+        for index in _batches(len(x0), recipe.denoiser_batch_size, recipe.denoiser_steps, recipe.seed + 2):
             xt, wanted, timesteps = _noised(model.backbone, x0[index], generator)
             dropped = torch.rand(len(index), 1, generator=generator) < recipe.caption_dropout
             rows = ["" if blank else captions[i] for i, (blank,) in zip(index.tolist(), dropped.tolist(), strict=True)]

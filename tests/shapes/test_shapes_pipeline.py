@@ -12,7 +12,13 @@ from diffalign.shapes.pipeline import RESOLUTION, build_pipeline
 from diffalign.shapes.pretraining import Pretraining, TextToLatent
 
 RECIPE = Pretraining(
-    images=48, vae_steps=30, vae_batch_size=8, unet_steps=24, unet_batch_size=8, unet_learning_rate=2e-3, ema_decay=0.5
+    images=48,
+    vae_steps=30,
+    vae_batch_size=8,
+    denoiser_steps=24,
+    denoiser_batch_size=8,
+    denoiser_learning_rate=2e-3,
+    ema_decay=0.5,
 )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import reward_models
 from diffalign import config as configuration
-from diffalign.backbones import loading
+from diffalign.backbones import inspection, loading
 from diffalign.backbones.export import load_adapter_into
 from diffalign.backbones.families import denoiser_of
 from diffalign.config import Config
@@ -37,7 +37,7 @@ from diffalign.shapes.oracle import Oracle
 SAMPLING = SamplingSettings(num_inference_steps=20, guidance_scale=5.0, batch_size=64)
 N_PROMPTS = 256
 TINY_SCORERS = {"pickscore": Path("assets/tiny-pickscore"), "hpsv2": Path("assets/tiny-hpsv2")}
-COMMAND = "diffalign demo"
+RECIPES = {"sdxl": Path("tiny/dpo"), "sd3": Path("tiny-sd3/dpo")}  # by the embedded model
 
 
 def demo(config_file: Path, output_dir: Path, prompts: Path, seed: int, console: Console) -> dict[str, Any]:
@@ -56,7 +56,8 @@ def demo(config_file: Path, output_dir: Path, prompts: Path, seed: int, console:
         "seconds": round(time.perf_counter() - started, 1),
         "versions": versions(),
     }
-    present(config, comparison, {"base": base.images, "aligned": aligned.images}, output_dir, extra)
+    images = {"base": base.images, "aligned": aligned.images}
+    present(config, comparison, images, output_dir, extra, command=f"diffalign demo --config {config_file}")
     for scorer in comparison.results:
         console.print(f"[bold]{scorer}[/]: {comparison.describe(scorer)}")
     console.print(
@@ -96,7 +97,12 @@ def compare(base: Manifest, aligned: Manifest) -> Comparison:
 
 
 def present(
-    config: Config, comparison: Comparison, images: dict[str, Any], output_dir: Path, extra: dict[str, Any]
+    config: Config,
+    comparison: Comparison,
+    images: dict[str, Any],
+    output_dir: Path,
+    extra: dict[str, Any],
+    command: str,
 ) -> None:
     """Write scores, summary, grid, report, and the model card with its scores."""
     comparison.write(output_dir, extra)
@@ -108,7 +114,7 @@ def present(
         images,
         metrics=output_dir / "metrics.jsonl",
         config=config.model_dump(mode="json"),
-        command=COMMAND,
+        command=command,
         title=title,
     )
     rows = ["| scorer | base | aligned | win rate | 95 % interval |", "|---|---|---|---|---|"]
@@ -116,5 +122,10 @@ def present(
         rows.append(
             f"| {name} | {r.base:.4g} | {r.aligned:.4g} | {r.win_rate:.3f} | {r.ci_low:.3f} to {r.ci_high:.3f} |"
         )
-    card = model_card.render(config, "sdxl", extra["training"], "\n".join(rows))
+    card = model_card.render(
+        config,
+        inspection.family_at(config.model.pretrained_model_name_or_path).family,
+        extra["training"],
+        "\n".join(rows),
+    )
     (output_dir / "README.md").write_text(card, encoding="utf8")

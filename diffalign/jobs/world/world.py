@@ -7,6 +7,11 @@ assets/tiny-pickscore, assets/tiny-hpsv2    reward models in the official format
 assets/tiny-lists       four samples a prompt, each with the scores of three judges
 assets/tiny-step-aware  the tiny PickScore, taught to judge one-step predictions of the base model (SPO)
 assets/tiny-lrm         the base model's encoder, taught to judge its noisy latents (LPO)
+
+The flow model shares the prompts and the reward models (`--model sd3`):
+
+assets/tiny-sd3         a `StableDiffusion3Pipeline`                       diffalign/shapes/sd3.py
+assets/tiny-sd3-pairs, assets/tiny-sd3-lists    pairs and lists of its own samples
 """
 
 import json
@@ -19,7 +24,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from rich.console import Console
 
 import reward_models
@@ -31,48 +36,51 @@ from diffalign.progress import progress_bar
 from diffalign.rollout import LatentReward
 from diffalign.shapes import render
 from diffalign.shapes.captions import PALETTE, SHAPES, Scene, distinct_captions, scenes
-from diffalign.shapes.pipeline import build_pipeline
+from diffalign.shapes.models import MODELS
 from diffalign.shapes.pretraining import Pretraining, pretrain
 from diffalign.shapes.tokenizer import world_merges
 from reward_models import tiny, tokenization, training
 
 VALIDATION_PAIRS = 1000  # rendered, of held-out combinations; the best step of a reward model is chosen on them
-PARTS = ("pipeline", "prompts", "pairs", "captions", "rewards", "lists", "step-aware", "lrm")
+PARTS = {
+    "sdxl": ("pipeline", "prompts", "pairs", "captions", "rewards", "lists", "step-aware", "lrm"),
+    "sd3": ("pipeline", "pairs", "captions", "lists"),
+}
 
 
 def build(assets: Path, parts: list[str], world: World, pretraining: Pretraining, console: Console) -> None:
-    """Build the named parts, in order.
+    """Build the named parts of a model's world, in order.
 
     Raises:
         ConfigError: an unknown part.
     """
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown:
-        raise ConfigError(f'Unknown part "{unknown[0]}" of the world. Available: {", ".join(PARTS)}.')
+    known = PARTS[world.model]
+    if unknown := [part for part in parts if part not in known]:
+        raise ConfigError(f'Unknown part "{unknown[0]}" of the world of {world.base}. Available: {", ".join(known)}.')
     makers: dict[str, Callable[[], Any]] = {
-        "pipeline": lambda: build_base(assets / "tiny-sdxl", pretraining, console),
+        "pipeline": lambda: build_base(assets, world, pretraining, console),
         "prompts": lambda: write_prompts(assets / "prompts", world),
         "pairs": lambda: write_pairs(assets, world, console),
-        "captions": lambda: write_captions(assets),
+        "captions": lambda: write_captions(assets, world),
         "rewards": lambda: build_rewards(assets, world, console),
         "lists": lambda: write_lists(assets, world, console),
         "step-aware": lambda: build_step_aware(assets, world, console),
         "lrm": lambda: build_lrm(assets, world, console),
     }
-    for part in PARTS:
+    for part in known:
         if part in parts:
             console.rule(part)
             makers[part]()
 
 
-def build_base(folder: Path, recipe: Pretraining, console: Console) -> None:
+def build_base(assets: Path, world: World, recipe: Pretraining, console: Console) -> None:
     """Train the base model and save it as a diffusers folder in float16."""
-    pipeline = build_pipeline(recipe.seed)
+    pipeline = MODELS[world.model].build(recipe.seed)
     console.print(pretrain(pipeline, recipe, console))
-    save_base(pipeline, folder)
+    save_base(pipeline, assets / world.base)
 
 
-def save_base(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
+def save_base(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Save in float16 safetensors, under the plain file names, to be loaded in float32 by those who name no dtype.
 
     diffusers does so for the UNet and the VAE; transformers takes the dtype that the encoder's config names.

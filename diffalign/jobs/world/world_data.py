@@ -25,10 +25,12 @@ SAMPLING = SamplingSettings(num_inference_steps=16, guidance_scale=5.0, batch_si
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Say how large the embedded world is; the defaults made `assets/`."""
+    """Say how large the embedded world of a model is; WORLDS has those that made `assets/`."""
 
+    model: str = "sdxl"  # of `shapes.models.MODELS`
     seed: int = 0
-    training_captions: int = 2200
+    training_captions: int = 2200  # distinct ones, which the worlds of all models share
+    pairs: int = 2200  # of as many captions
     held_out_prompts: int = 400
     candidates: int = 4  # samples a caption, of which the best and the worst become a pair
     tie_gap: float = 0.03  # pairs whose oracle scores are closer become ties
@@ -38,6 +40,19 @@ class World:
     reward_steps: int = 600
     step_aware_steps: int = 400
     lrm_steps: int = 200
+    jpeg_quality: int = 95
+
+    @property
+    def base(self) -> str:
+        """Return the name of the base model and of its folder."""
+        return f"tiny-{self.model}"
+
+    def folder(self, assets: Path, kind: str) -> Path:
+        """Return the folder of this model's "pairs" or "lists"."""
+        return assets / (f"tiny-{kind}" if self.model == "sdxl" else f"{self.base}-{kind}")
+
+
+WORLDS = {"sdxl": World(), "sd3": World(model="sd3", pairs=1200, lists=200, jpeg_quality=90)}
 
 
 def read_captions(assets: Path) -> list[str]:
@@ -48,17 +63,17 @@ def read_captions(assets: Path) -> list[str]:
     return file.read_text(encoding="utf8").splitlines()
 
 
-def sample(assets: Path, prompts: list[str], seed: int) -> list[Image.Image]:
+def sample(assets: Path, world: World, prompts: list[str], seed: int) -> list[Image.Image]:
     """Draw prompts with the base model, each from the next seed."""
-    pipeline = loading.load(assets / "tiny-sdxl").pipeline()
+    pipeline = loading.load(assets / world.base).pipeline()
     return generate(pipeline, prompts, [seed + i for i in range(len(prompts))], SAMPLING)
 
 
 def write_pairs(assets: Path, world: World, console: Console) -> None:
     """Sample the base model, let the oracle choose best and worst, label with noise, write Pick-a-Pic v2's columns."""
-    captions = read_captions(assets)
+    captions = read_captions(assets)[: world.pairs]
     prompts = [caption for caption in captions for _ in range(world.candidates)]
-    images = sample(assets, prompts, 10_000 + world.seed * len(prompts))
+    images = sample(assets, world, prompts, 10_000 + world.seed * len(prompts))
     scores = Oracle().score(images, prompts).view(-1, world.candidates)
     rng = random.Random(world.seed + 3)
     rows = []
@@ -66,7 +81,7 @@ def write_pairs(assets: Path, world: World, console: Console) -> None:
         own = images[number * world.candidates : (number + 1) * world.candidates]
         best, worst = int(row.argmax()), int(row.argmin())
         rows.append(_labelled(number, caption, own[best], own[worst], float(row[best] - row[worst]), world, rng))
-    folder = assets / "tiny-pairs"
+    folder = world.folder(assets, "pairs")
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet", row_group_size=256)
     ties = sum(row["label_0"] == 0.5 for row in rows)
@@ -83,7 +98,10 @@ def _labelled(
     prefers_best = rng.random() < 1 / (1 + math.exp(-gap / world.label_temperature))
     label_best = 0.5 if gap < world.tie_gap else float(prefers_best)
     best_first = rng.random() < 0.5
-    images, uids = [_jpeg(best), _jpeg(worst)], [f"{number:05d}-best", f"{number:05d}-worst"]
+    images, uids = (
+        [_jpeg(image, world.jpeg_quality) for image in (best, worst)],
+        [f"{number:05d}-best", f"{number:05d}-worst"],
+    )
     if not best_first:
         images, uids = images[::-1], uids[::-1]
     label_0 = label_best if best_first else 1 - label_best
@@ -99,23 +117,23 @@ def _labelled(
         "jpg_1": images[1],
         "label_0": label_0,
         "label_1": 1 - label_0,
-        "model_0": "tiny-sdxl",
-        "model_1": "tiny-sdxl",
+        "model_0": world.base,
+        "model_1": world.base,
         "num_example_per_prompt": 1,
         "ranking_id": number,
         "user_id": 0,
     }
 
 
-def _jpeg(image: Image.Image) -> bytes:
+def _jpeg(image: Image.Image, quality: int) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=95, subsampling=0)
+    image.save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
 
 
-def write_captions(assets: Path) -> None:
+def write_captions(assets: Path, world: World) -> None:
     """Add to every pair what its two images show, in caption_0 and caption_1 (DCPO)."""
-    file = assets / "tiny-pairs" / "train.parquet"
+    file = world.folder(assets, "pairs") / "train.parquet"
     rows = pq.read_table(file).to_pylist()
     for row in rows:
         for side in "01":
@@ -131,7 +149,7 @@ def write_lists(assets: Path, world: World, console: Console) -> None:
     """
     captions, count = read_captions(assets)[: world.lists], world.candidates
     prompts = [caption for caption in captions for _ in range(count)]
-    images = sample(assets, prompts, 5_000_000 + world.seed * len(prompts))
+    images = sample(assets, world, prompts, 5_000_000 + world.seed * len(prompts))
     # The difference of two Gumbel numbers is logistic: with this noise a comparison agrees as often as the annotator.
     gumbel = np.random.default_rng(world.seed + 6).gumbel(scale=world.label_temperature, size=len(prompts))
     judges = [reward_models.load(name, assets / f"tiny-{name}") for name in ("pickscore", "hpsv2")]
@@ -140,9 +158,9 @@ def write_lists(assets: Path, world: World, console: Console) -> None:
     rows = []
     for number, caption in enumerate(captions):
         own = slice(number * count, (number + 1) * count)
-        encoded = [_jpeg(image) for image in images[own]]
+        encoded = [_jpeg(image, world.jpeg_quality) for image in images[own]]
         rows.append({"caption": caption, "images": encoded, "scores": scores[own].astype(float).round(6).tolist()})
-    folder = assets / "tiny-lists"
+    folder = world.folder(assets, "lists")
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet", row_group_size=64)
     console.print(f"{len(rows)} lists of {count}; mean oracle score {exact.mean():.3f}")

@@ -85,8 +85,8 @@ def test_the_whole_world_can_be_built_at_a_small_size(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "VALIDATION_PAIRS", 8)
     sizes = {"training_captions": 4, "held_out_prompts": 3, "candidates": 2, "reward_pairs": 24}
     small = world.World(**sizes, reward_steps=2, step_aware_steps=1, lrm_steps=1)
-    recipe = Pretraining(images=32, vae_steps=2, vae_batch_size=4, unet_steps=2, unet_batch_size=4)
-    world.build(tmp_path, list(world.PARTS), small, recipe, Console(quiet=True))
+    recipe = Pretraining(images=32, vae_steps=2, vae_batch_size=4, denoiser_steps=2, denoiser_batch_size=4)
+    world.build(tmp_path, list(world.PARTS["sdxl"]), small, recipe, Console(quiet=True))
     assert loading.load(tmp_path / "tiny-sdxl").family == "sdxl"
     table = pq.read_table(tmp_path / "tiny-pairs" / "train.parquet")
     assert table.num_rows == 4
@@ -99,3 +99,19 @@ def test_the_whole_world_can_be_built_at_a_small_size(tmp_path, monkeypatch):
     assert judge(torch.randn(1, 4, 16, 16), [prompt], torch.tensor([501])).isfinite().all()
     stored = load_file(tmp_path / "tiny-lrm" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16}
+
+
+def test_the_world_of_the_flow_model_takes_prompts_and_judges_from_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(world_data, "SAMPLING", replace(world_data.SAMPLING, num_inference_steps=2))
+    for name in ("prompts", "tiny-pickscore", "tiny-hpsv2"):
+        (tmp_path / name).symlink_to(ASSETS / name)
+    small = replace(world_data.WORLDS["sd3"], pairs=3, lists=2, candidates=2)
+    recipe = Pretraining(images=32, vae_steps=2, vae_batch_size=4, denoiser_steps=2, denoiser_batch_size=4)
+    world.build(tmp_path, list(world.PARTS["sd3"]), small, recipe, Console(quiet=True))
+    assert loading.load(tmp_path / "tiny-sd3").family == "sd3"
+    pairs = pq.read_table(tmp_path / "tiny-sd3-pairs" / "train.parquet").to_pylist()
+    assert [row["caption"] for row in pairs] == world_data.read_captions(ASSETS)[:3]
+    assert {row["model_0"] for row in pairs} == {"tiny-sd3"}
+    assert all(row["caption_0"] and row["caption_1"] for row in pairs)
+    lists = pq.read_table(tmp_path / "tiny-sd3-lists" / "train.parquet").to_pylist()
+    assert [(len(row["images"]), len(row["scores"])) for row in lists] == [(2, 2)] * 2

@@ -1,0 +1,25 @@
+"""The embedded models: how each is built and trained, by the name its folder in assets/ has after "tiny-"."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from diffusers import DiffusionPipeline
+
+from diffalign.shapes import pipeline, sd3
+from diffalign.shapes.pretraining import Pretraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedModel:
+    """Say how an embedded model is built (from a seed) and trained."""
+
+    build: Callable[[int], DiffusionPipeline]
+    recipe: Pretraining
+
+
+MODELS = {
+    "sdxl": EmbeddedModel(build=pipeline.build_pipeline, recipe=Pretraining()),
+    "sd3": EmbeddedModel(
+        build=sd3.build_pipeline, recipe=Pretraining(denoiser_steps=3_200, denoiser_learning_rate=1e-3)
+    ),
+}
