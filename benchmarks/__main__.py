@@ -7,7 +7,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cpu, filtering_study, gpu, label_noise, methods, over_optimisation, reward_agreement, score_speed
+from benchmarks import (
+    cpu,
+    filtering_study,
+    flow_methods,
+    gpu,
+    label_noise,
+    methods,
+    over_optimisation,
+    reward_agreement,
+    score_speed,
+)
 from diffalign.jobs.training.train import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -27,6 +37,9 @@ def main() -> None:
     compared.add_argument("names", nargs="*", help="only these objectives")
     compared.add_argument("--table-only", action="store_true", help="train nothing, tabulate what there is")
     compared.add_argument("--output", type=Path, default=Path("runs/methods").resolve())
+    flow = commands.add_parser("flow-methods", help="methods on the embedded flow model, three seeds each; hours")
+    flow.add_argument("names", nargs="*", help="only these objectives")
+    flow.add_argument("--output", type=Path, default=Path("runs/flow-methods").resolve())
     noise = commands.add_parser("label-noise", help="DPO against robust DPO under flipped labels")
     noise.add_argument("--output", type=Path, default=Path("runs/label-noise").resolve())
     chosen = commands.add_parser("filtering", help="DPO on chosen pairs against DPO on all, with flipped labels")
@@ -44,6 +57,8 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.command == "methods":
         methods.main(asked.names, asked.output, asked.table_only)
+    elif asked.command == "flow-methods":
+        flow_methods.main(asked.names, asked.output)
     elif asked.command == "gpu":
         file = asked.output or RESULTS / f"{datetime.date.today().isoformat()}-gpu{'-tiny' if asked.tiny else ''}.json"
         gpu.run(file, asked.minutes, asked.tiny)

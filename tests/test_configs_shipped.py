@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 
 from diffalign import config as configuration
@@ -17,6 +18,7 @@ from diffalign.errors import ModelError
 from diffalign.jobs.training import memory, meta_model, plan, preflight
 from diffalign.objectives.base import UNITS
 from diffalign.shapes.pipeline import build_unet
+from diffalign.shapes.sd3 import build_transformer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "accelerate")
@@ -27,13 +29,23 @@ SD3 = (2_028_328_000, 2_243_171_520)  # of SD3-medium and of SD3.5-medium
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Return a folder whose assets/tiny-sdxl says of which shape the embedded model is, and holds no weights."""
+    """Return a folder whose assets/ say of which shape the embedded models are, and hold no weights.
+
+    With it the numbers of parameters by the folder of their recipes.
+    """
     root = tmp_path_factory.mktemp("root")
-    unet = build_unet()
-    unet.save_config(root / "assets" / "tiny-sdxl" / "unet")
-    index = {"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
-    (root / "assets" / "tiny-sdxl" / "model_index.json").write_text(json.dumps(index))
-    return root, sum(parameter.numel() for parameter in unet.parameters())
+    sizes = {}
+    for recipes, name, part, denoiser, pipeline in (
+        ("tiny", "tiny-sdxl", "unet", build_unet(), "StableDiffusionXLPipeline"),
+        ("tiny-sd3", "tiny-sd3", "transformer", build_transformer(), "StableDiffusion3Pipeline"),
+    ):
+        denoiser.save_config(root / "assets" / name / part)
+        index = {"_class_name": pipeline, part: ["diffusers", type(denoiser).__name__]}
+        (root / "assets" / name / "model_index.json").write_text(json.dumps(index))
+        sizes[recipes] = sum(parameter.numel() for parameter in denoiser.parameters())
+    scheduler = root / "assets" / "tiny-sd3" / "scheduler"
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(scheduler)
+    return root, sizes
 
 
 def shown(config: configuration.Config) -> str:
@@ -49,7 +61,7 @@ def test_there_are_recipes_of_every_size():
 @pytest.mark.parametrize("name", NAMES)
 def test_it_loads_and_says_what_it_would_do(name, world, monkeypatch):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    folder, tiny_parameters = world
+    folder, embedded = world
     monkeypatch.chdir(folder)
     monkeypatch.setattr(preflight, "world_size", lambda: 1)
     config = configuration.load(CONFIGS / name)
@@ -57,12 +69,11 @@ def test_it_loads_and_says_what_it_would_do(name, world, monkeypatch):
     assert type(objective) is objectives.objective_class(config.objective["name"])
 
     text = shown(config)
-    family = Path(name).parent.name
-    total = int(
-        re.search(rf"model\s+{'sdxl' if family == 'tiny' else family}, ([\d,]+) parameters", text)[1].replace(",", "")
-    )
-    assert total in (SD3 if family == "sd3" else (PUBLISHED.get(family, tiny_parameters),))
-    assert ("from its config" in text) == (family == "tiny")
+    recipes = Path(name).parent.name
+    family = {"tiny": "sdxl", "tiny-sd3": "sd3"}.get(recipes, recipes)
+    total = int(re.search(rf"model\s+{family}, ([\d,]+) parameters", text)[1].replace(",", ""))
+    assert total in (SD3 if recipes == "sd3" else ((PUBLISHED | embedded)[recipes],))
+    assert ("from its config" in text) == (recipes in embedded)
     assert repr(objective) in text
     trained = int(re.search(r"trained\s+([\d,]+) parameters", text)[1].replace(",", ""))
     assert (trained == total) == (config.model.tune == "full")

@@ -85,6 +85,40 @@ def paired_bootstrap(
     return Interval(float(low), float(high))
 
 
+def seeded_bootstrap(
+    a: ArrayLike, b: ArrayLike, statistic: Statistic = win_rate, *, n: int = 10_000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Return the interval of `statistic`'s mean over training runs when runs and prompts are both drawn again.
+
+    The pigeonhole bootstrap of a table whose rows (seeds) and columns (prompts) are both samples: Owen (2007), The
+    pigeonhole bootstrap, Annals of Applied Statistics 1(2). It tends to be too wide rather than too narrow; of few
+    seeds it knows little, and with one it is `paired_bootstrap`.
+
+    Args:
+        a: [S, P] one score per training run and prompt of the first model.
+        b: [S, P] or [P] the same of the second; a base model that nobody trained has one row.
+        statistic: reduces the last axis of two [..., P] arrays.
+        n: resamples.
+        seed: of the resampling.
+        level: coverage aimed at, in (0, 1).
+
+    Raises:
+        DataError: for arrays that are empty, not aligned or not finite.
+    """
+    a = np.atleast_2d(np.asarray(a, dtype=np.float64))
+    b = np.broadcast_to(np.asarray(b, dtype=np.float64), a.shape) if np.ndim(b) == 1 else np.asarray(b, np.float64)
+    _paired(a.ravel(), b.ravel())
+    if a.shape != b.shape:
+        raise DataError(f"Paired scores need the same runs and prompts, got shapes {a.shape}, {b.shape}.")
+    _check_level(level)
+    runs = np.random.default_rng([seed, 1]).integers(0, len(a), size=(n, len(a)))
+    prompts = np.concatenate(list(_resamples(a.shape[1], n, seed)))
+    pairs = zip(runs, prompts, strict=True)
+    values = [statistic(a[rows][:, columns], b[rows][:, columns]).mean() for rows, columns in pairs]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
+
+
 def _resamples(prompts: int, n: int, seed: int) -> Iterator[NDArray[np.int64]]:
     """Yield n resamples of the prompts [rows, prompts], some at a time: all together may not fit into memory."""
     generator = np.random.default_rng(seed)

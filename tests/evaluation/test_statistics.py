@@ -12,6 +12,7 @@ from diffalign.evaluation.statistics import (
     mean_difference,
     paired_bootstrap,
     prompt_wins,
+    seeded_bootstrap,
     wilson_interval,
     win_rate,
 )
@@ -75,6 +76,35 @@ def test_bootstrap_covers_about_as_often_as_it_says():
         interval = paired_bootstrap(difference, np.zeros(60), mean_difference, n=400, seed=trial)
         hits += interval.low <= 0.3 <= interval.high
     assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_one_run_has_the_interval_of_its_prompts():
+    generator = np.random.default_rng(4)
+    a, b = generator.normal(0.2, 1, 40), generator.normal(0, 1, 40)
+    alone = paired_bootstrap(a, b, mean_difference, n=500, seed=2)
+    assert seeded_bootstrap(a, b, mean_difference, n=500, seed=2) == pytest.approx(alone)
+
+
+def test_runs_that_disagree_widen_the_interval():
+    prompts = np.random.default_rng(5).normal(0, 0.1, (1, 200))
+    agreeing = np.repeat(prompts, 3, axis=0)
+    apart = agreeing + np.array([[-1.0], [0.0], [1.0]])
+    narrow, wide = (seeded_bootstrap(a, np.zeros(200), mean_difference, n=2000) for a in (agreeing, apart))
+    assert narrow.high - narrow.low < 0.05
+    # With three runs one resample in 27 has the worst only: the ends are among what two or three runs agree on.
+    assert wide.low < -0.6
+    assert wide.high > 0.6
+
+
+def test_coverage_over_runs_and_prompts():
+    generator, hits = np.random.default_rng(1), 0
+    for trial in range(100):
+        table = (
+            0.3 + generator.normal(0, 0.2, (6, 1)) + generator.normal(0, 1, (1, 60)) + generator.normal(0, 1, (6, 60))
+        )
+        interval = seeded_bootstrap(table, np.zeros(60), mean_difference, n=400, seed=trial)
+        hits += interval.low <= 0.3 <= interval.high
+    assert hits >= 90
 
 
 def test_one_prompt_has_no_interval():
