@@ -12,10 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffalign.backbones.adapters import ADAPTER, adapted_layers, count_adapted, free_name, has_adapters
-from diffalign.backbones.families import denoiser_name, denoiser_of, family_of, name_of, with_denoiser
+from diffalign.backbones import lora_layouts
+from diffalign.backbones.families import denoiser_name, denoiser_of, family_of, kind_of, name_of, with_denoiser
 from diffalign.backbones.files import LORA_FILE, load_errors, quiet_diffusers, read_header, write_atomically
-from diffalign.backbones.kohya import kohya_metadata, kohya_tensors
+from diffalign.backbones.kohya import kohya_metadata
+from diffalign.backbones.layer_names import LayerNames
 from diffalign.backbones.loading import load, load_denoiser
+from diffalign.backbones.lora_factors import Factors
+from diffalign.backbones.lora_files import Lora
 from diffalign.errors import ModelError
 
 # Settings in which the denoisers of two families, or of two sizes of one, differ.
@@ -95,26 +99,52 @@ def save_kohya_lora(
 
     Arguments and errors as in `save_lora`; `file` names the file itself and `prediction_type` goes to its metadata.
     """
-    file = Path(file)
-    if file.suffix != ".safetensors":
-        raise ModelError(f'A kohya LoRA is one .safetensors file, got "{file}".')
-    require_kohya(denoiser)
-    lora, config = _adapter(denoiser, state_dict, dtype)
-    tensors = kohya_tensors(lora, denoiser, config.lora_alpha)
-    header = kohya_metadata(denoiser, config.r, config.lora_alpha, prediction_type, file.stem)
+    lora, names = lora_of(denoiser, base_model, metadata, state_dict), _names(denoiser)
+    config = denoiser.peft_config[ADAPTER]
+    if name_of(denoiser) == "unet":
+        said = kohya_metadata(denoiser, config.r, config.lora_alpha, prediction_type, Path(file).stem)
+        lora.metadata = said | lora.metadata
     if base_model is not None:
-        header["ss_sd_model_name"] = base_model
-    header |= _strings(base_model, metadata)
-    return write_atomically(file, lambda path: save_file(tensors, path, metadata=header))
+        lora.metadata["ss_sd_model_name"] = base_model
+    return _write_file(lora, "kohya", file, names, denoiser, dtype)
+
+
+def save_comfy_lora(
+    denoiser: nn.Module,
+    file: str | Path,
+    base_model: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the adapters as one `diffusion_model.*` file, the layout of ComfyUI for transformers.
+
+    Arguments and errors as in `save_lora`; `file` names the file itself.
+    """
+    lora = lora_of(denoiser, base_model, metadata, state_dict)
+    return _write_file(lora, "comfy", file, _names(denoiser), denoiser, dtype)
+
+
+def lora_of(
+    denoiser: nn.Module,
+    base_model: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> Lora:
+    """Return the adapters by layer; arguments and errors as in `save_lora`."""
+    tensors, config = _adapter(denoiser, state_dict, None)
+    names = dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in tensors)
+    layers = {
+        name: Factors(tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], float(config.lora_alpha))
+        for name in names
+    }
+    return Lora(layers, metadata=_strings(base_model, metadata))
 
 
 def require_kohya(denoiser: nn.Module) -> None:
-    """Raise ModelError for networks whose LoRAs have no layout of kohya's here."""
-    if name_of(denoiser) != "unet":
-        raise ModelError(
-            f"The kohya layout is written for UNets only, and this is a {type(denoiser).__name__}. Leave it out: "
-            "diffusers' layout is written in any case, and its pipelines load that."
-        )
+    """Raise ModelError for networks whose LoRAs have no layout but diffusers' here."""
+    _names(denoiser)
 
 
 def save_denoiser(
@@ -171,6 +201,24 @@ def _adapter(denoiser: nn.Module, state_dict: dict[str, Tensor] | None, dtype: t
         raise ModelError("This network has no LoRA adapters: export it with save_denoiser.")
     lora = get_peft_model_state_dict(denoiser, state_dict=state_dict, adapter_name=ADAPTER)
     return {key: _for_file(tensor, dtype) for key, tensor in lora.items()}, denoiser.peft_config[ADAPTER]
+
+
+def _names(denoiser: nn.Module) -> LayerNames:
+    names = kind_of(denoiser).layer_names(denoiser)
+    if names is None:
+        raise ModelError(
+            f"Of a {type(denoiser).__name__} no layout of LoRAs is known but diffusers'. Leave the others out: "
+            "diffusers' is written in any case, and its pipelines load that."
+        )
+    return names
+
+
+def _write_file(
+    lora: Lora, layout: str, file: str | Path, names: LayerNames, denoiser: nn.Module, dtype: torch.dtype | None
+) -> Path:
+    if Path(file).suffix != ".safetensors":
+        raise ModelError(f'A {layout} LoRA is one .safetensors file, got "{file}".')
+    return lora_layouts.write(lora, layout, Path(file), names, name_of(denoiser), dtype)
 
 
 def _for_file(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
