@@ -11,21 +11,24 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffalign.backbones.adapters import ADAPTER, adapted_layers, count_adapted, free_name, has_adapters
 from diffalign.backbones import lora_layouts
+from diffalign.backbones.adapters import ADAPTER, adapted_layers, count_adapted, free_name, has_adapters
 from diffalign.backbones.families import denoiser_name, denoiser_of, family_of, kind_of, name_of, with_denoiser
 from diffalign.backbones.files import LORA_FILE, load_errors, quiet_diffusers, read_header, write_atomically
 from diffalign.backbones.kohya import kohya_metadata
 from diffalign.backbones.layer_names import LayerNames
 from diffalign.backbones.loading import load, load_denoiser
 from diffalign.backbones.lora_factors import Factors
+from diffalign.backbones.lora_families import in_diffusers_layout
 from diffalign.backbones.lora_files import Lora
 from diffalign.errors import ModelError
 
 # Settings in which the denoisers of two families, or of two sizes of one, differ.
 SHAPES = ("cross_attention_dim", "addition_embed_type", "in_channels", "joint_attention_dim")
 SHAPES += ("num_layers", "num_single_layers", "dim", "n_layers")
-KOHYA_TRANSFORMERS = ("lora_unet_joint", "lora_unet_double", "lora_unet_single")  # how its keys begin
+# How kohya's keys begin of transformers.
+KOHYA_TRANSFORMERS = ("lora_unet_joint_", "lora_unet_double_", "lora_unet_single_", "lora_unet_transformer_")
+KOHYA_TRANSFORMERS += ("lora_unet_layers_", "lora_unet_noise_refiner_", "lora_unet_context_refiner_", "lycoris_")
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -257,6 +260,13 @@ def _load_lora(pipeline: Any, folder: Path | str, name: str, source: str) -> Any
     denoiser = denoiser_of(pipeline)
     if isinstance(folder, Path):
         check_lora(folder / name, type(pipeline).__name__)
+        with in_diffusers_layout(folder / name, denoiser) as file:
+            return _load_readable(pipeline, file.parent, file.name, source)
+    return _load_readable(pipeline, folder, name, source)
+
+
+def _load_readable(pipeline: Any, folder: Path | str, name: str, source: str) -> Any:
+    denoiser = denoiser_of(pipeline)
     expected = _count_modules(folder / name) if isinstance(folder, Path) else None
     adapter = free_name(denoiser)
     # For each text encoder a UNet-only LoRA draws a warning that ends in "open an issue".

@@ -4,12 +4,11 @@ A family declares a `LayerNames`. "{}" in a name stands for the number of a bloc
 several of diffusers' (q, k and v in one matrix), or hold the same numbers in another order.
 """
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-
-from diffalign.errors import suggestion
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,7 @@ class LayerNames:
     """Hold the names of all layers of a family that a LoRA can adapt, and what its LoRAs look like elsewhere."""
 
     renames: tuple[Rename, ...]
-    network_module: str = (
-        "networks.lora"  # of sd-scripts or musubi-tuner, as kohya's files name it in ss_network_module
-    )
+    network_module: str = "networks.lora"  # of sd-scripts or musubi-tuner, in kohya's metadata
     comfy_original: bool = True  # ComfyUI's files carry the original names; else diffusers', which it knows too
     comfy_alpha: bool = True  # they carry alpha; else it is multiplied in, for readers that know no alpha there
     comfy_is_kohya: bool = False  # ComfyUI has no layout of its own
@@ -79,15 +76,16 @@ class LayerNames:
                 return rename.at(match.groups()), part
         return None
 
-    def near(self, name: str, flat: bool = False) -> str:
-        """Return ' Did you mean "x"?' with the known name that is nearest to `name`, or ''."""
+    def nearest(self, name: str, flat: bool = False) -> str | None:
+        """Return the known name that is most like `name`, None if none is like it."""
         numbers = iter(re.findall(r"\d+", name))
         names = {
             re.sub(r"\{\}", lambda _: next(numbers, "0"), entry)
             for rename in self.renames
             for entry in (rename.original, *rename.parts)
         }
-        return suggestion(name, {_flat(entry) for entry in names} if flat else names)
+        close = difflib.get_close_matches(name, {_flat(entry) for entry in names} if flat else names, n=1)
+        return close[0] if close else None
 
     @cached_property
     def _dotted(self) -> tuple[dict, list]:
@@ -105,7 +103,7 @@ class LayerNames:
                     pattern = re.escape(spell(name)).replace(r"\{\}", r"(\d+)")
                     patterns.append((re.compile(pattern), rename, part))
                 else:
-                    exact[spell(name)] = rename, part
+                    exact.setdefault(spell(name), (rename, part))
         return exact, patterns
 
 
@@ -114,10 +112,10 @@ def _flat(name: str) -> str:
 
 
 def _spellings(rename: Rename) -> Iterator[tuple[str, int | None]]:
-    """Yield the names by which a layer goes; diffusers' last, so that they decide where both have the same."""
-    yield rename.original, None
+    """Yield the names by which a layer goes; diffusers' first, which decide where both have the same."""
     for part, name in enumerate(rename.parts):
         yield name, part
+    yield rename.original, None
 
 
 # The text encoders of CLIP have the same names everywhere, but for the prefix.

@@ -1,6 +1,6 @@
-"""The two factors of a LoRA layer: fuse those of several layers into one, and divide such a one. The update is the same.
+"""The two factors of a LoRA layer: fuse those of several layers into one, and divide such a one.
 
-A layer's update is alpha / rank * up @ down.
+A layer's update is alpha / rank * up @ down, and stays the same.
 """
 
 from collections.abc import Sequence

@@ -7,14 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffalign.backbones.files import PICKLE_SUFFIXES, pickle_message, read_header
+from diffalign.backbones.files import LORA_FILE, PICKLE_SUFFIXES, pickle_message, read_header
 from diffalign.backbones.layer_names import CLIP, LayerNames
 from diffalign.backbones.lora_factors import Factors, divide, turn
 from diffalign.backbones.lora_keys import Keys, Place, why_not
@@ -62,13 +61,31 @@ class LoraFile:
         """Return the places that are no layers of the family with these names, nor of CLIP."""
         return [place for place in self.keys.layers if place.network != "other text" and not _find(names, place)]
 
+    def check_known(self, names: LayerNames, family: str) -> None:
+        """Refuse layers that are none of the family with these names; `family` is what the message calls it.
+
+        Raises:
+            ModelError: such a layer, named as the file does.
+        """
+        if unknown := self.unknown(names):
+            first, number = unknown[0], len(unknown)
+            keys = ", ".join(f'"{next(iter(self.keys.layers[place].values()))}"' for place in unknown[:SHOWN])
+            near = (names if first.network == "denoiser" else CLIP).nearest(first.name, first.flat)
+            hint = f' Did you mean "{near}"?' if near else ""
+            raise ModelError(
+                f'{number} of the {len(self.keys.layers)} layers in the LoRA "{self.file}" are none of {family}: '
+                f"{keys}{', ...' if number > SHOWN else ''}.{hint} Check that it was trained on this model family."
+            )
+
     def read(self, names: LayerNames, family: str, text: bool = True) -> Lora:
         """Return the LoRA by diffusers' names; text: also that of the text encoders.
 
         Raises:
             ModelError: a key has no counterpart, a factor is missing or does not fit the other.
         """
-        self._check_known(names, family, text)
+        self.check_known(names, family)
+        if text:
+            self._check_text()
         try:
             tensors = load_file(self.file)
         except (OSError, SafetensorError) as error:
@@ -99,21 +116,12 @@ class LoraFile:
         if not any(place.network == "denoiser" for place in self.keys.layers):
             raise ModelError(f'"{self.file}" has no LoRA tensors for a denoiser. Give a LoRA of one.')
 
-    def _check_known(self, names: LayerNames, family: str, text: bool) -> None:
-        language = [place for place in self.keys.layers if place.network == "other text"]
-        if text and language:
+    def _check_text(self) -> None:
+        if language := [place for place in self.keys.layers if place.network == "other text"]:
             raise ModelError(
                 f'"{self.file}" adapts a text encoder that no layout here names, T5 or a language model: '
-                f'"{language[0].name}" and {len(language) - 1} more. Leave out all it holds of text encoders with '
-                "--without-text-encoders."
-            )
-        if unknown := self.unknown(names):
-            first, number = unknown[0], len(unknown)
-            keys = ", ".join(f'"{next(iter(self.keys.layers[place].values()))}"' for place in unknown[:SHOWN])
-            near = names.near(first.name, first.flat) if first.network == "denoiser" else ""
-            raise ModelError(
-                f'{number} of the {len(self.keys.layers)} layers in the LoRA "{self.file}" are none of {family}: '
-                f"{keys}{', ...' if number > SHOWN else ''}.{near} Check that it was trained on this model family."
+                f'"{language[0].name}" and {len(language) - 1} more layers. Leave out what it holds of text encoders '
+                "with `diffalign convert ... --without-text-encoders`."
             )
 
     def _factors(
@@ -215,6 +223,8 @@ def find_file(source: Path) -> Path:
     """
     if not source.is_dir():
         return source
+    if (source / LORA_FILE).is_file():
+        return source / LORA_FILE
     files = sorted(path for path in source.glob("*.safetensors") if "lora" in " ".join(read_header(path)))
     if len(files) == 1:
         return files[0]

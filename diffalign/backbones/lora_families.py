@@ -1,0 +1,87 @@
+"""Which family a LoRA file belongs to, by the names of its layers, and any file in the layout diffusers loads."""
+
+import difflib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from diffalign.backbones import lora_layouts
+from diffalign.backbones.base import Backbone
+from diffalign.backbones.families import FAMILIES, kind_of
+from diffalign.backbones.files import LORA_FILE, read_header
+from diffalign.backbones.layer_names import LayerNames
+from diffalign.backbones.lora_files import Lora, LoraFile, check_fits
+from diffalign.backbones.lora_keys import Keys
+from diffalign.errors import ModelError
+
+
+def fitting(file: LoraFile) -> list[type[Backbone]]:
+    """Return the families that have all the layers of a LoRA; several share names such as those of attention."""
+    found = [kind for kind in FAMILIES if kind.denoiser_name != "unet" and _explains(kind, file)]
+    return found or [kind for kind in FAMILIES if kind.denoiser_name == "unet" and _explains(kind, file)]
+
+
+def guess(file: LoraFile) -> type[Backbone]:
+    """Return the family of a LoRA that says nothing but the names of its layers.
+
+    Raises:
+        ModelError: no family has them all, or several have.
+    """
+    found = fitting(file)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ModelError(
+            f'The layers in the LoRA "{file.file}" have names that several families share: '
+            f"{', '.join(kind.family for kind in found)}. Say which with --family, or the base model with --model."
+        )
+    kinds = {kind: names for kind in FAMILIES if (names := kind.layer_names()) is not None}
+    nearest = min(kinds, key=lambda kind: _distance(file, kinds[kind]))
+    file.check_known(kinds[nearest], f"any family, nor of the nearest ({nearest.family})")
+    raise AssertionError  # it was among those that fit
+
+
+def read(file: LoraFile, kind: type[Backbone], names: LayerNames, text: bool = True) -> Lora:
+    """Return a LoRA of this family; arguments and errors as of `LoraFile.read`, which also say whose layers it has."""
+    if file.unknown(names) and (others := fitting(file)):
+        raise ModelError(
+            f'The LoRA "{file.file}" is not of {kind.family}: its layers are those of '
+            f"{' or '.join(other.family for other in others)}. Give a LoRA of this family, or that model."
+        )
+    return file.read(names, kind.family, text)
+
+
+@contextmanager
+def in_diffusers_layout(file: Path, denoiser: nn.Module) -> Iterator[Path]:
+    """Yield `file`, or what it says in the layout that diffusers loads, where that reads its own falsely or not at all.
+
+    Of UNets diffusers reads kohya's layout as well; of transformers some parts of it, for some families.
+
+    Raises:
+        ModelError: the LoRA does not belong on `denoiser`.
+    """
+    keys, kind = Keys.of(name for name in read_header(file) if name != "__metadata__"), kind_of(denoiser)
+    own = {"diffusers", "kohya"} if kind.denoiser_name == "unet" else {"diffusers"}
+    names = None if keys.layout in own or not keys.layers else kind.layer_names(denoiser)
+    if names is None:
+        yield file
+        return
+    lora = read(LoraFile(file), kind, names)
+    check_fits(lora, denoiser, file, "this model")
+    with tempfile.TemporaryDirectory() as folder:
+        yield lora_layouts.write(lora, "diffusers", Path(folder) / LORA_FILE, names, kind.denoiser_name)
+
+
+def _distance(file: LoraFile, names: LayerNames) -> tuple[int, float]:
+    """Return how many layers are unknown, and how unlike the first of them is to any that is known."""
+    unknown = file.unknown(names)
+    near = names.nearest(unknown[0].name, unknown[0].flat) or ""
+    return len(unknown), -difflib.SequenceMatcher(a=near, b=unknown[0].name).ratio()
+
+
+def _explains(kind: type[Backbone], file: LoraFile) -> bool:
+    names = kind.layer_names()
+    return names is not None and not file.unknown(names)
