@@ -13,22 +13,19 @@ from torch import Tensor, nn
 
 from diffalign.backbones import lora_layouts
 from diffalign.backbones.adapters import ADAPTER, adapted_layers, count_adapted, free_name, has_adapters
-from diffalign.backbones.families import denoiser_name, denoiser_of, family_of, kind_of, name_of, with_denoiser
+from diffalign.backbones.families import denoiser_name, denoiser_of, family_of, name_of, with_denoiser
 from diffalign.backbones.files import LORA_FILE, load_errors, quiet_diffusers, read_header, write_atomically
 from diffalign.backbones.kohya import kohya_metadata
 from diffalign.backbones.layer_names import LayerNames
 from diffalign.backbones.loading import load, load_denoiser
 from diffalign.backbones.lora_factors import Factors
-from diffalign.backbones.lora_families import in_diffusers_layout
+from diffalign.backbones.lora_families import check_lora, in_diffusers_layout, names_of, word_for
 from diffalign.backbones.lora_files import Lora
 from diffalign.errors import ModelError
 
 # Settings in which the denoisers of two families, or of two sizes of one, differ.
 SHAPES = ("cross_attention_dim", "addition_embed_type", "in_channels", "joint_attention_dim")
 SHAPES += ("num_layers", "num_single_layers", "dim", "n_layers")
-# How kohya's keys begin of transformers.
-KOHYA_TRANSFORMERS = ("lora_unet_joint_", "lora_unet_double_", "lora_unet_single_", "lora_unet_transformer_")
-KOHYA_TRANSFORMERS += ("lora_unet_layers_", "lora_unet_noise_refiner_", "lora_unet_context_refiner_", "lycoris_")
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -102,7 +99,7 @@ def save_kohya_lora(
 
     Arguments and errors as in `save_lora`; `file` names the file itself and `prediction_type` goes to its metadata.
     """
-    lora, names = lora_of(denoiser, base_model, metadata, state_dict), _names(denoiser)
+    lora, names = lora_of(denoiser, base_model, metadata, state_dict), names_of(denoiser)
     config = denoiser.peft_config[ADAPTER]
     if name_of(denoiser) == "unet":
         said = kohya_metadata(denoiser, config.r, config.lora_alpha, prediction_type, Path(file).stem)
@@ -126,7 +123,7 @@ def save_comfy_lora(
     Arguments and errors as in `save_lora`; `file` names the file itself.
     """
     lora = lora_of(denoiser, base_model, metadata, state_dict)
-    return _write_file(lora, "comfy", file, _names(denoiser), denoiser, dtype)
+    return _write_file(lora, "comfy", file, names_of(denoiser), denoiser, dtype)
 
 
 def lora_of(
@@ -147,7 +144,7 @@ def lora_of(
 
 def require_kohya(denoiser: nn.Module) -> None:
     """Raise ModelError for networks whose LoRAs have no layout but diffusers' here."""
-    _names(denoiser)
+    names_of(denoiser)
 
 
 def save_denoiser(
@@ -204,16 +201,6 @@ def _adapter(denoiser: nn.Module, state_dict: dict[str, Tensor] | None, dtype: t
         raise ModelError("This network has no LoRA adapters: export it with save_denoiser.")
     lora = get_peft_model_state_dict(denoiser, state_dict=state_dict, adapter_name=ADAPTER)
     return {key: _for_file(tensor, dtype) for key, tensor in lora.items()}, denoiser.peft_config[ADAPTER]
-
-
-def _names(denoiser: nn.Module) -> LayerNames:
-    names = kind_of(denoiser).layer_names(denoiser)
-    if names is None:
-        raise ModelError(
-            f"Of a {type(denoiser).__name__} no layout of LoRAs is known but diffusers'. Leave the others out: "
-            "diffusers' is written in any case, and its pipelines load that."
-        )
-    return names
 
 
 def _write_file(
@@ -277,34 +264,10 @@ def _load_readable(pipeline: Any, folder: Path | str, name: str, source: str) ->
     if fitting == 0 or (expected is not None and fitting != expected):
         raise ModelError(
             f'Only {fitting} of the {expected or "adapted"} modules in the LoRA "{source}" fit this '
-            f"{_word(denoiser_name(pipeline))}. "
+            f"{word_for(denoiser_name(pipeline))}. "
             "Check that it was trained on this model family."
         )
     return pipeline
-
-
-def check_lora(file: Path, pipeline_class: str) -> None:
-    """Refuse the LoRA of a UNet for a transformer and the other way round; reads the names of tensors only.
-
-    Raises:
-        ModelError: such a LoRA.
-    """
-    wanted = family_of(pipeline_class, str(file)).denoiser_name
-    names = [name for name in read_header(file) if name != "__metadata__"]
-    marks = {
-        "unet": ("unet.", "lora_unet_down", "lora_unet_mid", "lora_unet_up", "lora_unet_input", "lora_unet_output"),
-        "transformer": ("transformer.", "lora_transformer_", "diffusion_model.", *KOHYA_TRANSFORMERS),
-    }
-    found = [kind for kind, starts in marks.items() if any(name.startswith(starts) for name in names)]
-    if found and wanted not in found:
-        raise ModelError(
-            f'The LoRA "{file}" adapts a {_word(found[0])}: its tensors are named like "{names[0]}". A '
-            f"{pipeline_class} has a {_word(wanted)}. Give a LoRA of its family, or the base model of this one."
-        )
-
-
-def _word(name: str) -> str:
-    return {"unet": "UNet"}.get(name, name)
 
 
 def _count_modules(file: Path) -> int:
@@ -318,7 +281,7 @@ def _count_modules(file: Path) -> int:
 
 
 def _replace_denoiser(pipeline: Any, source: str | Path) -> Any:
-    own, name = denoiser_of(pipeline), _word(denoiser_name(pipeline))
+    own, name = denoiser_of(pipeline), word_for(denoiser_name(pipeline))
     network = load_denoiser(source, family_of(type(pipeline).__name__, str(source)), own.dtype)
     for key in SHAPES:
         if network.config.get(key) != own.config.get(key):

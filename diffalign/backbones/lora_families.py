@@ -10,12 +10,16 @@ from torch import nn
 
 from diffalign.backbones import lora_layouts
 from diffalign.backbones.base import Backbone
-from diffalign.backbones.families import FAMILIES, kind_of
+from diffalign.backbones.families import FAMILIES, family_of, kind_of
 from diffalign.backbones.files import LORA_FILE, read_header
 from diffalign.backbones.layer_names import LayerNames
 from diffalign.backbones.lora_files import Lora, LoraFile, check_fits
 from diffalign.backbones.lora_keys import Keys
 from diffalign.errors import ModelError
+
+# How kohya's keys begin of transformers.
+KOHYA_TRANSFORMERS = ("lora_unet_joint_", "lora_unet_double_", "lora_unet_single_", "lora_unet_transformer_")
+KOHYA_TRANSFORMERS += ("lora_unet_layers_", "lora_unet_noise_refiner_", "lora_unet_context_refiner_", "lycoris_")
 
 
 def fitting(file: LoraFile) -> list[type[Backbone]]:
@@ -73,6 +77,46 @@ def in_diffusers_layout(file: Path, denoiser: nn.Module) -> Iterator[Path]:
     check_fits(lora, denoiser, file, "this model")
     with tempfile.TemporaryDirectory() as folder:
         yield lora_layouts.write(lora, "diffusers", Path(folder) / LORA_FILE, names, kind.denoiser_name)
+
+
+def names_of(denoiser: nn.Module) -> LayerNames:
+    """Return what other programs call the layers of a network.
+
+    Raises:
+        ModelError: nobody knows.
+    """
+    names = kind_of(denoiser).layer_names(denoiser)
+    if names is None:
+        raise ModelError(
+            f"Of a {type(denoiser).__name__} no layout of LoRAs is known but diffusers'. Leave the others out: "
+            "diffusers' is written in any case, and its pipelines load that."
+        )
+    return names
+
+
+def check_lora(file: Path, pipeline_class: str) -> None:
+    """Refuse the LoRA of a UNet for a transformer and the other way round; reads the names of tensors only.
+
+    Raises:
+        ModelError: such a LoRA.
+    """
+    wanted = family_of(pipeline_class, str(file)).denoiser_name
+    names = [name for name in read_header(file) if name != "__metadata__"]
+    marks = {
+        "unet": ("unet.", "lora_unet_down", "lora_unet_mid", "lora_unet_up", "lora_unet_input", "lora_unet_output"),
+        "transformer": ("transformer.", "lora_transformer_", "diffusion_model.", *KOHYA_TRANSFORMERS),
+    }
+    found = [kind for kind, starts in marks.items() if any(name.startswith(starts) for name in names)]
+    if found and wanted not in found:
+        raise ModelError(
+            f'The LoRA "{file}" adapts a {word_for(found[0])}: its tensors are named like "{names[0]}". A '
+            f"{pipeline_class} has a {word_for(wanted)}. Give a LoRA of its family, or the base model of this one."
+        )
+
+
+def word_for(name: str) -> str:
+    """Return what messages call a denoiser."""
+    return {"unet": "UNet"}.get(name, name)
 
 
 def _distance(file: LoraFile, names: LayerNames) -> tuple[int, float]:

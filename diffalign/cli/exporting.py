@@ -14,11 +14,11 @@ def export(
         typer.Option(
             "--format",
             help="diffusers: the LoRA, or unet/ if all weights were tuned. kohya: one LoRA file for ComfyUI and A1111. "
-            "unet: a UNet folder, a LoRA merged into it.",
+            "comfy: one for ComfyUI, of transformers with ComfyUI's names. unet: a UNet folder, a LoRA merged into it.",
         ),
     ] = "diffusers",
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write into (kohya: or the file); by default RUN/export/.")
+        Path | None, typer.Option(help="Folder to write into (kohya, comfy: or the file); by default RUN/export/.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 (as trained), float16 or bfloat16.")] = "float32",
     base: Annotated[str | None, typer.Option(help="The base model, if it is not where the run found it.")] = None,

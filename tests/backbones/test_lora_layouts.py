@@ -124,6 +124,17 @@ def test_a_fused_lora_made_elsewhere_comes_back_to_the_bit(trained, tmp_path, fa
     assert any(tensor.dtype == torch.float16 for tensor in load_file(diffusers).values())
 
 
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_a_trained_network_is_written_as_its_file_is_converted(trained, tmp_path, family):
+    _, backbone, file = trained(family)
+    for layout, save in (("kohya", export.save_kohya_lora), ("comfy", export.save_comfy_lora)):
+        written = load_file(save(backbone.denoiser, tmp_path / f"{layout}.safetensors", dtype=torch.float16))
+        converted = load_file(_convert(file, family, layout, tmp_path / "x.safetensors"))
+        assert written.keys() == converted.keys()
+        for key, tensor in converted.items():
+            assert torch.equal(written[key], tensor if key.endswith(".alpha") else tensor.half())
+
+
 class TestDiffusersLoadsIt:
     """`load_lora_weights` of the stock pipelines, of every layout that diffusers reads for the family."""
 
