@@ -68,8 +68,13 @@ def in_diffusers_layout(file: Path, denoiser: nn.Module) -> Iterator[Path]:
         ModelError: the LoRA does not belong on `denoiser`.
     """
     keys, kind = Keys.of(name for name in read_header(file) if name != "__metadata__"), kind_of(denoiser)
-    own = {"diffusers", "kohya"} if kind.denoiser_name == "unet" else {"diffusers"}
-    names = None if keys.layout in own or not keys.layers else kind.layer_names(denoiser)
+    if kind.denoiser_name == "unet":
+        loads = keys.layout in ("diffusers", "kohya")
+    else:
+        spelled = [(roles.get("down", ""), "alpha" in roles) for roles in keys.layers.values()]
+        plain = all(down.endswith(".lora_A.weight") and not alpha for down, alpha in spelled)
+        loads = keys.layout == "diffusers" and plain
+    names = None if loads or not keys.layers else kind.layer_names(denoiser)
     if names is None:
         yield file
         return

@@ -261,6 +261,30 @@ class TestDiffalignLoadsIt:
         with pytest.raises(ModelError, match=r'"transformer_blocks.0.attn.to_q" by a matrix of \[64, 48\]'):
             export.load_adapter_into(loading.load(folder).pipeline(), tmp_path / "large.safetensors")
 
+    def test_diffusers_names_with_alphas_as_tensors(self, trained, tmp_path):
+        folder, backbone, file = trained("sd3")
+        tensors = {}
+        for key, tensor in load_file(file).items():
+            tensors[key.replace("lora_A", "lora_down").replace("lora_B", "lora_up")] = tensor
+            tensors[f"{key.rsplit('.lora_', 1)[0]}.alpha"] = torch.tensor(8.0)
+        save_file(tensors, tmp_path / "x.safetensors")
+        loaded = export.load_adapter_into(loading.load(folder).pipeline(), tmp_path / "x.safetensors")
+        torch.testing.assert_close(draw(loaded), draw(backbone.pipeline()), rtol=0, atol=2e-5)
+
+    def test_clips_part_of_a_kohya_lora_acts(self, trained, tmp_path):
+        folder, _, file = trained("flux")
+        tensors = load_file(_convert(file, "flux", "kohya", tmp_path / "plain.safetensors"))
+        stem = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+        tensors |= {f"{stem}.lora_down.weight": torch.randn(2, 16), f"{stem}.lora_up.weight": torch.randn(16, 2)}
+        tensors[f"{stem}.alpha"] = torch.tensor(4.0)
+        save_file(tensors, tmp_path / "text.safetensors")
+        pipeline = export.load_adapter_into(loading.load(folder).pipeline(), tmp_path / "text.safetensors")
+        layer = pipeline.text_encoder.get_submodule("text_model.encoder.layers.0.self_attn.q_proj")
+        (name,) = layer.lora_A
+        assert torch.equal(layer.lora_A[name].weight, tensors[f"{stem}.lora_down.weight"])
+        assert torch.equal(layer.lora_B[name].weight, tensors[f"{stem}.lora_up.weight"])
+        assert layer.scaling[name] == 2
+
     def test_diffusers_own_files_are_left_to_it(self, trained):
         _, backbone, file = trained("sd3")
         with in_diffusers_layout(file, backbone.denoiser) as same:

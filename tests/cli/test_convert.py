@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from diffalign import backbones
 from diffalign.backbones import adapters, export
+from diffalign.backbones.files import read_header
 from tests.backbones.drawing import perturb
 
 
@@ -48,6 +49,10 @@ def test_unets_too(diffalign, tiny_sdxl, tmp_path):
         assert diffalign("convert", lora, out, "--to", layout, "--family", "sdxl")[0] == 0
         assert load_file(out).keys() == load_file(kohya).keys()
         assert all(torch.equal(tensor, load_file(kohya)[key]) for key, tensor in load_file(out).items())
+        metadata = [read_header(file)["__metadata__"] for file in (kohya, out)]
+        for said, title in zip(metadata, ("kohya", out.stem), strict=True):
+            assert (said.pop("ss_output_name"), said.pop("modelspec.title")) == (title, title)
+        assert metadata[0] == metadata[1]
     assert diffalign("convert", kohya, tmp_path / "back", "--to", "diffusers", "--model", tiny_sdxl)[0] == 0
     back = load_file(tmp_path / "back" / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(back[key], tensor) for key, tensor in load_file(lora).items())

@@ -1,6 +1,7 @@
 """`diffalign convert`: a LoRA file, whoever made it, in the layout that another program loads."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from diffalign.backbones import inspection, lora_families, lora_files, lora_layo
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.families import BY_NAME
 from diffalign.backbones.files import LORA_FILE
+from diffalign.backbones.kohya import kohya_metadata
 from diffalign.backbones.layer_names import LayerNames
 from diffalign.backbones.lora_files import Lora, LoraFile
 from diffalign.errors import ConfigError, ModelError, suggestion
@@ -28,17 +30,24 @@ class Target:
     denoiser: nn.Module | None = None  # on the meta device, where its shapes are known
     model: str = ""
 
-    @property
+    @cached_property
     def names(self) -> LayerNames:
         """Return the names of its layers.
 
         Raises:
             ModelError: only diffusers' layout is known of the family.
         """
-        names = self.kind.layer_names(self.denoiser)
+        names = self.kind.layer_names(self.unet or self.denoiser)
         if names is None:
             raise ModelError(f"Of {self.kind.family} no layout of LoRAs is known but diffusers'.")
         return names
+
+    @cached_property
+    def unet(self) -> nn.Module | None:
+        """Return the UNet whose layers are named: the published one where no other is known; None of transformers."""
+        if self.kind.denoiser_name != "unet":
+            return None
+        return self.denoiser or published.random_unet(self.kind.family, device="meta")
 
 
 def run(
@@ -82,6 +91,8 @@ def run(
     lora = lora_families.read(file, target.kind, target.names, text)
     if target.denoiser is not None:
         lora_files.check_fits(lora, target.denoiser, file.file, f'"{target.model}"')
+    if target.unet is not None and to != "diffusers":
+        lora.metadata = _said_of_unet(target.unet, lora, written.stem) | lora.metadata
     lora_layouts.write(lora, to, written, target.names, target.kind.denoiser_name, stored)
     _report(console, file, lora, target, written)
     return written
@@ -128,6 +139,12 @@ def _said(file: LoraFile) -> Target | None:
         return Target(inspection.family_at(base)) if Path(inspection.located(base)).is_dir() else None
     except ModelError:  # moved since, or never on this machine
         return None
+
+
+def _said_of_unet(unet: nn.Module, lora: Lora, title: str) -> dict[str, str]:
+    """Return by which metadata user interfaces tell what a LoRA of a UNet is for."""
+    said = kohya_metadata(unet, 0, 0, lora.metadata.get("prediction_type", "epsilon"), title)
+    return {key: value for key, value in said.items() if key not in ("ss_network_dim", "ss_network_alpha")}
 
 
 def _report(console: Console, file: LoraFile, lora: Lora, target: Target, written: Path) -> None:
