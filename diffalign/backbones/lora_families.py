@@ -17,9 +17,10 @@ from diffalign.backbones.lora_files import Lora, LoraFile, check_fits
 from diffalign.backbones.lora_keys import Keys
 from diffalign.errors import ModelError
 
+UNET_PARTS = ("down", "mid", "up_", "input", "output")  # how the names of its blocks begin
 # How kohya's keys begin of transformers.
 KOHYA_TRANSFORMERS = ("lora_unet_joint_", "lora_unet_double_", "lora_unet_single_", "lora_unet_transformer_")
-KOHYA_TRANSFORMERS += ("lora_unet_layers_", "lora_unet_noise_refiner_", "lora_unet_context_refiner_", "lycoris_")
+KOHYA_TRANSFORMERS += ("lora_unet_layers_", "lora_unet_noise_refiner_", "lora_unet_context_refiner_")
 
 
 def fitting(file: LoraFile) -> list[type[Backbone]]:
@@ -107,8 +108,9 @@ def check_lora(file: Path, pipeline_class: str) -> None:
     """
     wanted = family_of(pipeline_class, str(file)).denoiser_name
     names = [name for name in read_header(file) if name != "__metadata__"]
+    unets = [prefix + part for prefix in ("lora_unet_", "diffusion_model.") for part in UNET_PARTS]
     marks = {
-        "unet": ("unet.", "lora_unet_down", "lora_unet_mid", "lora_unet_up", "lora_unet_input", "lora_unet_output"),
+        "unet": ("unet.", *unets),
         "transformer": ("transformer.", "lora_transformer_", "diffusion_model.", *KOHYA_TRANSFORMERS),
     }
     found = [kind for kind, starts in marks.items() if any(name.startswith(starts) for name in names)]

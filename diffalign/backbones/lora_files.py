@@ -58,8 +58,9 @@ class LoraFile:
         return self.keys.layout
 
     def unknown(self, names: LayerNames) -> list[Place]:
-        """Return the places that are no layers of the family with these names, nor of CLIP."""
-        return [place for place in self.keys.layers if place.network != "other text" and not _find(names, place)]
+        """Return the places of a denoiser that are no layers of the family with these names."""
+        places = [place for place in self.keys.layers if place.network == "denoiser"]
+        return [place for place in places if names.find(place.name, place.flat) is None]
 
     def check_known(self, names: LayerNames, family: str) -> None:
         """Refuse layers that are none of the family with these names; `family` is what the message calls it.
@@ -70,7 +71,7 @@ class LoraFile:
         if unknown := self.unknown(names):
             first, number = unknown[0], len(unknown)
             keys = ", ".join(f'"{next(iter(self.keys.layers[place].values()))}"' for place in unknown[:SHOWN])
-            near = (names if first.network == "denoiser" else CLIP).nearest(first.name, first.flat)
+            near = names.nearest(first.name, first.flat)
             hint = f' Did you mean "{near}"?' if near else ""
             raise ModelError(
                 f'{number} of the {len(self.keys.layers)} layers in the LoRA "{self.file}" are none of {family}: '
@@ -117,11 +118,13 @@ class LoraFile:
             raise ModelError(f'"{self.file}" has no LoRA tensors for a denoiser. Give a LoRA of one.')
 
     def _check_text(self) -> None:
-        if language := [place for place in self.keys.layers if place.network == "other text"]:
+        places = [place for place in self.keys.layers if place.network != "denoiser"]
+        if language := [place for place in places if CLIP.find(place.name, place.flat) is None]:
+            key = next(iter(self.keys.layers[language[0]].values()))
             raise ModelError(
-                f'"{self.file}" adapts a text encoder that no layout here names, T5 or a language model: '
-                f'"{language[0].name}" and {len(language) - 1} more layers. Leave out what it holds of text encoders '
-                "with `diffalign convert ... --without-text-encoders`."
+                f'"{self.file}" adapts {len(language)} layers of text encoders that no layout here names, as of T5 or a '
+                f'language model: "{key}". Leave out what it holds of text encoders with '
+                "`diffalign convert ... --without-text-encoders`."
             )
 
     def _factors(

@@ -192,10 +192,12 @@ class TestTextEncoders:
             assert any(key.startswith(start) for key in load_file(written))
             assert LoraFile(written).read(FLUX, "flux").text["text_encoder"].keys() == {self.CLIP}
 
-    def test_t5_is_refused_by_name_unless_left_out(self, tmp_path):
-        tensors = _pair(f"transformer.{Q}") | _pair("lora_te3_encoder_block_0_layer_0_SelfAttention_q", KOHYA)
-        file = _file(tmp_path / "x.safetensors", tensors)
-        with pytest.raises(ModelError, match=r"lora_te3_encoder_block_0.*--without-text-encoders"):
+    @pytest.mark.parametrize(
+        "stem", ["lora_te3_encoder_block_0_layer_0_SelfAttention_q", "text_encoder.model.layers.0.self_attn.q_proj"]
+    )
+    def test_t5_and_language_models_are_refused_by_name_unless_left_out(self, tmp_path, stem):
+        file = _file(tmp_path / "x.safetensors", _pair(f"transformer.{Q}") | _pair(stem, KOHYA))
+        with pytest.raises(ModelError, match=rf"{stem}.*--without-text-encoders"):
             file.read(FLUX, "flux")
         lora = file.read(FLUX, "flux", text=False)
         assert not lora.text
