@@ -122,7 +122,7 @@ class LoraFile:
         if language := [place for place in places if CLIP.find(place.name, place.flat) is None]:
             key = next(iter(self.keys.layers[language[0]].values()))
             raise ModelError(
-                f'"{self.file}" adapts {len(language)} layers of text encoders that no layout here names, as of T5 or a '
+                f'"{self.file}" adapts {len(language)} layers of text encoders that no layout here names, of T5 or a '
                 f'language model: "{key}". Leave out what it holds of text encoders with '
                 "`diffalign convert ... --without-text-encoders`."
             )
