@@ -28,7 +28,8 @@ def diffusers(lora: Lora, names: LayerNames, denoiser_name: str) -> Written:
         for name, factors in layers.items():
             tensors[f"{network}.{name}.lora_A.weight"] = factors.down
             tensors[f"{network}.{name}.lora_B.weight"] = factors.up
-        settings |= {f"{network}.{key}": value for key, value in _peft_settings(layers).items()}
+        said = _peft_settings(layers, whole=network == denoiser_name)
+        settings |= {f"{network}.{key}": value for key, value in said.items()}
     return tensors, {"format": "pt", **lora.metadata, LORA_ADAPTER_METADATA_KEY: json.dumps(settings)}
 
 
@@ -119,13 +120,18 @@ def _without_alpha(stem: str, factors: Factors) -> dict[str, Tensor]:
     return {f"{stem}.lora_A.weight": factors.down, f"{stem}.lora_B.weight": factors.up}
 
 
-def _peft_settings(layers: dict[str, Factors]) -> dict[str, Any]:
-    """Return what peft needs to know of these layers: the commonest rank and alpha, and where others stand."""
+def _peft_settings(layers: dict[str, Factors], whole: bool) -> dict[str, Any]:
+    """Return what peft needs to know of these layers: the commonest rank and alpha, and where others stand.
+
+    whole: the names are those in the network; otherwise their ends, since CLIP in newer transformers has no text_model.
+    """
     rank = Counter(factors.rank for factors in layers.values()).most_common(1)[0][0]
     alpha = Counter(factors.alpha for factors in layers.values()).most_common(1)[0][0]
-    settings: dict[str, Any] = {"r": rank, "lora_alpha": _whole(alpha), "target_modules": sorted(layers)}
-    ranks = {f"^{name}": factors.rank for name, factors in layers.items() if factors.rank != rank}
-    alphas = {f"^{name}": _whole(factors.alpha) for name, factors in layers.items() if factors.alpha != alpha}
+    named = {name if whole else name.removeprefix("text_model."): factors for name, factors in layers.items()}
+    start = "^" if whole else ""
+    ranks = {start + name: factors.rank for name, factors in named.items() if factors.rank != rank}
+    alphas = {start + name: _whole(factors.alpha) for name, factors in named.items() if factors.alpha != alpha}
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": _whole(alpha), "target_modules": sorted(named)}
     return settings | {"lora_dropout": 0.0} | _given("rank_pattern", ranks) | _given("alpha_pattern", alphas)
 
 

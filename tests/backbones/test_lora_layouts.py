@@ -274,16 +274,23 @@ class TestDiffalignLoadsIt:
     def test_clips_part_of_a_kohya_lora_acts(self, trained, tmp_path):
         folder, _, file = trained("flux")
         tensors = load_file(_convert(file, "flux", "kohya", tmp_path / "plain.safetensors"))
-        stem = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
-        tensors |= {f"{stem}.lora_down.weight": torch.randn(2, 16), f"{stem}.lora_up.weight": torch.randn(16, 2)}
-        tensors[f"{stem}.alpha"] = torch.tensor(4.0)
+        wanted = {"layers.0.self_attn.q_proj": (2, 4.0), "layers.1.self_attn.q_proj": (2, 4.0)}
+        wanted["layers.1.self_attn.v_proj"] = (3, 1.5)
+        for name, (rank, alpha) in wanted.items():
+            stem = f"lora_te1_text_model_encoder_{name.replace('.', '_')}"
+            tensors[f"{stem}.lora_down.weight"] = torch.randn(rank, 16)
+            tensors[f"{stem}.lora_up.weight"] = torch.randn(16, rank)
+            tensors[f"{stem}.alpha"] = torch.tensor(alpha)
         save_file(tensors, tmp_path / "text.safetensors")
         pipeline = export.load_adapter_into(loading.load(folder).pipeline(), tmp_path / "text.safetensors")
-        layer = pipeline.text_encoder.get_submodule("text_model.encoder.layers.0.self_attn.q_proj")
-        (name,) = layer.lora_A
-        assert torch.equal(layer.lora_A[name].weight, tensors[f"{stem}.lora_down.weight"])
-        assert torch.equal(layer.lora_B[name].weight, tensors[f"{stem}.lora_up.weight"])
-        assert layer.scaling[name] == 2
+        layers = {name: part for name, part in pipeline.text_encoder.named_modules() if hasattr(part, "lora_A")}
+        assert len(layers) == len(wanted)
+        for end, (rank, alpha) in wanted.items():
+            (layer,) = [part for name, part in layers.items() if name.endswith(end)]
+            (name,), stem = layer.lora_A, f"lora_te1_text_model_encoder_{end.replace('.', '_')}"
+            assert torch.equal(layer.lora_A[name].weight, tensors[f"{stem}.lora_down.weight"])
+            assert torch.equal(layer.lora_B[name].weight, tensors[f"{stem}.lora_up.weight"])
+            assert layer.scaling[name] == alpha / rank
 
     def test_diffusers_own_files_are_left_to_it(self, trained):
         _, backbone, file = trained("sd3")
