@@ -71,6 +71,7 @@ class SD3(FlowBackbone):
 
     family = "sd3"
     hub_mark = "stable-diffusion-3"
+    original_names = ORIGINAL
     pipeline_class, denoiser_class = StableDiffusion3Pipeline, SD3Transformer2DModel
     required = frozenset(
         {"transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
@@ -81,7 +82,6 @@ class SD3(FlowBackbone):
     repeated_blocks = ("JointTransformerBlock",)
     # Ends of names: `attn` of all blocks, and `attn2`, which the first blocks of SD3.5-medium have beside it.
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    original_names = ORIGINAL
 
     @classmethod
     def idle_layers(cls, denoiser: nn.Module) -> tuple[str, ...]:
