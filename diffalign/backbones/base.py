@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from diffalign.backbones.adapters import ATTENTION
 from diffalign.backbones.conditioning import Conditioning
 from diffalign.backbones.digests import tokenizer_identity, update_with_tensors
+from diffalign.backbones.layer_names import LayerNames
 from diffalign.denoising.shifts import Shift
 from diffalign.errors import ModelError
 
@@ -88,6 +89,11 @@ class Backbone(ABC):
     def idle_layers(cls, denoiser: nn.Module) -> tuple[str, ...]:
         """Return the names of layers that the prediction does not depend on: adapters there would never learn."""
         return ()
+
+    @classmethod
+    def layer_names(cls, denoiser: nn.Module | None = None) -> LayerNames | None:
+        """Return what other programs call the layers of `denoiser` (None: of the published one); None: nobody knows."""
+        return None
 
     @classmethod
     def patch_size(cls, denoiser_config: Mapping[str, Any]) -> int:

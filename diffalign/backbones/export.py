@@ -11,17 +11,21 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffalign.backbones import lora_layouts
 from diffalign.backbones.adapters import ADAPTER, adapted_layers, count_adapted, free_name, has_adapters
 from diffalign.backbones.families import denoiser_name, denoiser_of, family_of, name_of, with_denoiser
 from diffalign.backbones.files import LORA_FILE, load_errors, quiet_diffusers, read_header, write_atomically
-from diffalign.backbones.kohya import kohya_metadata, kohya_tensors
+from diffalign.backbones.kohya import kohya_metadata
+from diffalign.backbones.layer_names import LayerNames
 from diffalign.backbones.loading import load, load_denoiser
+from diffalign.backbones.lora_factors import Factors
+from diffalign.backbones.lora_families import check_lora, in_diffusers_layout, names_of, word_for
+from diffalign.backbones.lora_files import Lora
 from diffalign.errors import ModelError
 
 # Settings in which the denoisers of two families, or of two sizes of one, differ.
 SHAPES = ("cross_attention_dim", "addition_embed_type", "in_channels", "joint_attention_dim")
 SHAPES += ("num_layers", "num_single_layers", "dim", "n_layers")
-KOHYA_TRANSFORMERS = ("lora_unet_joint", "lora_unet_double", "lora_unet_single")  # how its keys begin
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -95,26 +99,52 @@ def save_kohya_lora(
 
     Arguments and errors as in `save_lora`; `file` names the file itself and `prediction_type` goes to its metadata.
     """
-    file = Path(file)
-    if file.suffix != ".safetensors":
-        raise ModelError(f'A kohya LoRA is one .safetensors file, got "{file}".')
-    require_kohya(denoiser)
-    lora, config = _adapter(denoiser, state_dict, dtype)
-    tensors = kohya_tensors(lora, denoiser, config.lora_alpha)
-    header = kohya_metadata(denoiser, config.r, config.lora_alpha, prediction_type, file.stem)
+    lora, names = lora_of(denoiser, base_model, metadata, state_dict), names_of(denoiser)
+    config = denoiser.peft_config[ADAPTER]
+    if name_of(denoiser) == "unet":
+        said = kohya_metadata(denoiser, config.r, config.lora_alpha, prediction_type, Path(file).stem)
+        lora.metadata = said | lora.metadata
     if base_model is not None:
-        header["ss_sd_model_name"] = base_model
-    header |= _strings(base_model, metadata)
-    return write_atomically(file, lambda path: save_file(tensors, path, metadata=header))
+        lora.metadata["ss_sd_model_name"] = base_model
+    return _write_file(lora, "kohya", file, names, denoiser, dtype)
+
+
+def save_comfy_lora(
+    denoiser: nn.Module,
+    file: str | Path,
+    base_model: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the adapters as one `diffusion_model.*` file, the layout of ComfyUI for transformers.
+
+    Arguments and errors as in `save_lora`; `file` names the file itself.
+    """
+    lora = lora_of(denoiser, base_model, metadata, state_dict)
+    return _write_file(lora, "comfy", file, names_of(denoiser), denoiser, dtype)
+
+
+def lora_of(
+    denoiser: nn.Module,
+    base_model: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> Lora:
+    """Return the adapters by layer; arguments and errors as in `save_lora`."""
+    tensors, config = _adapter(denoiser, state_dict, None)
+    names = dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in tensors)
+    layers = {
+        name: Factors(tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], float(config.lora_alpha))
+        for name in names
+    }
+    return Lora(layers, metadata=_strings(base_model, metadata))
 
 
 def require_kohya(denoiser: nn.Module) -> None:
-    """Raise ModelError for networks whose LoRAs have no layout of kohya's here."""
-    if name_of(denoiser) != "unet":
-        raise ModelError(
-            f"The kohya layout is written for UNets only, and this is a {type(denoiser).__name__}. Leave it out: "
-            "diffusers' layout is written in any case, and its pipelines load that."
-        )
+    """Raise ModelError for networks whose LoRAs have no layout but diffusers' here."""
+    names_of(denoiser)
 
 
 def save_denoiser(
@@ -173,6 +203,14 @@ def _adapter(denoiser: nn.Module, state_dict: dict[str, Tensor] | None, dtype: t
     return {key: _for_file(tensor, dtype) for key, tensor in lora.items()}, denoiser.peft_config[ADAPTER]
 
 
+def _write_file(
+    lora: Lora, layout: str, file: str | Path, names: LayerNames, denoiser: nn.Module, dtype: torch.dtype | None
+) -> Path:
+    if Path(file).suffix != ".safetensors":
+        raise ModelError(f'A {layout} LoRA is one .safetensors file, got "{file}".')
+    return lora_layouts.write(lora, layout, Path(file), names, name_of(denoiser), dtype)
+
+
 def _for_file(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.detach().to("cpu", dtype).contiguous()
 
@@ -209,6 +247,13 @@ def _load_lora(pipeline: Any, folder: Path | str, name: str, source: str) -> Any
     denoiser = denoiser_of(pipeline)
     if isinstance(folder, Path):
         check_lora(folder / name, type(pipeline).__name__)
+        with in_diffusers_layout(folder / name, denoiser) as file:
+            return _load_readable(pipeline, file.parent, file.name, source)
+    return _load_readable(pipeline, folder, name, source)
+
+
+def _load_readable(pipeline: Any, folder: Path | str, name: str, source: str) -> Any:
+    denoiser = denoiser_of(pipeline)
     expected = _count_modules(folder / name) if isinstance(folder, Path) else None
     adapter = free_name(denoiser)
     # For each text encoder a UNet-only LoRA draws a warning that ends in "open an issue".
@@ -219,34 +264,10 @@ def _load_lora(pipeline: Any, folder: Path | str, name: str, source: str) -> Any
     if fitting == 0 or (expected is not None and fitting != expected):
         raise ModelError(
             f'Only {fitting} of the {expected or "adapted"} modules in the LoRA "{source}" fit this '
-            f"{_word(denoiser_name(pipeline))}. "
+            f"{word_for(denoiser_name(pipeline))}. "
             "Check that it was trained on this model family."
         )
     return pipeline
-
-
-def check_lora(file: Path, pipeline_class: str) -> None:
-    """Refuse the LoRA of a UNet for a transformer and the other way round; reads the names of tensors only.
-
-    Raises:
-        ModelError: such a LoRA.
-    """
-    wanted = family_of(pipeline_class, str(file)).denoiser_name
-    names = [name for name in read_header(file) if name != "__metadata__"]
-    marks = {
-        "unet": ("unet.", "lora_unet_down", "lora_unet_mid", "lora_unet_up", "lora_unet_input", "lora_unet_output"),
-        "transformer": ("transformer.", "lora_transformer_", "diffusion_model.", *KOHYA_TRANSFORMERS),
-    }
-    found = [kind for kind, starts in marks.items() if any(name.startswith(starts) for name in names)]
-    if found and wanted not in found:
-        raise ModelError(
-            f'The LoRA "{file}" adapts a {_word(found[0])}: its tensors are named like "{names[0]}". A '
-            f"{pipeline_class} has a {_word(wanted)}. Give a LoRA of its family, or the base model of this one."
-        )
-
-
-def _word(name: str) -> str:
-    return {"unet": "UNet"}.get(name, name)
 
 
 def _count_modules(file: Path) -> int:
@@ -260,7 +281,7 @@ def _count_modules(file: Path) -> int:
 
 
 def _replace_denoiser(pipeline: Any, source: str | Path) -> Any:
-    own, name = denoiser_of(pipeline), _word(denoiser_name(pipeline))
+    own, name = denoiser_of(pipeline), word_for(denoiser_name(pipeline))
     network = load_denoiser(source, family_of(type(pipeline).__name__, str(source)), own.dtype)
     for key in SHAPES:
         if network.config.get(key) != own.config.get(key):

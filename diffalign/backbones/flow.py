@@ -4,7 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import nn
+
 from diffalign.backbones.base import Backbone
+from diffalign.backbones.layer_names import LayerNames
 from diffalign.denoising.paths import NoisePath, path_of
 from diffalign.denoising.shifts import Shift, shift_of
 from diffalign.errors import ConfigError, ModelError
@@ -19,11 +22,17 @@ class FlowBackbone(Backbone):
     denoiser_name = "transformer"
     ddim_steps = False
     hub_mark: ClassVar[str]  # in the hub ids of its models, and of no others
+    original_names: ClassVar[LayerNames | None] = None  # of the layers, where LoRAs of other programs are to be read
     packing_side: ClassVar[int] = 1  # latents that a token is high and wide where the transformer is given tokens
     # Of hub ids and folders: no configuration says that a model was distilled to a few steps.
     few_steps: ClassVar[re.Pattern[str]] = re.compile(
         r"turbo|lightning|hyper-?sd|flash|schnell|distill|\blcm\b|\bdmd", re.IGNORECASE
     )
+
+    @classmethod
+    def layer_names(cls, denoiser: nn.Module | None = None) -> LayerNames | None:
+        """Return `original_names`: the names hold for every size of the transformer."""
+        return cls.original_names
 
     @classmethod
     def shift(cls, scheduler_config: Mapping[str, Any], tokens: int) -> Shift:

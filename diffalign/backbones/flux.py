@@ -11,10 +11,57 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from diffalign.backbones import packing
 from diffalign.backbones.conditioning import Conditioning
 from diffalign.backbones.flow import FlowBackbone
+from diffalign.backbones.layer_names import LayerNames, fused, turned, under
 from diffalign.errors import ModelError
 
 NATIVE_LATENTS = 128  # the pipeline's `default_sample_size`
 T5_LENGTH = 512  # tokens, the pipeline's `max_sequence_length`
+ORIGINAL = LayerNames(
+    (
+        *under(
+            "double_blocks.{}.",
+            "transformer_blocks.{}.",
+            {
+                "img_attn.qkv": fused("attn.to_q", "attn.to_k", "attn.to_v"),
+                "img_attn.proj": "attn.to_out.0",
+                "img_mlp.0": "ff.net.0.proj",
+                "img_mlp.2": "ff.net.2",
+                "img_mod.lin": "norm1.linear",
+                "txt_attn.qkv": fused("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+                "txt_attn.proj": "attn.to_add_out",
+                "txt_mlp.0": "ff_context.net.0.proj",
+                "txt_mlp.2": "ff_context.net.2",
+                "txt_mod.lin": "norm1_context.linear",
+            },
+        ),
+        *under(
+            "single_blocks.{}.",
+            "single_transformer_blocks.{}.",
+            {
+                "linear1": fused("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", shares=(1, 1, 1, 4)),
+                "linear2": "proj_out",
+                "modulation.lin": "norm.linear",
+            },
+        ),
+        *under(
+            "",
+            "",
+            {
+                "img_in": "x_embedder",
+                "txt_in": "context_embedder",
+                "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+                "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+                "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+                "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+                "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+                "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+                "final_layer.linear": "proj_out",
+                "final_layer.adaLN_modulation.1": turned("norm_out.linear"),
+            },
+        ),
+    ),
+    network_module="networks.lora_flux",
+)
 
 
 class Flux(FlowBackbone):
@@ -36,6 +83,7 @@ class Flux(FlowBackbone):
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("proj_mlp", "proj_out"),
     )
+    original_names = ORIGINAL
     packing_side = packing.SIDE
     # What policy and reference are told in training: the distilled guidance scale, as in diffusers' scripts of
     # fine-tuning. Drawing tells the network its own, usually 3.5.

@@ -5,11 +5,13 @@ numbered through: input_blocks, middle_block, output_blocks.
 """
 
 import re
+from contextlib import suppress
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
+from diffalign.backbones.layer_names import LayerNames, Rename
 from diffalign.errors import ModelError
 
 EMBEDDINGS = {
@@ -65,15 +67,18 @@ def _block_name(unet: nn.Module, side: str, level: int, kind: str, index: int, r
     return f"{prefix}.1.{rest}" if kind == "attentions" else f"{prefix}.0.{RESNET.get(rest, rest)}"
 
 
-def kohya_tensors(lora: dict[str, Tensor], unet: nn.Module, alpha: float) -> dict[str, Tensor]:
-    """Rename `<module>.lora_A.weight` and `<module>.lora_B.weight` to kohya's keys and add the alpha of each module."""
-    tensors = {}
-    for key, tensor in lora.items():
-        module, part = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key).groups()
-        stem = "lora_unet_" + (ldm_name(module, unet) if is_sdxl(unet) else module).replace(".", "_")
-        tensors[f"{stem}.lora_{'down' if part == 'A' else 'up'}.weight"] = tensor
-        tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
-    return tensors
+def unet_names(unet: nn.Module) -> LayerNames:
+    """Return the names of the layers of `unet` in kohya's files: those of the original UNet if it is of SDXL's kind."""
+    adaptable = (nn.Linear, nn.Conv2d, BaseTunerLayer)
+    layers = [name for name, module in unet.named_modules() if isinstance(module, adaptable)]
+    renames = []
+    for name in layers:
+        if ".lora_" in name or name.endswith(".base_layer"):
+            continue
+        with suppress(ModelError):  # unknown to other programs: refused by name where a LoRA has it
+            renames.append(Rename(ldm_name(name, unet) if is_sdxl(unet) else name, (name,)))
+    text_encoders = ("lora_te1_", "lora_te2_") if is_sdxl(unet) else ("lora_te_",)
+    return LayerNames(tuple(renames), comfy_is_kohya=True, text_encoders=text_encoders)
 
 
 def kohya_metadata(unet: nn.Module, rank: int, alpha: float, prediction_type: str, title: str) -> dict[str, str]:

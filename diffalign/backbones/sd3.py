@@ -13,11 +13,55 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from diffalign.backbones.base import CLIP_LENGTH
 from diffalign.backbones.conditioning import Conditioning
 from diffalign.backbones.flow import FlowBackbone
+from diffalign.backbones.layer_names import LayerNames, fused, turned, under
 from diffalign.backbones.repeated_text import REPEATS, allow_repeats, repeats_text
 from diffalign.errors import ModelError
 
 logger = logging.getLogger(__name__)
 T5_LENGTH = 256  # tokens, the pipeline's `max_sequence_length`
+ORIGINAL = LayerNames(
+    (
+        *under(
+            "joint_blocks.{}.x_block.",
+            "transformer_blocks.{}.",
+            {
+                "attn.qkv": fused("attn.to_q", "attn.to_k", "attn.to_v"),
+                "attn.proj": "attn.to_out.0",
+                "attn2.qkv": fused("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+                "attn2.proj": "attn2.to_out.0",
+                "mlp.fc1": "ff.net.0.proj",
+                "mlp.fc2": "ff.net.2",
+                "adaLN_modulation.1": "norm1.linear",
+            },
+        ),
+        *under(
+            "joint_blocks.{}.context_block.",
+            "transformer_blocks.{}.",
+            {
+                "attn.qkv": fused("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+                "attn.proj": "attn.to_add_out",
+                "mlp.fc1": "ff_context.net.0.proj",
+                "mlp.fc2": "ff_context.net.2",
+                "adaLN_modulation.1": turned("norm1_context.linear"),  # in the last block alone
+            },
+        ),
+        *under(
+            "",
+            "",
+            {
+                "x_embedder.proj": "pos_embed.proj",
+                "context_embedder": "context_embedder",
+                "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+                "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+                "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+                "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+                "final_layer.linear": "proj_out",
+                "final_layer.adaLN_modulation.1": turned("norm_out.linear"),
+            },
+        ),
+    ),
+    network_module="networks.lora_sd3",
+)
 
 
 class SD3(FlowBackbone):
@@ -29,6 +73,7 @@ class SD3(FlowBackbone):
 
     family = "sd3"
     hub_mark = "stable-diffusion-3"
+    original_names = ORIGINAL
     pipeline_class, denoiser_class = StableDiffusion3Pipeline, SD3Transformer2DModel
     required = frozenset(
         {"transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}

@@ -6,9 +6,12 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from diffalign.backbones import published
 from diffalign.backbones.attention import shares_text
 from diffalign.backbones.base import CLIP_LENGTH, Backbone
 from diffalign.backbones.conditioning import Conditioning
+from diffalign.backbones.kohya import unet_names
+from diffalign.backbones.layer_names import LayerNames
 from diffalign.denoising.paths import DDPMPath
 from diffalign.errors import ModelError
 
@@ -20,6 +23,11 @@ class UNetBackbone(Backbone):
     required = frozenset({"unet", "vae", "text_encoder", "tokenizer", "scheduler"})
     repeated_blocks = ("BasicTransformerBlock", "ResnetBlock2D")
     plain_attention = True
+
+    @classmethod
+    def layer_names(cls, denoiser: nn.Module | None = None) -> LayerNames:
+        """Return what kohya's files call the layers of `denoiser`, of the published UNet when None."""
+        return unet_names(published.random_unet(cls.family, device="meta") if denoiser is None else denoiser)
 
     @classmethod
     def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:

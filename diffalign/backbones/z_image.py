@@ -11,10 +11,37 @@ from transformers import Qwen2Tokenizer, Qwen3ForCausalLM, Qwen3Model
 from diffalign.backbones.adapters import ATTENTION
 from diffalign.backbones.conditioning import MASK, Conditioning
 from diffalign.backbones.flow import FlowBackbone
+from diffalign.backbones.layer_names import LayerNames, fused, same, under
 from diffalign.errors import ModelError
 
 TEXT_LENGTH = 512  # tokens, the pipeline's `max_sequence_length`
 PATCH = 2  # the pipeline never asks for another `patch_size`
+_BLOCK = {
+    "attention.qkv": fused("attention.to_q", "attention.to_k", "attention.to_v"),
+    "attention.out": "attention.to_out.0",
+    **{name: name for name in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0")},
+}
+ORIGINAL = LayerNames(
+    (
+        *(
+            rename
+            for blocks in ("layers.{}.", "noise_refiner.{}.", "context_refiner.{}.")
+            for rename in under(blocks, blocks, _BLOCK)
+        ),
+        *under(
+            "",
+            "",
+            {
+                "x_embedder": "all_x_embedder.2-1",
+                "final_layer.linear": "all_final_layer.2-1.linear",
+                "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+            },
+        ),
+        *same("", "cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2"),
+    ),
+    network_module="networks.lora_zimage",
+    comfy_original=False,  # ComfyUI knows both; diffusers reads only its own names there
+)
 
 
 class ZImage(FlowBackbone):
@@ -34,6 +61,7 @@ class ZImage(FlowBackbone):
     repeated_blocks = ("ZImageTransformerBlock",)
     prompt_first = True
     lora_targets = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    original_names = ORIGINAL
 
     @classmethod
     def patch_size(cls, denoiser_config: Mapping[str, Any]) -> int:

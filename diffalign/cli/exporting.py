@@ -1,4 +1,4 @@
-"""The command that writes what a run has trained for other programs: export."""
+"""The commands that write weights for other programs: export what a run has trained, convert any LoRA."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,11 +14,11 @@ def export(
         typer.Option(
             "--format",
             help="diffusers: the LoRA, or unet/ if all weights were tuned. kohya: one LoRA file for ComfyUI and A1111. "
-            "unet: a UNet folder, a LoRA merged into it.",
+            "comfy: one for ComfyUI, of transformers with ComfyUI's names. unet: a UNet folder, a LoRA merged into it.",
         ),
     ] = "diffusers",
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write into (kohya: or the file); by default RUN/export/.")
+        Path | None, typer.Option(help="Folder to write into (kohya, comfy: or the file); by default RUN/export/.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 (as trained), float16 or bfloat16.")] = "float32",
     base: Annotated[str | None, typer.Option(help="The base model, if it is not where the run found it.")] = None,
@@ -36,6 +36,47 @@ def export(
     job.run(run, format_, out, dtype, Console(), base=base)
 
 
+def convert(
+    source: Annotated[Path, typer.Argument(help="A LoRA file, whoever made it, or the folder it is in.")],
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write, or a folder.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="diffusers: load_lora_weights (transformer. or unet., lora_A and lora_B). kohya: sd-scripts, A1111 "
+            "(lora_unet_, lora_down and lora_up, q, k and v fused as in the original network). comfy: ComfyUI "
+            "(diffusion_model.; of UNets it loads kohya's).",
+        ),
+    ],
+    family: Annotated[
+        str | None,
+        typer.Option(help="Of the base model: sd15, sdxl, sd3, flux, zimage ... Found by itself where names tell."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The base model, a folder or hub id, instead of --family: shapes are checked as well."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="keep (that of SOURCE), float32, float16 or bfloat16.")] = "keep",
+    without_text_encoders: Annotated[
+        bool, typer.Option("--without-text-encoders", help="Leave out what SOURCE holds of text encoders.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Write a LoRA in the layout another program loads: diffusers, kohya's sd-scripts, ComfyUI.
+
+    SOURCE may be in any of them, or PEFT's. The update of every layer stays the same: fused layers are divided or
+    joined exactly, and alpha / rank is kept. Nothing is dropped: a key that nobody knows stops it, by name.
+
+    Example: `diffalign convert civitai-flux.safetensors loras/mine --to diffusers`
+
+    Example: `diffalign convert runs/dpo-flux ComfyUI/models/loras/mine.safetensors --to comfy --dtype bfloat16`
+    """
+    from diffalign.jobs.training import convert as job
+
+    text = not without_text_encoders
+    job.run(source, out, to, Console(), family=family, model=model, dtype=dtype, text=text, overwrite=overwrite)
+
+
 def register(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add the commands."""
     app.command()(export)
+    app.command()(convert)

@@ -116,7 +116,6 @@ def test_layers_that_a_run_names(content, run, tmp_path, checkpointing):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora": {"export_kohya": True}}, "kohya layout is written for UNets only"),
         ({"data": {"resolution": 60}}, "multiples of 8"),
         ({"objective": {"name": "spo"}, "rollout": {"scorer": "pickscore=assets/tiny-pickscore"}}, "flux is sampled"),
     ],

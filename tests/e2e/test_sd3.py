@@ -131,7 +131,6 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("section", "values", "message"),
         [
-            ("lora", {"export_kohya": True}, "kohya layout is written for UNets only"),
             ("lora", {"blocks": ["mid"]}, "names parts of a UNet"),
             ("performance", {"attention": "math"}, "performance.attention math is for the attention of UNets"),
             ("data", {"resolution": 60}, "multiples of 8"),

@@ -21,9 +21,9 @@ from pydantic import ValidationError
 
 from diffalign.backbones import inspection, loading
 from diffalign.backbones.base import Backbone
-from diffalign.backbones.export import check_lora
 from diffalign.backbones.families import DENOISERS, denoiser_of
 from diffalign.backbones.files import read_header
+from diffalign.backbones.lora_families import check_lora
 from diffalign.config.sections import ModelSettings
 from diffalign.errors import ConfigError, ModelError
 from diffalign.jobs.devices import pick_device, pick_dtype

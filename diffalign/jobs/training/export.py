@@ -21,9 +21,11 @@ from diffalign.training import checkpoint
 
 FORMATS = {
     "diffusers": "what diffusers' pipelines take: a LoRA, or unet/ (transformer/) of a run that tuned all weights",
-    "kohya": "one LoRA file for ComfyUI, A1111 and kohya's sd-scripts",
+    "kohya": "one LoRA file for kohya's sd-scripts and A1111; ComfyUI loads it too",
+    "comfy": "one LoRA file for ComfyUI, with the names of the original network (of UNets kohya's)",
     "unet": "unet/ or transformer/ with all weights, a LoRA merged into those of its base",
 }
+ONE_FILE = ("kohya", "comfy")
 FOLDER = "export"  # of a run
 CPU = torch.device("cpu")
 
@@ -100,7 +102,7 @@ def run(place: Path, form: str, out: Path | None, dtype: str, console: Console, 
     Args:
         place: a finished run, or the checkpoint of one.
         form: one of FORMATS.
-        out: the folder to write into (kohya: or the .safetensors file); None: export/ in the run.
+        out: the folder to write into (kohya, comfy: or the .safetensors file); None: export/ in the run.
         dtype: "float32" (as trained), "float16" or "bfloat16".
         base: the base model, if it is not where the run found it.
 
@@ -112,10 +114,10 @@ def run(place: Path, form: str, out: Path | None, dtype: str, console: Console, 
         raise ConfigError(f'Unknown --format "{form}".{suggestion(form, FORMATS)} Available: {", ".join(FORMATS)}.')
     stored = pick_dtype(dtype, CPU)
     trained = Trained.find(place, base)
-    if form == "kohya" and not trained.is_lora:
+    if form in ONE_FILE and not trained.is_lora:
         raise ConfigError(
-            f'"{place}" tuned all weights, and kohya\'s layout is for LoRAs. Use --format unet, which diffusers loads. '
-            "A whole checkpoint for other programs is made of a diffusers folder of the base with this unet/ in "
+            f'"{place}" tuned all weights, and {form}\'s layout is for LoRAs. Use --format unet, which diffusers '
+            "loads. A whole checkpoint for other programs is made of a diffusers folder of the base with this unet/ in "
             "it, by diffusers' scripts/convert_diffusers_to_original_sdxl.py (or ..._original_stable_diffusion.py)."
         )
     folder = out or trained.run / FOLDER / ("final" if place == trained.run else trained.place.name)
@@ -140,6 +142,8 @@ def _write_lora(trained: Trained, form: str, folder: Path, dtype: torch.dtype) -
     if form == "diffusers":
         return export.save_lora(denoiser, folder, base, metadata, **given)
     file = folder if folder.suffix == ".safetensors" else folder / f"{trained.name}.safetensors"
+    if form == "comfy" and not model.kind.layer_names(denoiser).comfy_is_kohya:
+        return export.save_comfy_lora(denoiser, file, base, metadata, **given)
     return export.save_kohya_lora(denoiser, file, base, metadata, prediction_type=prediction_type, **given)
 
 
@@ -168,7 +172,7 @@ def _write_unet(trained: Trained, folder: Path, dtype: torch.dtype) -> Path:
 
 def _usage(written: Path, form: str, trained: Trained) -> str:
     """Say how to load what was written."""
-    if form == "kohya":
+    if form in ONE_FILE:
         return "for the folder models/loras of ComfyUI, models/Lora of A1111"
     if written.name == LORA_FILE:
         return f'pipe.load_lora_weights("{written.parent}")'

@@ -28,6 +28,7 @@ class MetaModel:
     origin: str  # in words, where the shapes are from
     vae_scale_factor: int = 8
     scheduler: Mapping[str, Any] | None = None  # its configuration, where it is here
+    is_read: bool = False  # the shapes are the model's own, and not those of the published one
 
     @property
     def kind(self) -> type[Backbone]:
@@ -49,7 +50,12 @@ def read(config: Config) -> MetaModel:
     Raises:
         ModelError: a path that does not exist, or a folder that is no pipeline of a supported family.
     """
-    name, revision = inspection.located(config.model.pretrained_model_name_or_path), config.model.revision
+    return at(config.model.pretrained_model_name_or_path, config.model.revision)
+
+
+def at(source: str, revision: str | None = None) -> MetaModel:
+    """Return the model that `source` names; as `read`."""
+    name = inspection.located(source)
     if Path(name).is_dir():
         return _from_folder(Path(name), inspection.family_at(name), "from its config")
     if Path(name).is_file():
@@ -99,7 +105,7 @@ def _from_folder(folder: Path, family: type[Backbone], origin: str) -> MetaModel
         denoiser = loader.from_config(loader.load_config(folder / family.denoiser_name))
     file = folder / "scheduler" / "scheduler_config.json"
     scheduler = json.loads(file.read_text(encoding="utf8")) if file.is_file() else None
-    return MetaModel(denoiser, family.family, origin, _scale_factor(folder / "vae", family), scheduler)
+    return MetaModel(denoiser, family.family, origin, _scale_factor(folder / "vae", family), scheduler, True)
 
 
 def _scale_factor(folder: Path, family: type[Backbone]) -> int:
