@@ -13,7 +13,7 @@ def rank(
     scores: Annotated[Path, typer.Argument(metavar="SCORES", help="What `diffalign score FOLDER... --out` wrote.")],
     out: Annotated[Path, typer.Option(help="The training data, a .parquet file.")],
     layout: Annotated[
-        str, typer.Option("--as", help="lists (for rankdpo and plackett_luce) or pairs (best against worst).")
+        str, typer.Option("--as", help="lists (rankdpo, plackett_luce) or pairs (best and worst).")
     ] = "lists",
     k: Annotated[int | None, typer.Option(help="Pictures a list; by default as many as every prompt has.")] = None,
     min_gap: Annotated[float, typer.Option(help="Smallest difference of win rates of a pair, 0 to 1.")] = 0.0,
