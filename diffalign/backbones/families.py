@@ -7,13 +7,14 @@ from torch import nn
 
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.flux import Flux
+from diffalign.backbones.qwen_image import QwenImage
 from diffalign.backbones.sd3 import SD3
 from diffalign.backbones.sd15 import SD15
 from diffalign.backbones.sdxl import SDXL
 from diffalign.backbones.z_image import ZImage
 from diffalign.errors import ModelError
 
-FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux, ZImage)
+FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux, QwenImage, ZImage)
 PIPELINES = {family.pipeline_class.__name__: family for family in FAMILIES}
 BY_NAME = {family.family: family for family in FAMILIES}
 DENOISERS = tuple(dict.fromkeys(family.denoiser_name for family in FAMILIES))  # names of folders, too: unet/ ...
@@ -45,9 +46,15 @@ def with_denoiser(pipeline: DiffusionPipeline, denoiser: nn.Module) -> Diffusion
     return pipeline
 
 
+def pipeline_kind(pipeline: DiffusionPipeline) -> type[Backbone]:
+    """Return the family of a pipeline, which may be of a class derived from the family's."""
+    return next(family for family in FAMILIES if isinstance(pipeline, family.pipeline_class))
+
+
 def has_unconditional_branch(pipeline: DiffusionPipeline) -> bool:
     """Tell whether guidance weighs a prediction without the prompt; a guidance-distilled network is told the scale."""
-    return hasattr(type(pipeline), "do_classifier_free_guidance")  # of a pipeline it would ask for a scale
+    # Of a pipeline itself it would ask for a scale.
+    return pipeline_kind(pipeline).separate_branches or hasattr(type(pipeline), "do_classifier_free_guidance")
 
 
 def family_of(pipeline_class: str, source: str) -> type[Backbone]:
