@@ -1,5 +1,6 @@
 """The families there are, and which of them a pipeline is of. A new one is a file here and a name in FAMILIES."""
 
+import re
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -17,6 +18,8 @@ from diffalign.errors import ModelError
 FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux, QwenImage, ZImage)
 PIPELINES = {family.pipeline_class.__name__: family for family in FAMILIES}
 BY_NAME = {family.family: family for family in FAMILIES}
+# Of pipelines that are not of text to image, in the names of diffusers' classes.
+GIVEN_A_PICTURE = re.compile("Edit|Img2Img|Inpaint|Kontext|Fill|ControlNet|Layered")
 DENOISERS = tuple(dict.fromkeys(family.denoiser_name for family in FAMILIES))  # names of folders, too: unet/ ...
 
 
@@ -64,6 +67,10 @@ def family_of(pipeline_class: str, source: str) -> type[Backbone]:
         ModelError: no family has such pipelines.
     """
     if pipeline_class not in PIPELINES:
+        given = ", which is given a picture besides the prompt: use the text-to-image model"
+        also = given if GIVEN_A_PICTURE.search(pipeline_class) else ""
         known = ", ".join(f"{family.family} ({name})" for name, family in PIPELINES.items())
-        raise ModelError(f'"{source}" is a {pipeline_class}. Supported: {known}; other families are not supported yet.')
+        raise ModelError(
+            f'"{source}" is a {pipeline_class}{also}. Supported: {known}; other families are not supported yet.'
+        )
     return PIPELINES[pipeline_class]
