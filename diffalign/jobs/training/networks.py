@@ -58,6 +58,8 @@ def prepare_networks(
     checkpointing: which activations are recomputed, "none", "selective" or "full".
     stored: errors of the reference; once they are complete, no copy is made of what would never run.
     """
+    if config.model.tune == "full":
+        _check_gradients(backbone, accelerator)
     denoiser, performance = backbone.denoiser.to(accelerator.device), config.performance
     kernels.use(performance.kernels)
     acceleration.channels_last(denoiser, performance.channels_last)
@@ -73,7 +75,6 @@ def prepare_networks(
         if performance.fused_lora:
             fuse_lora(denoiser)
     else:
-        _check_gradients(backbone, accelerator)
         denoiser.requires_grad_(True)
     checkpoint_activations(denoiser, checkpointing)
     reference = _reference(config, backbone, frozen) if referenced else None
