@@ -6,11 +6,14 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     PNDMScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -24,6 +27,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
@@ -31,6 +36,8 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+
+from diffalign.backbones.published import SHIFTS
 
 IMAGE_SIZE = 64
 LATENT_SIZE = 16
@@ -246,6 +253,46 @@ def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
         "{% endif %}"
     )
     return tokenizer
+
+
+def tiny_transformer_qwen(**settings) -> QwenImageTransformer2DModel:
+    """Return Qwen-Image's topology with two blocks of 32 channels."""
+    return QwenImageTransformer2DModel(
+        in_channels=64,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+        **settings,
+    )
+
+
+def tiny_vae_qwen() -> AutoencoderKLQwenImage:
+    """Return an autoencoder of films that halves a picture twice, with Qwen-Image's means and deviations."""
+    return AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True])
+
+
+def build_tiny_qwen(directory: str | Path, seed: int = 0) -> Path:
+    """Write a random-weight QwenImagePipeline of about 0.3 M parameters to `directory` and return its path."""
+    tokenizer = tiny_qwen_tokenizer()
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    text |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    text["rope_scaling"] = {"mrope_section": [1, 1, 2], "rope_type": "default"}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = QwenImagePipeline(
+            vae=tiny_vae_qwen(),
+            text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+            tokenizer=tokenizer,
+            transformer=tiny_transformer_qwen(),
+            scheduler=FlowMatchEulerDiscreteScheduler(**SHIFTS["qwen"]),
+        )
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    return Path(directory)
 
 
 def tiny_transformer_zimage() -> ZImageTransformer2DModel:

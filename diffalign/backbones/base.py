@@ -45,6 +45,7 @@ class Backbone(ABC):
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION  # ends of the names of the layers that a LoRA adapts
     ddim_steps: ClassVar[bool] = True  # it is sampled by DDIM's steps, whose distribution online objectives learn from
     prompt_first: ClassVar[bool] = False  # its pipeline guides with [prompts, empty ones], and not the other way round
+    separate_branches: ClassVar[bool] = False  # its pipeline guides with two calls, of the prompts and of empty ones
     plain_attention: ClassVar[bool] = False  # its attention is that of the UNets, of which kernels can be chosen
 
     def __init__(
@@ -94,6 +95,17 @@ class Backbone(ABC):
     def layer_names(cls, denoiser: nn.Module | None = None) -> LayerNames | None:
         """Return what other programs call the layers of `denoiser` (None: of the published one); None: nobody knows."""
         return None
+
+    @classmethod
+    def unread_layers(cls, denoiser: nn.Module) -> tuple[str, ...]:
+        """Return the names of idle layers that no gradient reaches at all, which DDP would wait for in vain."""
+        return ()
+
+    @classmethod
+    def guidance_arguments(cls, scale: float, negative_prompt: str, number: int) -> dict[str, Any]:
+        """Return how the pipeline is told to guide `number` pictures; "" is its own default."""
+        negative_prompts = [negative_prompt] * number if negative_prompt else None
+        return {"guidance_scale": scale, "negative_prompt": negative_prompts}
 
     @classmethod
     def patch_size(cls, denoiser_config: Mapping[str, Any]) -> int:
@@ -203,21 +215,21 @@ class Backbone(ABC):
         self._check_images(images)
         shift, scale = self._shift_and_scale()
         with self._stable_vae() as vae:
-            posterior = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist
-        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+            mean, std = self._encode(vae, (images * 2 - 1).to(vae.device, vae.dtype))
+        return (mean.float() - shift) * scale, std.float() * scale
 
     def decode_latents(self, x0: Tensor) -> Tensor:
         """Return images [N,3,H,W] float32 in [0,1] of scaled latents `x0` [N,C,h,w]; differentiable in `x0`."""
         shift, scale = self._shift_and_scale()
         with self._stable_vae() as vae:
-            decoded = vae.decode((x0 / scale + shift).to(vae.device, vae.dtype), return_dict=False)[0]
+            decoded = self._decode(vae, (x0 / scale + shift).to(vae.device, vae.dtype))
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     def fingerprint(self) -> str:
         """Return a hash of all that decides the latents and embeddings: VAE, text encoders, tokenizers, scaling."""
         if self._fingerprint is None:  # these modules are frozen
             digest = hashlib.blake2b(digest_size=16)
-            digest.update(f"{self.family} {self._shift_and_scale()}".encode())
+            digest.update(f"{self.family} {self._scaling()}".encode())
             for tokenizer in self.tokenizers:
                 digest.update(tokenizer_identity(tokenizer))
             for module in self._encoders():
@@ -255,14 +267,25 @@ class Backbone(ABC):
     def _encoders(self) -> list[nn.Module]:
         return [self.vae, *self.text_encoders]
 
-    def _shift_and_scale(self) -> tuple[float, float]:
+    def _encode(self, vae: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = vae.encode(pictures).latent_dist
+        return posterior.mean, posterior.std
+
+    def _decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        return vae.decode(latents, return_dict=False)[0]
+
+    def _scaling(self) -> Any:
+        """Return the numbers that latents are shifted and scaled by, as the fingerprint writes them."""
+        return self._shift_and_scale()
+
+    def _shift_and_scale(self) -> tuple[float | Tensor, float | Tensor]:
         config = self.vae.config
         return float(getattr(config, "shift_factor", None) or 0.0), float(config.scaling_factor)
 
     @contextmanager
     def _stable_vae(self) -> Iterator[nn.Module]:
         # float16 overflows in VAEs marked force_upcast (SDXL's own): diffusers runs those in float32, so do we.
-        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
+        upcast = self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast", False)
         if upcast:
             self.vae.float()
         try:

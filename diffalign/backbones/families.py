@@ -1,5 +1,6 @@
 """The families there are, and which of them a pipeline is of. A new one is a file here and a name in FAMILIES."""
 
+import re
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -7,15 +8,18 @@ from torch import nn
 
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.flux import Flux
+from diffalign.backbones.qwen_image import QwenImage
 from diffalign.backbones.sd3 import SD3
 from diffalign.backbones.sd15 import SD15
 from diffalign.backbones.sdxl import SDXL
 from diffalign.backbones.z_image import ZImage
 from diffalign.errors import ModelError
 
-FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux, ZImage)
+FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux, QwenImage, ZImage)
 PIPELINES = {family.pipeline_class.__name__: family for family in FAMILIES}
 BY_NAME = {family.family: family for family in FAMILIES}
+# Of pipelines that are not of text to image, in the names of diffusers' classes.
+GIVEN_A_PICTURE = re.compile("Edit|Img2Img|Inpaint|Kontext|Fill|ControlNet|Layered")
 DENOISERS = tuple(dict.fromkeys(family.denoiser_name for family in FAMILIES))  # names of folders, too: unet/ ...
 
 
@@ -45,15 +49,15 @@ def with_denoiser(pipeline: DiffusionPipeline, denoiser: nn.Module) -> Diffusion
     return pipeline
 
 
+def pipeline_kind(pipeline: DiffusionPipeline) -> type[Backbone]:
+    """Return the family of a pipeline, which may be of a class derived from the family's."""
+    return next(family for family in FAMILIES if isinstance(pipeline, family.pipeline_class))
+
+
 def has_unconditional_branch(pipeline: DiffusionPipeline) -> bool:
     """Tell whether guidance weighs a prediction without the prompt; a guidance-distilled network is told the scale."""
-    return hasattr(type(pipeline), "do_classifier_free_guidance")  # of a pipeline it would ask for a scale
-
-
-def drawing_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Return the arguments beyond the usual ones with which a pipeline of any of the families is to be called."""
-    family = PIPELINES.get(type(pipeline).__name__)
-    return {} if family is None else family.drawing_options(pipeline)
+    # Of a pipeline itself it would ask for a scale.
+    return pipeline_kind(pipeline).separate_branches or hasattr(type(pipeline), "do_classifier_free_guidance")
 
 
 def family_of(pipeline_class: str, source: str) -> type[Backbone]:
@@ -63,6 +67,10 @@ def family_of(pipeline_class: str, source: str) -> type[Backbone]:
         ModelError: no family has such pipelines.
     """
     if pipeline_class not in PIPELINES:
+        given = ", which is given a picture besides the prompt: use the text-to-image model"
+        also = given if GIVEN_A_PICTURE.search(pipeline_class) else ""
         known = ", ".join(f"{family.family} ({name})" for name, family in PIPELINES.items())
-        raise ModelError(f'"{source}" is a {pipeline_class}. Supported: {known}; other families are not supported yet.')
+        raise ModelError(
+            f'"{source}" is a {pipeline_class}{also}. Supported: {known}; other families are not supported yet.'
+        )
     return PIPELINES[pipeline_class]

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
+from diffusers import (
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -133,6 +139,7 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
         | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432},
     },
     "flux": {"black-forest-labs/FLUX.1-dev": {"guidance_embeds": True}},  # all else is the class's default
+    "qwen": {"Qwen/Qwen-Image": {}, "Qwen/Qwen-Image-2512": {}},  # the class's defaults
     "zimage": {
         "Tongyi-MAI/Z-Image": {"dim": 3840, "n_layers": 30, "n_heads": 30}
         | {"n_kv_heads": 30, "n_refiner_layers": 2, "cap_feat_dim": 2560},
@@ -141,12 +148,15 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
 TRANSFORMER_CLASSES: dict[str, type[nn.Module]] = {
     "sd3": SD3Transformer2DModel,
     "flux": FluxTransformer2DModel,
+    "qwen": QwenImageTransformer2DModel,
     "zimage": ZImageTransformer2DModel,
 }
 # What their schedulers say of the shift.
 SHIFTS = {
     "sd3": {"shift": 3.0},
     "flux": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
+    "qwen": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9}
+    | {"base_image_seq_len": 256, "max_image_seq_len": 8192, "shift_terminal": 0.02},
     "zimage": {"shift": 6.0},
 }
 CLIP_MERGES = 48894  # with 256 letters, 256 final letters and 2 marks they make the 49,408 tokens

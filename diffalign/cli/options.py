@@ -42,7 +42,7 @@ class Sampling:
 
     steps: Annotated[int, typer.Option(help="Denoising steps, with the model's own scheduler.")] = 30
     guidance_scale: Annotated[
-        float, typer.Option(help="7.5 is usual for SD1.5, 5.0 for SDXL; 1 switches guidance off (of Z-Image, 0).")
+        float, typer.Option(help="7.5 is usual for SD1.5, 5.0 for SDXL, 4.0 for Qwen-Image; 1 is none (of Z-Image, 0).")
     ] = 5.0
     negative_prompt: Annotated[str, typer.Option(help="What the pictures should not show.")] = ""
 

@@ -12,10 +12,12 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from diffalign.backbones.families import drawing_options, has_unconditional_branch
+from diffalign.backbones.families import has_unconditional_branch, pipeline_kind
 from diffalign.errors import DataError, ModelError, UserError
 from diffalign.evaluation.manifest import Manifest, atomic_write
 from diffalign.progress import progress_bar
+
+LATENT_SCALING = ("scaling_factor", "latents_mean", "latents_std")  # in a VAE's configuration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,16 +149,16 @@ def _batches(
 def _draw(
     pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings
 ) -> list[Image.Image]:
+    kind = pipeline_kind(pipeline)
     arrays = pipeline(
         prompt=list(prompts),
-        negative_prompt=[settings.negative_prompt] * len(prompts) if settings.negative_prompt else None,
         num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
+        **kind.guidance_arguments(settings.guidance_scale, settings.negative_prompt, len(prompts)),
+        **kind.drawing_options(pipeline),
         height=settings.height,
         width=settings.width,
         generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
         output_type="np",
-        **drawing_options(pipeline),
     ).images
     # The pipeline's own conversion would turn NaN into black pictures without a word.
     bad = ~np.isfinite(arrays).reshape(len(arrays), -1).all(axis=1)
@@ -204,7 +206,8 @@ def _drawing_record(pipeline: DiffusionPipeline, settings: SamplingSettings) -> 
     scheduler, vae = pipeline.scheduler, pipeline.vae
     record["pipeline"] = type(pipeline).__name__
     record["dtype"] = str(pipeline.dtype).removeprefix("torch.")
-    record["vae"] = {"dtype": str(vae.dtype).removeprefix("torch."), "scaling_factor": vae.config.scaling_factor}
+    scaling = {name: vae.config[name] for name in LATENT_SCALING if vae.config.get(name) is not None}
+    record["vae"] = {"dtype": str(vae.dtype).removeprefix("torch.")} | scaling
     record["scheduler"] = {"class": type(scheduler).__name__} | {
         key: value for key, value in scheduler.config.items() if not key.startswith("_")
     }

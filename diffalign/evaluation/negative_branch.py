@@ -5,7 +5,8 @@ theta_neg = theta_0 + policy_scale * (theta_pos - theta_0) + negative_scale * (t
 
 Wang et al. 2025, arXiv:2505.11245; the scales are its alpha and beta (`1 - merge_weight` and 1 in the authors' code).
 The pipeline does the first line as ever: its denoiser (UNet or transformer) is replaced by one that sends each half of
-the batch to its network. Of flow models eps is the velocity.
+the batch to its network, or each call, where the pipeline evaluates one branch after the other. Of flow models eps is
+the velocity.
 
 Memory: a LoRA costs its own weights, as both networks are one whose adapters are switched between the halves. Only a
 full negative network, or a full policy with a policy_scale other than 1, takes a second one.
@@ -15,7 +16,8 @@ import copy
 import math
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from diffalign.backbones.adapters import activate, active_adapters, adapter_mix
 from diffalign.backbones.base import TEXT_ENCODERS, present
 from diffalign.backbones.export import load_adapter_into
-from diffalign.backbones.families import PIPELINES, denoiser_of, has_unconditional_branch, with_denoiser
+from diffalign.backbones.families import PIPELINES, denoiser_of, has_unconditional_branch, pipeline_kind, with_denoiser
 from diffalign.errors import ModelError, UserError
 
 Load = Callable[[DiffusionPipeline, str], DiffusionPipeline]
@@ -55,6 +57,7 @@ class NegativeBranch(nn.Module):
             (positive, adapter_mix(positive, positive_adapters)),
         )
         self._branches = branches[::-1] if PIPELINES[type(pipeline).__name__].prompt_first else branches
+        self._separate, self._called = pipeline_kind(pipeline).separate_branches, ""
         self._pipeline = weakref.ref(pipeline)
 
     def __getattr__(self, name: str) -> Any:
@@ -66,6 +69,23 @@ class NegativeBranch(nn.Module):
                 raise
             return getattr(self.networks[0], name)
 
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Be called for "cond" or "uncond", by a pipeline that evaluates the branches one after the other.
+
+        Raises:
+            ModelError: the branch without the prompt was left out after the one with it.
+        """
+        if self._separate and name == self._called == "cond":
+            self._called = ""
+            raise _no_guidance("1 or less")
+        self._called = name
+        try:
+            yield
+        except BaseException:
+            self._called = ""
+            raise
+
     def forward(self, *args: Any, return_dict: bool = True, **options: Any) -> UNet2DConditionOutput | tuple[Tensor]:
         """Return the prediction [2N,C,h,w] for latents [2N,C,h,w], the halves in the order of the family's pipeline.
 
@@ -76,12 +96,13 @@ class NegativeBranch(nn.Module):
         Raises:
             ModelError: the pipeline does not guide, so that there is no half to be evaluated by the negative network.
         """
+        if self._separate:
+            network, mixed = self._branches[self._called == "cond"]
+            with mixed():
+                return network(*args, return_dict=return_dict, **options)
         pipeline = self._pipeline()
         if pipeline is not None and not pipeline.do_classifier_free_guidance:
-            raise ModelError(
-                f"The negative branch needs guidance: guidance_scale must be above 1, got {pipeline.guidance_scale}. "
-                "5 to 7.5 is usual."
-            )
+            raise _no_guidance(pipeline.guidance_scale)
         size = len(next(iter([*args, *options.values()])))
         predictions = []
         for half, (network, mixed) in enumerate(self._branches):
@@ -152,6 +173,12 @@ def negative_weights(
     """
     policy, base, npo, npo_base = policy.float(), base.float(), npo.float(), npo_base.float()
     return policy + (policy_scale - 1) * (policy - base) + negative_scale * (npo - npo_base)
+
+
+def _no_guidance(scale: object) -> ModelError:
+    return ModelError(
+        f"The negative branch needs guidance: guidance_scale must be above 1, got {scale}. 5 to 7.5 is usual."
+    )
 
 
 def check_scales(**scales: float) -> None:

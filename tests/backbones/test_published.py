@@ -12,6 +12,7 @@ from diffalign.backbones import published
 from diffalign.backbones.adapters import ATTENTION, add_lora
 from diffalign.backbones.flux import Flux
 from diffalign.backbones.kohya import kohya_metadata, ldm_name
+from diffalign.backbones.qwen_image import QwenImage
 from diffalign.backbones.sd3 import SD3
 from diffalign.backbones.z_image import ZImage
 from diffalign.errors import ModelError
@@ -108,6 +109,16 @@ def test_size_of_flux():
     square, mlp_in, both = 2 * 3072, 3072 + 4 * 3072, 5 * 3072 + 3072  # inputs and outputs of a layer
     layers = 19 * 8 * square + 38 * (3 * square + mlp_in + both)
     assert sum(parameter.numel() for parameter in trained) == 16 * layers
+
+
+def test_size_of_qwen_image():
+    """Of a LoRA of rank 16: attention and MLPs of text and picture in 60 blocks, without the last one's idle layers."""
+    network = published.random_transformer("Qwen/Qwen-Image-2512", device="meta")
+    assert sum(parameter.numel() for parameter in network.parameters()) == 20_430_401_088
+    trained = add_lora(network, 16, target_modules=QwenImage.lora_targets, idle=QwenImage.idle_layers(network))
+    square, mlp = 2 * 3072, 2 * (3072 + 4 * 3072)  # inputs and outputs of a layer; of the two of an MLP
+    idle = 2 * square + mlp
+    assert sum(parameter.numel() for parameter in trained) == 16 * (60 * (8 * square + 2 * mlp) - idle)
 
 
 def test_size_of_z_image():

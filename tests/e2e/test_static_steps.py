@@ -12,7 +12,7 @@ from diffalign import config as configuration
 from diffalign.jobs.training import static
 from diffalign.training import metrics
 from tests.e2e.test_training import assert_same_bits, variant, weights
-from tests.tiny import tiny_unet_sdxl
+from tests.tiny import tiny_transformer_qwen, tiny_unet_sdxl
 from tests.training.tape import Tape
 
 STEP = {"cuda_graphs": "step"}
@@ -63,13 +63,15 @@ OBSTACLES = {
     "random numbers on the host": {"train": {"gradient_checkpointing": True}},
     "several processes": {},
     "the loss scale": {},
+    "prompts of unequal lengths": {},
 }
 
 
 @pytest.mark.parametrize(("why", "sections"), OBSTACLES.items(), ids=OBSTACLES)
 def test_what_stays_eager_says_why(why, sections, content, tmp_path, monkeypatch, run):
     config = configuration.check(variant(content, tmp_path, "run", **sections, performance=STEP))
-    accelerator, unet = Accelerator(cpu=True), tiny_unet_sdxl()
+    network = tiny_transformer_qwen if why == "prompts of unequal lengths" else tiny_unet_sdxl
+    accelerator, unet = Accelerator(cpu=True), network()
     if why != "there is no GPU":
         monkeypatch.setattr(static, "recorder", Tape)
     if config.train.gradient_checkpointing is True:

@@ -1,4 +1,4 @@
-"""Whole runs of Z-Image, whose texts have unequal lengths: the first logit, what is left, and what is refused."""
+"""Whole runs of the families with texts of unequal lengths, Z-Image and Qwen-Image: the first logit, what is left."""
 
 import copy
 import math
@@ -6,20 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ZImagePipeline
+from diffusers import DiffusionPipeline
 
 from diffalign.training import metrics
 from tests.backbones.drawing import draw
-from tests.e2e.test_training import assert_close, variant, weights
+from tests.e2e.test_training import assert_close, assert_same_bits, variant, weights
 
 FULL = {"model": {"tune": "full"}, "optimizer": {"learning_rate": 1e-4}}
 
 
+@pytest.fixture(params=["tiny_zimage", "tiny_qwen"])
+def model(request):
+    """Return the folder of a model."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture
-def content(content, tiny_zimage):
-    """Return the configuration of the other tests, on Z-Image."""
+def content(content, model):
+    """Return the configuration of the other tests, on this model."""
     content = copy.deepcopy(content)
-    content["model"]["pretrained_model_name_or_path"] = str(tiny_zimage)
+    content["model"]["pretrained_model_name_or_path"] = str(model)
     return content
 
 
@@ -48,11 +54,20 @@ def test_cached_and_online_runs_in_parts_agree(content, run, tmp_path):
         assert_close(weights(whole), weights(other))
 
 
-def test_the_lora_of_a_run_draws_in_the_stock_pipeline(content, run, tiny_zimage):
+def test_a_run_goes_on_where_it_stopped(content, run, tmp_path):
+    whole = variant(content, tmp_path, "whole")
+    run(whole)
+    half = variant(whole, tmp_path, "half", train={"max_train_steps": 2})
+    run(half)
+    run(variant(whole, tmp_path, "half", train={"resume_from_checkpoint": "latest"}))
+    assert_same_bits(weights(whole), weights(half))
+
+
+def test_the_lora_of_a_run_draws_in_the_stock_pipeline(content, run, model):
     run(content)
     output = Path(content["train"]["output_dir"])
-    stock = ZImagePipeline.from_pretrained(tiny_zimage)
+    stock = DiffusionPipeline.from_pretrained(model)
     base = draw(stock)
     stock.load_lora_weights(output)
     assert not torch.equal(draw(stock), base)
-    assert "ZImagePipeline.from_pretrained" in (output / "README.md").read_text()
+    assert f"{type(stock).__name__}.from_pretrained" in (output / "README.md").read_text()

@@ -23,7 +23,7 @@ from diffalign.backbones.prefix import SharedPrefix
 from diffalign.config import Config
 from diffalign.denoising import FrozenDenoiser, acceleration, kernels
 from diffalign.errors import ConfigError
-from diffalign.training import sharding
+from diffalign.training import sharding, zero
 from diffalign.training.moving_reference import MovingReference
 from diffalign.training.reference_cache import ReferenceCache
 
@@ -58,6 +58,8 @@ def prepare_networks(
     checkpointing: which activations are recomputed, "none", "selective" or "full".
     stored: errors of the reference; once they are complete, no copy is made of what would never run.
     """
+    if config.model.tune == "full":
+        _check_gradients(backbone, accelerator)
     denoiser, performance = backbone.denoiser.to(accelerator.device), config.performance
     kernels.use(performance.kernels)
     acceleration.channels_last(denoiser, performance.channels_last)
@@ -96,6 +98,16 @@ def add_adapters(config: Config, denoiser: nn.Module) -> None:
         blocks=lora.blocks,
         idle=family.idle_layers(denoiser),
     )
+
+
+def _check_gradients(backbone: Backbone, accelerator: Accelerator) -> None:
+    """Refuse to train all weights by DDP where some get no gradient, which it would wait for."""
+    alone = accelerator.num_processes == 1 or sharding.wanted(accelerator) or zero.wanted(accelerator)
+    if not alone and (unread := backbone.unread_layers(backbone.denoiser)):
+        raise ConfigError(
+            f"model.tune full by DDP needs a gradient of all weights, and of {backbone.family} none reaches "
+            f"{unread[0]}. Train a LoRA (model.tune: lora), or launch with configs/accelerate/fsdp2.yaml."
+        )
 
 
 def _has_a_copy(config: Config) -> bool:
