@@ -13,6 +13,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from diffalign.backbones import packing
 from diffalign.backbones.conditioning import MASK, Conditioning
 from diffalign.backbones.flow import FlowBackbone
+from diffalign.backbones.layer_names import LayerNames, same
 from diffalign.errors import ModelError
 
 NATIVE_LATENTS = 128  # the pipeline's `default_sample_size`
@@ -32,6 +33,19 @@ FOREIGN = {
     "use_additional_t_cond": "that of Qwen-Image-Layered, which is given a picture",
     "guidance_embeds": "guidance-distilled, which diffusers cannot evaluate",
 }
+ORIGINAL = LayerNames(
+    (
+        *same(
+            "transformer_blocks.{}.",
+            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+            *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+            *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2", "img_mod.1", "txt_mod.1"),
+        ),
+        *same("", "img_in", "txt_in", "proj_out", "norm_out.linear"),
+        *same("time_text_embed.timestep_embedder.", "linear_1", "linear_2"),
+    ),
+    network_module="networks.lora_qwen_image",
+)
 
 
 class QwenImage(FlowBackbone):
@@ -55,6 +69,7 @@ class QwenImage(FlowBackbone):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     )
+    original_names = ORIGINAL
     packing_side = packing.SIDE
     separate_branches = True
 
