@@ -18,6 +18,7 @@ class FlowBackbone(Backbone):
 
     denoiser_name = "transformer"
     ddim_steps = False
+    large_text = True
     hub_mark: ClassVar[str]  # in the hub ids of its models, and of no others
     packing_side: ClassVar[int] = 1  # latents that a token is high and wide where the transformer is given tokens
     # Of hub ids and folders: no configuration says that a model was distilled to a few steps.

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
+from transformers import AutoTokenizer
 
 from diffalign.backbones import inspection, published
 from diffalign.backbones.adapters import trainable_parameters
-from diffalign.backbones.base import Backbone
+from diffalign.backbones.base import TOKENIZERS, Backbone
 from diffalign.backbones.families import BY_NAME
 from diffalign.config import Config
 from diffalign.denoising import Shift, TimestepSampling
@@ -28,6 +29,7 @@ class MetaModel:
     origin: str  # in words, where the shapes are from
     vae_scale_factor: int = 8
     scheduler: Mapping[str, Any] | None = None  # its configuration, where it is here
+    folder: Path | None = None  # of the pipeline, where it is here
 
     @property
     def kind(self) -> type[Backbone]:
@@ -38,6 +40,14 @@ class MetaModel:
         """Return how the scheduler moves levels of noise for pictures of this size, None if it is not here."""
         side = resolution // (self.vae_scale_factor * self.kind.patch_size(self.denoiser.config))
         return None if self.scheduler is None else self.kind.shift(self.scheduler, side**2)
+
+    def tokenizers(self) -> list[Any]:
+        """Load the tokenizers, [] where they are not here."""
+        folders = [] if self.folder is None else [self.folder / name for name in TOKENIZERS]
+        try:
+            return [AutoTokenizer.from_pretrained(folder) for folder in folders if folder.is_dir()]
+        except (OSError, ValueError):  # a hub cache may hold parts of a folder
+            return []
 
 
 def read(config: Config) -> MetaModel:
@@ -99,7 +109,7 @@ def _from_folder(folder: Path, family: type[Backbone], origin: str) -> MetaModel
         denoiser = loader.from_config(loader.load_config(folder / family.denoiser_name))
     file = folder / "scheduler" / "scheduler_config.json"
     scheduler = json.loads(file.read_text(encoding="utf8")) if file.is_file() else None
-    return MetaModel(denoiser, family.family, origin, _scale_factor(folder / "vae", family), scheduler)
+    return MetaModel(denoiser, family.family, origin, _scale_factor(folder / "vae", family), scheduler, folder)
 
 
 def _scale_factor(folder: Path, family: type[Backbone]) -> int:

@@ -7,7 +7,7 @@ from rich.console import Console
 from diffalign.config import Config
 from diffalign.errors import ConfigError
 from diffalign.jobs import skipped
-from diffalign.jobs.training import assemble, examples, reference_errors
+from diffalign.jobs.training import assemble, examples, reference_errors, storage
 from diffalign.jobs.training.train import make_accelerator
 
 
@@ -26,6 +26,7 @@ def precompute(config: Config, console: Console) -> None:
     accelerator = make_accelerator(config)
     backbone = assemble.load_backbone(config)
     source = examples.open_source(config, Path(config.train.output_dir) / skipped.FILE)
+    storage.check_room(config, source)
     cache = examples.open_encoded(config, backbone, source, accelerator)
     size = sum(file.stat().st_size for file in cache.folder.iterdir()) / 2**20
     console.print(f"{source.counts}\n{cache.folder}: {len(cache)} examples, {size:.1f} MiB")
