@@ -39,7 +39,8 @@ def _lengths(columns: list[np.ndarray]) -> np.ndarray:
     """
     used = np.zeros(columns[0].shape[:2], dtype=bool)
     for column in columns:
-        used |= (column != 0).reshape(*used.shape, -1).any(axis=2)
+        bits = column.view(f"u{column.itemsize}")  # -0.0 is not what comes back
+        used |= bits.reshape(*used.shape, -1).any(axis=2)
     used[:, 0] = True
     return (used.shape[1] - used[:, ::-1].argmax(axis=1)).astype(np.int32)
 

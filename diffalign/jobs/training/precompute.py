@@ -26,7 +26,9 @@ def precompute(config: Config, console: Console) -> None:
     accelerator = make_accelerator(config)
     backbone = assemble.load_backbone(config)
     source = examples.open_source(config, Path(config.train.output_dir) / skipped.FILE)
-    storage.check_room(config, source)
+    foretold = storage.check_room(config, source)
+    if foretold is not None and foretold.missing:
+        console.print(f"To be written: {storage.amount(foretold.missing)}, {foretold.what}.")
     cache = examples.open_encoded(config, backbone, source, accelerator)
     size = sum(file.stat().st_size for file in cache.folder.iterdir()) / 2**20
     console.print(f"{source.counts}\n{cache.folder}: {len(cache)} examples, {size:.1f} MiB")

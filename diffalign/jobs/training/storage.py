@@ -92,20 +92,21 @@ def latent_cache(config: Config, model: MetaModel, data: Content) -> Write:
     return Write(what, Path(config.data.cache_dir), images * image + text.size + rows, there, least)
 
 
-def check_room(config: Config, source: PairSource) -> None:
-    """Refuse to fill a cache of latents and prompts for which the disk has too little room.
+def check_room(config: Config, source: PairSource) -> Write | None:
+    """Refuse to fill a cache of latents and prompts for which the disk has too little room; return what it takes.
 
-    Counted are the prompts, and as images may repeat, one image of each example.
+    Counted are the prompts, and as images may repeat, one image of each example. None: nothing is cached, or how much
+    is not known before.
 
     Raises:
         ConfigError: that is more than is free.
     """
-    if not config.data.cache_latents:
-        return
+    if not config.data.cache_latents or source.window:  # a stream is read once, and tells nothing before
+        return None
     try:
         model = meta_model.read(config)
     except UserError:
-        return  # it is refused elsewhere
+        return None  # it is refused elsewhere
     cache = latent_cache(config, model, Content.of(source))
     if (needed := max(cache.least - cache.there, 0)) > (room := free(cache.folder)):
         raise ConfigError(
@@ -113,6 +114,7 @@ def check_room(config: Config, source: PairSource) -> None:
             f"{amount(needed)}, up to {amount(cache.missing)} ({cache.what}). Make room, name another data.cache_dir, "
             "or encode at every step: data.cache_latents: false."
         )
+    return cache
 
 
 def _latents_there(config: Config, model: MetaModel, source: PairSource) -> float:
