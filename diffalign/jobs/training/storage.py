@@ -85,7 +85,7 @@ def latent_cache(config: Config, model: MetaModel, data: Content) -> Write:
     text = text_costs.estimate(config, model, data.prompts, data.texts)
     what = (
         f"{amount(images * image)} latents of at most {images:,} images, {amount(image)} each, and "
-        f"{amount(text.size)} text of {text.what}, {amount(text.each)} each"
+        f"{amount(text.size)} text of {text.what}, {amount(text.each)} a {text.unit}"
     )
     there = 0.0 if data.source is None else _latents_there(config, model, data.source)
     least = data.examples * image + text.size + rows  # an image may be in many pairs, and is kept once

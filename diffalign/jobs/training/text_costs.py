@@ -17,7 +17,8 @@ class TextCost:
     """Say what encoded prompts take."""
 
     what: str  # how many of what, in words
-    each: float  # bytes
+    each: float  # bytes of a `unit`
+    unit: str  # "prompt" or "token"
     size: float  # bytes of all
 
 
@@ -26,11 +27,11 @@ def estimate(config: Config, model: MetaModel, prompts: int, texts: Sequence[str
     kind, number = model.kind, STORED_BYTES[examples.text_dtype(config, model.kind)]
     numbers, kept = kind.prompt_size(model.denoiser.config), prompts + 1
     if not kind.token_columns:
-        return TextCost(f"{kept:,} prompts", numbers * number, kept * numbers * number)
+        return TextCost(f"{kept:,} prompts", numbers * number, "prompt", kept * numbers * number)
     token = (numbers // kind.padded_length - 1) * number + 1  # one of them is its mask, a byte
     tokens, exact = _tokens(model, prompts, texts)
     what = f"{kept:,} prompts of {'' if exact else 'about '}{tokens:,} tokens"
-    return TextCost(what, token, tokens * token + kept * 4)  # and the length of each
+    return TextCost(what, token, "token", tokens * token + kept * 4)  # and the length of each
 
 
 def _tokens(model: MetaModel, prompts: int, texts: Sequence[str] | None) -> tuple[int, bool]:
