@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffalign.data.batch import Augment, PairEncoder, PreferenceBatch, as_float32
 from diffalign.data.cache_build import STORED, CacheBuilder
-from diffalign.data.cache_store import COMPLETE, AppendStore, exclusive, read_json, write_json
+from diffalign.data.cache_store import COMPLETE, AppendStore, exclusive, read_json
 from diffalign.data.rejects import from_record
 from diffalign.data.source import PairSource
 from diffalign.data.text_store import PADDED, TextColumns, count, mapped
@@ -100,10 +100,10 @@ class LatentCache:
         folder = Path(directory) / _key(fields)[:16]
         with exclusive(folder):
             if not (folder / COMPLETE).exists():
-                write_json(folder / META, fields)
                 workers = workers or min(8, os.cpu_count() or 1)
                 settings = {"batch_size": batch_size, "workers": workers, "progress": progress}
                 with AppendStore(folder) as store:
+                    store.describe(META, fields)
                     builder = CacheBuilder(
                         source, encoder, transform, store, dtype=dtype, text_dtype=text_dtype, **settings
                     )
