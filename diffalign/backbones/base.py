@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
@@ -41,6 +41,10 @@ class Backbone(ABC):
     tokenizer_classes: ClassVar[tuple[type, ...]] = (CLIPTokenizer,)
     required: ClassVar[frozenset[str]]  # components without which there is nothing to train
     text_columns: ClassVar[tuple[str, ...]]  # what `encode_prompts` returns, and caches keep
+    token_columns: ClassVar[tuple[str, ...]] = ()  # those of TOKENS, with a mask, whose padding caches leave out
+    padded_length: ClassVar[int | None] = None  # to how many tokens these are padded
+    ignores_padding: ClassVar[bool] = False  # `predict` drops it: batches from caches are as long as their longest
+    large_text: ClassVar[bool] = False  # caches keep prompts in the precision that half-precision denoisers have
     repeated_blocks: ClassVar[tuple[str, ...]]  # classes of the denoiser's parts that FSDP makes whole one at a time
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION  # ends of the names of the layers that a LoRA adapts
     ddim_steps: ClassVar[bool] = True  # it is sampled by DDIM's steps, whose distribution online objectives learn from
@@ -121,6 +125,16 @@ class Backbone(ABC):
     @abstractmethod
     def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:
         """Return how many numbers the `text_columns` of a prompt hold, for tokenizers of the published lengths."""
+
+    @classmethod
+    def absent_text(cls, denoiser_config: Mapping[str, Any], components: Container[str]) -> int:
+        """Return how many of `prompt_size` numbers a pipeline does not have that has these components only."""
+        return 0
+
+    @classmethod
+    def prompt_tokens(cls, tokenizers: Sequence[Any], prompts: list[str]) -> int:
+        """Return how many tokens prompts have in all, padding left out; about as many if no tokenizers are given."""
+        raise NotImplementedError(f"{cls.family} keeps padding: it has no token_columns")
 
     @classmethod
     def shift(cls, scheduler_config: Mapping[str, Any], tokens: int) -> Shift:

@@ -1,7 +1,7 @@
 """What the families of flow matching share: a transformer that predicts v, and levels of noise moved by a shift."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -12,6 +12,13 @@ from diffalign.denoising.paths import NoisePath, path_of
 from diffalign.denoising.shifts import Shift, shift_of
 from diffalign.errors import ConfigError, ModelError
 
+CHARACTERS = 4  # of English that become a token, about
+
+
+def about_tokens(prompts: Sequence[str], around: int, longest: int) -> int:
+    """Return about how many tokens prompts are, of at most `longest` each; `around`: of the template around them."""
+    return sum(min(longest, around - (-len(prompt) // CHARACTERS)) for prompt in prompts)
+
 
 class FlowBackbone(Backbone):
     """Adapt what is made of a transformer trained by flow matching.
@@ -21,6 +28,7 @@ class FlowBackbone(Backbone):
 
     denoiser_name = "transformer"
     ddim_steps = False
+    large_text = True
     hub_mark: ClassVar[str]  # in the hub ids of its models, and of no others
     original_names: ClassVar[LayerNames | None] = None  # of the layers, where LoRAs of other programs are to be read
     packing_side: ClassVar[int] = 1  # latents that a token is high and wide where the transformer is given tokens

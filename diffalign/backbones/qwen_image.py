@@ -1,7 +1,7 @@
 """Qwen-Image: Qwen2.5-VL as the text encoder, a VAE of films, a transformer of two streams (2508.02324)."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from diffalign.backbones import packing
 from diffalign.backbones.conditioning import MASK, Conditioning
-from diffalign.backbones.flow import FlowBackbone
+from diffalign.backbones.flow import FlowBackbone, about_tokens
 from diffalign.backbones.layer_names import LayerNames, same
 from diffalign.errors import ModelError
 
@@ -24,6 +24,7 @@ TEMPLATE = (
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 DROPPED = 34
+AFTER_PROMPT = 5  # tokens of the template
 NO_PROMPT = " "  # what its makers guide away from where there is no negative prompt
 GIVEN_PICTURES = re.compile(r"edit|layered|inpaint|control", re.IGNORECASE)  # of names
 # Settings of transformers that no published text-to-image checkpoint has, and what they are of.
@@ -63,6 +64,7 @@ class QwenImage(FlowBackbone):
     encoder_classes = (Qwen2_5_VLForConditionalGeneration,)
     tokenizer_classes = (Qwen2Tokenizer,)
     text_columns = ("prompt_embeds", MASK)
+    token_columns, padded_length, ignores_padding = text_columns, TEXT_LENGTH, True
     repeated_blocks = ("QwenImageTransformerBlock",)
     lora_targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -106,6 +108,15 @@ class QwenImage(FlowBackbone):
             f"transformer_blocks.{len(denoiser.transformer_blocks) - 1}.attn.add_q_proj",
             *cls.unread_layers(denoiser),
         )
+
+    @classmethod
+    def prompt_tokens(cls, tokenizers: Sequence[Any], prompts: list[str]) -> int:
+        """Return how many tokens the template around prompts is after what is dropped of it; see Backbone."""
+        if not tokenizers:
+            return about_tokens(prompts, AFTER_PROMPT, TEXT_LENGTH)
+        texts = [TEMPLATE.format(prompt) for prompt in prompts]
+        tokens = tokenizers[0](texts, max_length=DROPPED + TEXT_LENGTH, truncation=True).input_ids
+        return sum(len(ids) - DROPPED for ids in tokens)
 
     @classmethod
     def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:

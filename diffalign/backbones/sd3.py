@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5: two CLIP text encoders, T5, and a transformer over text and picture (2403.03206)."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -101,6 +101,11 @@ class SD3(FlowBackbone):
         """Return the numbers of the tokens of CLIP and T5 and of the pooled embedding."""
         tokens = CLIP_LENGTH + T5_LENGTH
         return tokens * denoiser_config["joint_attention_dim"] + denoiser_config["pooled_projection_dim"]
+
+    @classmethod
+    def absent_text(cls, denoiser_config: Mapping[str, Any], components: Container[str]) -> int:
+        """Return the numbers of all zeros but one that stand in T5's place where it is missing."""
+        return 0 if "text_encoder_3" in components else (T5_LENGTH - 1) * denoiser_config["joint_attention_dim"]
 
     @classmethod
     def check_trainable(cls, source: str, denoiser: Mapping[str, Any], vae: Mapping[str, Any], resolution: int) -> None:

@@ -1,6 +1,6 @@
 """Z-Image: Qwen3 as the text encoder, and one stream of text and picture tokens (2511.22699)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ from transformers import Qwen2Tokenizer, Qwen3ForCausalLM, Qwen3Model
 
 from diffalign.backbones.adapters import ATTENTION
 from diffalign.backbones.conditioning import MASK, Conditioning
-from diffalign.backbones.flow import FlowBackbone
+from diffalign.backbones.flow import FlowBackbone, about_tokens
 from diffalign.backbones.layer_names import LayerNames, fused, same, under
 from diffalign.errors import ModelError
 
 TEXT_LENGTH = 512  # tokens, the pipeline's `max_sequence_length`
+CHAT_TOKENS = 8  # of the chat template around a prompt
 PATCH = 2  # the pipeline never asks for another `patch_size`
 _BLOCK = {
     "attention.qkv": fused("attention.to_q", "attention.to_k", "attention.to_v"),
@@ -60,6 +61,7 @@ class ZImage(FlowBackbone):
     text_columns = ("prompt_embeds", MASK)
     repeated_blocks = ("ZImageTransformerBlock",)
     prompt_first = True
+    token_columns, padded_length, ignores_padding = text_columns, TEXT_LENGTH, True
     lora_targets = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     original_names = ORIGINAL
 
@@ -72,6 +74,14 @@ class ZImage(FlowBackbone):
     def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:
         """Return the numbers of the padded tokens and of their mask."""
         return TEXT_LENGTH * (denoiser_config["cap_feat_dim"] + 1)
+
+    @classmethod
+    def prompt_tokens(cls, tokenizers: Sequence[Any], prompts: list[str]) -> int:
+        """Return how many tokens the chats about prompts are, about as many without Qwen3's tokenizer."""
+        if not tokenizers:
+            return about_tokens(prompts, CHAT_TOKENS, TEXT_LENGTH)
+        tokens = tokenizers[0](cls._chats(tokenizers[0], prompts), max_length=TEXT_LENGTH, truncation=True)
+        return sum(map(len, tokens.input_ids))
 
     @classmethod
     def check_trainable(cls, source: str, denoiser: Mapping[str, Any], vae: Mapping[str, Any], resolution: int) -> None:
@@ -97,13 +107,7 @@ class ZImage(FlowBackbone):
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return Qwen3's last but one hidden states [N,512,D] of the chat about each prompt, zeros where none is."""
         tokenizer, encoder = self.tokenizers[0], self.text_encoders[0]
-        chats = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-            )
-            for prompt in prompts
-        ]
-        tokens = self._tokenize(tokenizer, chats, TEXT_LENGTH).to(encoder.device)
+        tokens = self._tokenize(tokenizer, self._chats(tokenizer, prompts), TEXT_LENGTH).to(encoder.device)
         mask = tokens.attention_mask.bool()
         output = encoder(input_ids=tokens.input_ids, attention_mask=mask, output_hidden_states=True)
         return {"prompt_embeds": output.hidden_states[-2].masked_fill(~mask[..., None], 0.0), MASK: mask}
@@ -129,6 +133,16 @@ class ZImage(FlowBackbone):
             tokenizer=self.tokenizers[0],
             scheduler=type(self.scheduler).from_config(self.scheduler.config),
         )
+
+    @staticmethod
+    def _chats(tokenizer: Any, prompts: list[str]) -> list[str]:
+        """Return the chats about prompts, as text."""
+        return [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+            )
+            for prompt in prompts
+        ]
 
     @classmethod
     def _largest(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> int:

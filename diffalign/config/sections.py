@@ -92,6 +92,9 @@ class DataSettings(Settings):
     """Folder of the cache; runs on the same data share it."""
     cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Precision that latents and encoded prompts are kept in."""
+    cache_text_dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    """Precision that encoded prompts are kept in; null: of SD3, FLUX.1 and Z-Image with a LoRA in half precision, that
+    of the denoiser (train.mixed_precision), else cache_dtype (docs/caches.md)."""
     vae_encode_batch_size: int = Field(8, ge=1)
     """Images encoded at a time."""
 

@@ -25,6 +25,8 @@ class PairEncoder(Protocol):
     """What caching and online encoding need of a backbone. It moves its inputs to its own device."""
 
     text_columns: tuple[str, ...]  # names of what `encode_prompts` returns; "prompt_embeds" is one of them
+    token_columns: tuple[str, ...]  # those [N,L,...] that end in zeros where prompts are shorter: these are not kept
+    ignores_padding: bool  # to the bit, whatever number of zeros the token columns end in
 
     def fingerprint(self) -> str:
         """Return a hash of everything the encodings depend on."""

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from diffalign.data.batch import Augment, PairEncoder, PreferenceBatch, as_float32
 from diffalign.data.cache_build import STORED, CacheBuilder
-from diffalign.data.cache_store import COMPLETE, AppendStore, exclusive, read_json, write_json
+from diffalign.data.cache_store import COMPLETE, AppendStore, exclusive, read_json
 from diffalign.data.rejects import from_record
 from diffalign.data.source import PairSource
+from diffalign.data.text_store import PADDED, TextColumns, count, mapped
 from diffalign.data.transforms import PairTransform
 from diffalign.errors import DataError, suggestion
 from diffalign.progress import waiting
@@ -39,8 +40,8 @@ class LatentCache:
         self.has_preference: bool = self.meta["has_preference"]
         self.images_per_example: int = self.meta["images_per_example"]
         self.prompts: list[str] = [json.loads(line) for line in (folder / "prompts.jsonl").read_bytes().splitlines()]
-        self._bits = self.meta["dtype"] == "bfloat16"
-        self._latents, self._text = self._map("latents"), {name: self._map(name) for name in _text_columns(self.meta)}
+        self._latents = mapped(folder / "latents.npy")
+        self._text = TextColumns(folder, _text_columns(self.meta), self.meta)
         self._sizes = np.load(folder / "sizes.npy")
         self.example_ids = np.load(folder / "example_ids.npy")  # [P]
         self.source_index = np.load(folder / "source_index.npy")  # [P]: where an example stands in its source
@@ -49,10 +50,6 @@ class LatentCache:
         # [P] P(winner preferred), NaN for plain winners, and [P,k], higher is better; None if the data has none.
         self.preference = np.load(folder / "preference.npy") if self.has_preference else None
         self.scores = np.load(folder / "scores.npy") if self.meta["has_scores"] else None
-
-    def _map(self, name: str) -> np.ndarray:
-        # A plain view: np.memmap's own indexing is slower and returns memmaps.
-        return np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r"))
 
     @classmethod
     def build(
@@ -63,6 +60,7 @@ class LatentCache:
         directory: str | Path,
         *,
         dtype: str = "float16",
+        text_dtype: str | None = None,
         batch_size: int = 8,
         progress: bool = True,
         announce: bool = True,
@@ -79,6 +77,7 @@ class LatentCache:
             transform: geometry; with random_flip, mirrored images are encoded as well.
             directory: where caches lie, each in a folder of its own.
             dtype: stored precision, "float16", "bfloat16" or "float32".
+            text_dtype: that of the prompts; None: the same.
             batch_size: images encoded at once.
             progress: show how far the encoding is; of several processes one encodes.
             announce: say that identities are computed first, which every process does.
@@ -87,24 +86,29 @@ class LatentCache:
         Raises:
             DataError: unusable rows (unless skipped), a full disk, values that are not finite, a random crop.
         """
-        if dtype not in STORED:
-            known = ", ".join(STORED)
-            raise DataError(f'Unknown cache dtype "{dtype}".{suggestion(dtype, STORED)} Available: {known}.')
+        text_dtype = text_dtype or dtype
+        for given in (dtype, text_dtype):
+            if given not in STORED:
+                known = ", ".join(STORED)
+                raise DataError(f'Unknown cache dtype "{given}".{suggestion(given, STORED)} Available: {known}.')
         if not transform.center_crop:
             raise DataError("A random crop cannot be cached: set center_crop, or train without a cache (OnlinePairs).")
         if batch_size < 1:
             raise DataError(f"The cache's batch_size must be at least 1, got {batch_size}.")
         with waiting("hashing models and data", progress and announce):
-            fields = cls.fields(source, encoder, transform, dtype, directory)
+            fields = cls.fields(source, encoder, transform, dtype, directory, text_dtype)
         folder = Path(directory) / _key(fields)[:16]
         with exclusive(folder):
             if not (folder / COMPLETE).exists():
-                write_json(folder / META, fields)
                 workers = workers or min(8, os.cpu_count() or 1)
-                settings = {"dtype": dtype, "batch_size": batch_size, "workers": workers, "progress": progress}
+                settings = {"batch_size": batch_size, "workers": workers, "progress": progress}
                 with AppendStore(folder) as store:
-                    CacheBuilder(source, encoder, transform, store, **settings).run()
-                    store.finish(_summary(store, encoder.text_columns), drop=["skipped.jsonl"])
+                    store.describe(META, fields)
+                    builder = CacheBuilder(
+                        source, encoder, transform, store, dtype=dtype, text_dtype=text_dtype, **settings
+                    )
+                    builder.run()
+                    store.finish(_summary(store, encoder), drop=["skipped.jsonl"])
         cache = cls(folder)
         for record in cache.meta["skipped"]:
             source.rejects.add(from_record(record))  # raises if this source does not allow rows to be left out
@@ -112,10 +116,20 @@ class LatentCache:
 
     @staticmethod
     def fields(
-        source: PairSource, encoder: PairEncoder, transform: PairTransform, dtype: str, directory: str | Path
+        source: PairSource,
+        encoder: PairEncoder,
+        transform: PairTransform,
+        dtype: str,
+        directory: str | Path,
+        text_dtype: str | None = None,
     ) -> dict[str, Any]:
         """Return everything a cache depends on; its hash names the folder."""
+        # Said only where they differ: a cache from before they were told apart keeps its folder.
+        text = {} if text_dtype in (None, dtype) else {"text_dtype": text_dtype}
+        if encoder.token_columns:
+            text["token_columns"] = list(encoder.token_columns)
         return {
+            **text,
             "format": FORMAT,
             "encoder": encoder.fingerprint(),
             "transform": transform.identity,
@@ -179,21 +193,26 @@ class LatentCache:
         rows, variant = images.T.reshape(-1), np.tile(flip.astype(np.int64), k)
         captions = np.where(drop, 0, prompts.T).reshape(-1)
         distinct, of = np.unique(captions, return_inverse=True)  # images mostly share their caption: read it once
-        moments = self._tensor(self._latents[rows, variant])
+        moments = _tensor(self._latents[rows, variant], self.meta["dtype"])
         return PreferenceBatch(
             example_ids=ids,
             latent_mean=moments[:, 0].contiguous(),
             latent_std=moments[:, 1].contiguous(),
-            text={name: self._tensor(column[distinct])[of] for name, column in self._text.items()},
+            text={name: self._text_tensor(column)[of] for name, column in self._text.rows(distinct).items()},
             sizes=torch.from_numpy(self._sizes[rows, variant].astype(np.float32)),
             preference=None if preference is None else as_preference(preference),
             prompts=[self.prompts[caption] for caption in captions],
             scores=None if scores is None else torch.from_numpy(np.asarray(scores, dtype=np.float32)),
         )
 
-    def _tensor(self, stored: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(stored)
-        return as_float32(tensor.view(torch.bfloat16) if self._bits and tensor.dtype == torch.uint16 else tensor)
+    def _text_tensor(self, stored: np.ndarray) -> Tensor:
+        return _tensor(stored, self.meta.get("text_dtype", self.meta["dtype"]))
+
+
+def _tensor(stored: np.ndarray, dtype: str) -> Tensor:
+    tensor = torch.from_numpy(stored)
+    bits = dtype == "bfloat16" and tensor.dtype == torch.uint16
+    return as_float32(tensor.view(torch.bfloat16) if bits else tensor)
 
 
 def as_mask(values: Tensor | Sequence[bool], count: int, name: str) -> np.ndarray:
@@ -213,20 +232,28 @@ def _key(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _summary(store: AppendStore, text_columns: Sequence[str]) -> dict[str, Any]:
+def _summary(store: AppendStore, encoder: PairEncoder) -> dict[str, Any]:
     # Sorted: rows are met in the order of decoding, which differs when a build was interrupted.
     skipped = sorted(store.read_lines("skipped.jsonl"), key=lambda record: (record["file"], record["row"]))
     return {
         "pairs": store.rows("example_ids.npy"),
         "images_per_example": store.arrays["pair_images.npy"]["shape"][0],
         "images": store.rows("latents.npy"),
-        "prompts": store.rows("prompt_embeds.npy"),
-        "text_columns": list(text_columns),
+        "prompts": count(store, encoder.token_columns),
+        "text_columns": list(encoder.text_columns),
+        **_padding(store, encoder),
         "has_preference": bool(np.isfinite(store.read("preference.npy")).any()),
         "has_scores": bool(np.isfinite(store.read("scores.npy")).any()),
         "counts": store.state["counts"],
         "skipped": skipped,
     }
+
+
+def _padding(store: AppendStore, encoder: PairEncoder) -> dict[str, Any]:
+    """Return how many tokens prompts are padded to, where padding is not kept."""
+    if not encoder.token_columns:
+        return {}
+    return {PADDED: store.state[PADDED], "ignores_padding": encoder.ignores_padding}
 
 
 def _text_columns(meta: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.data import text_store
 from diffalign.data.batch import PairEncoder
 from diffalign.data.cache_store import AppendStore
 from diffalign.data.pairs import Example, RowError
@@ -47,13 +48,14 @@ class CacheBuilder:
         store: AppendStore,
         *,
         dtype: str,
+        text_dtype: str,
         batch_size: int,
         workers: int,
         progress: bool,
     ):
         self.source, self.encoder, self.transform, self.store = source, encoder, transform, store
-        self.dtype, self.batch_size, self.workers = STORED[dtype], batch_size, workers
-        self.progress = progress
+        self.dtype, self.text_dtype = STORED[dtype], STORED[text_dtype]
+        self.batch_size, self.workers, self.progress = batch_size, workers, progress
         digests = store.read("image_digests.npy")
         self.images = {} if digests is None else {bytes(digest): row for row, digest in enumerate(digests)}
         self.encoded = len(self.images)
@@ -155,7 +157,7 @@ class CacheBuilder:
             variants.append(self.encoder.encode_images(images.flip(-1)))
         moments = torch.stack([torch.stack([m.cpu() for m in pair], dim=1) for pair in variants], dim=1)
         sizes = [[v.sizes, v.flipped_sizes] if self.transform.random_flip else [v.sizes] for v in views]
-        self.store.append("latents.npy", self._stored(moments, "The VAE"))
+        self.store.append("latents.npy", _stored(moments, self.dtype, "The VAE"))
         self.store.append("sizes.npy", np.array(sizes, dtype=np.int32))
         digests = b"".join(digest for digest, _ in taken)
         self.store.append("image_digests.npy", np.frombuffer(digests, dtype=np.uint8).reshape(-1, 16))
@@ -186,21 +188,28 @@ class CacheBuilder:
 
     def _run_prompts(self) -> None:
         prompts = self.store.read_lines("prompts.jsonl")
-        done = self.store.rows("prompt_embeds.npy")
+        tokens = self.encoder.token_columns
+        done = text_store.count(self.store, tokens)
         with Progress("encoding prompts", len(prompts), done=done, enabled=self.progress) as shown:
             for start in range(done, len(prompts), PROMPT_BATCH):
                 encoded = prompts[start : start + PROMPT_BATCH]
-                for name, column in self.encoder.encode_prompts(encoded).items():
-                    self.store.append(f"{name}.npy", self._stored(column.cpu(), "The text encoder"))
+                columns = {
+                    name: _stored(column.cpu(), self.text_dtype, "The text encoder")
+                    for name, column in self.encoder.encode_prompts(encoded).items()
+                }
+                text_store.append(self.store, columns, tokens)
                 self.store.commit()
                 shown.reach(start + len(encoded))
 
-    def _stored(self, tensor: Tensor, who: str) -> np.ndarray:
-        cast = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-        if not torch.isfinite(cast).all():
-            where = "already before storing" if not torch.isfinite(tensor).all() else f"once stored as {self.dtype}"
-            raise DataError(
-                f"{who} gave values that are not finite, {where}. SDXL's original VAE overflows in float16: use "
-                "madebyollin/sdxl-vae-fp16-fix, or run the encoders in bfloat16 or float32."
-            )
-        return (cast.view(torch.uint16) if cast.dtype == torch.bfloat16 else cast).numpy()
+
+def _stored(tensor: Tensor, dtype: torch.dtype, who: str) -> np.ndarray:
+    """Return what is kept of a tensor: numbers in `dtype`, masks as they are."""
+    cast = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if not torch.isfinite(cast).all():
+        where = "already before storing" if not torch.isfinite(tensor).all() else f"once stored as {dtype}"
+        raise DataError(
+            f"{who} gave values that are not finite, {where}. SDXL's original VAE overflows in float16: use "
+            "madebyollin/sdxl-vae-fp16-fix, or run the encoders in bfloat16 or float32. Prompts that overflow in "
+            "float16 are kept with data.cache_text_dtype: bfloat16."
+        )
+    return (cast.view(torch.uint16) if cast.dtype == torch.bfloat16 else cast).numpy()

@@ -113,6 +113,11 @@ class AppendStore:
         path = self.folder / name
         return [json.loads(line) for line in path.read_bytes().splitlines()] if name in self.lines else []
 
+    def describe(self, name: str, value: dict[str, Any]) -> None:
+        """Write a JSON file beside the arrays. Raises DataError when the disk is full."""
+        with self._reporting(name):
+            write_json(self.folder / name, value)
+
     def commit(self, **state: Any) -> None:
         """Make everything appended so far, and `state`, what a later process continues from."""
         self.state |= state

@@ -100,6 +100,13 @@ class HubPairs(PairSource):
             raise RowError(place, "unreadable row", f"cannot be read ({error})") from error
         return self.schema.read(record, index, place)
 
+    def captions(self) -> Iterator[str]:
+        """Yield the captions of the examples, reading no other column."""
+        captions = self._dataset.select_columns(list(self.schema.caption_columns)).select(self._rows)
+        for table in captions.with_format("arrow").iter(SCAN_ROWS):
+            for column in table.columns:
+                yield from column.to_pylist()
+
     def _describe(self, memo: Path | None) -> dict[str, Any]:
         return {
             "format": "datasets",

@@ -59,6 +59,14 @@ class TestRefusals:
         assert len(cache) == 6
         assert sum(encoder.image_batches) == 2 * (9 - 4)  # the first batch was not encoded again
 
+    def test_a_disk_that_was_full_before(self, parquet, tmp_path, monkeypatch):
+        def disk_full(*arguments, **options):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("diffalign.data.cache_store.write_json", disk_full)
+        with pytest.raises(DataError, match=r"meta\.json: No space left on device"):
+            build(parquet, tmp_path)
+
     def test_directory_that_cannot_be_made(self, parquet, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(DataError, match="Cannot make the folder"):

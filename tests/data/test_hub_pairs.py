@@ -38,6 +38,7 @@ class TestHub:
             assert [row.example_id for row in pairs] == [row.example_id for row in local]
             assert (pairs.counts.ties, pairs.counts.rows) == (2, 8)
             assert pairs[0].extra == local[0].extra
+            assert list(pairs.captions()) == list(local.captions()) == [row.prompt for row in pairs]
         assert [row.prompt for row in open_pairs(dataset, max_samples=2)] == ["prompt 0"] * 2
         with pytest.raises(DataError, match='no split "test"; it has train'):
             open_pairs(datasets.DatasetDict(train=dataset), split="test")

@@ -71,6 +71,8 @@ class TinyEncoder(nn.Module):
         self,
         seed: int = 0,
         text_columns: tuple[str, ...] = ("prompt_embeds", "pooled_prompt_embeds"),
+        token_columns: tuple[str, ...] = (),
+        ignores_padding: bool = False,
         image_delay: float = 0.0,
         prompt_delay: float = 0.0,
     ):
@@ -81,6 +83,7 @@ class TinyEncoder(nn.Module):
         for parameter in self.parameters():
             nn.init.normal_(parameter, generator=generator)
         self.seed, self.text_columns = seed, text_columns
+        self.token_columns, self.ignores_padding = token_columns, ignores_padding
         self.image_delay, self.prompt_delay = image_delay, prompt_delay
         self.image_batches: list[int] = []
         self.prompt_batches: list[list[str]] = []

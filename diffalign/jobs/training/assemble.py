@@ -23,7 +23,7 @@ from diffalign.denoising import (
     Uniform,
 )
 from diffalign.errors import ConfigError
-from diffalign.jobs.training.networks import HALF, Reference, sampling_network
+from diffalign.jobs.training.networks import Reference, sampling_network, weights_dtype
 from diffalign.training.auto_beta import AutoBeta
 from diffalign.training.preference_step import Examples, PreferenceStep
 from diffalign.training.reference_cache import ReferenceCache
@@ -37,14 +37,13 @@ def load_backbone(config: Config) -> Backbone:
     model = config.model
     if config.is_online:
         check_online(config)
-    half = HALF.get(config.train.mixed_precision, torch.float32)
     backbone = loading.load(
         model.pretrained_model_name_or_path,
         vae=model.pretrained_vae_model_name_or_path,
         unet_init=model.unet_init,
         revision=model.revision,
         variant=model.variant,
-        torch_dtype=half if model.tune == "lora" else torch.float32,
+        torch_dtype=weights_dtype(config),
         prediction_type=model.prediction_type,
         zero_terminal_snr=model.zero_terminal_snr,
         resolution=config.data.resolution,

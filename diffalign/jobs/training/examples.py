@@ -28,6 +28,7 @@ from diffalign.data.cache_store import exclusive
 from diffalign.errors import ConfigError
 from diffalign.jobs.scoring import score
 from diffalign.jobs.scoring import scorers as scoring
+from diffalign.jobs.training import networks
 from diffalign.training.preference_step import Examples
 from diffalign.training.trainer import Sampler
 
@@ -146,11 +147,26 @@ def open_encoded(
         transform,
         data.cache_dir,
         dtype=data.cache_dtype,
+        text_dtype=text_dtype(config, type(backbone)),
         batch_size=data.vae_encode_batch_size,
         announce=accelerator.is_main_process,
     )
     backbone.offload_encoders("cpu")
     return cache
+
+
+def text_dtype(config: Config, family: type[Backbone]) -> str:
+    """Return the precision that encoded prompts are kept in.
+
+    Where the denoiser's weights are in half precision, so are the encoders', and `predict` casts to it: kept like that,
+    prompts are what they would be without a cache, to the bit. UNets keep what caches always held.
+    """
+    if config.data.cache_text_dtype is not None:
+        return config.data.cache_text_dtype
+    weights = networks.weights_dtype(config)
+    if family.large_text and weights in networks.HALF.values():
+        return str(weights).removeprefix("torch.")
+    return config.data.cache_dtype
 
 
 def annotated(

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
+from transformers import AutoTokenizer
 
 from diffalign.backbones import inspection, published
 from diffalign.backbones.adapters import trainable_parameters
-from diffalign.backbones.base import Backbone
+from diffalign.backbones.base import TOKENIZERS, Backbone
 from diffalign.backbones.families import BY_NAME
 from diffalign.config import Config
 from diffalign.denoising import Shift, TimestepSampling
@@ -29,6 +30,7 @@ class MetaModel:
     vae_scale_factor: int = 8
     scheduler: Mapping[str, Any] | None = None  # its configuration, where it is here
     is_read: bool = False  # the shapes are the model's own, and not those of the published one
+    folder: Path | None = None  # of the pipeline, where it is here
 
     @property
     def kind(self) -> type[Backbone]:
@@ -39,6 +41,24 @@ class MetaModel:
         """Return how the scheduler moves levels of noise for pictures of this size, None if it is not here."""
         side = resolution // (self.vae_scale_factor * self.kind.patch_size(self.denoiser.config))
         return None if self.scheduler is None else self.kind.shift(self.scheduler, side**2)
+
+    def prompt_size(self) -> int:
+        """Return how many numbers a prompt is encoded as, for tokenizers of the published lengths."""
+        numbers, index = self.kind.prompt_size(self.denoiser.config), None
+        if self.folder is not None and (file := self.folder / "model_index.json").is_file():
+            index = json.loads(file.read_text(encoding="utf8"))
+        if index is None:
+            return numbers
+        present = {name for name, part in index.items() if isinstance(part, list) and part[0] is not None}
+        return numbers - self.kind.absent_text(self.denoiser.config, present)
+
+    def tokenizers(self) -> list[Any]:
+        """Load the tokenizers, [] where they are not here."""
+        folders = [] if self.folder is None else [self.folder / name for name in TOKENIZERS]
+        try:
+            return [AutoTokenizer.from_pretrained(folder) for folder in folders if folder.is_dir()]
+        except (OSError, ValueError):  # a hub cache may hold parts of a folder
+            return []
 
 
 def read(config: Config) -> MetaModel:
@@ -105,7 +125,8 @@ def _from_folder(folder: Path, family: type[Backbone], origin: str) -> MetaModel
         denoiser = loader.from_config(loader.load_config(folder / family.denoiser_name))
     file = folder / "scheduler" / "scheduler_config.json"
     scheduler = json.loads(file.read_text(encoding="utf8")) if file.is_file() else None
-    return MetaModel(denoiser, family.family, origin, _scale_factor(folder / "vae", family), scheduler, True)
+    scale = _scale_factor(folder / "vae", family)
+    return MetaModel(denoiser, family.family, origin, scale, scheduler, is_read=True, folder=folder)
 
 
 def _scale_factor(folder: Path, family: type[Backbone]) -> int:

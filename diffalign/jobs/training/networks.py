@@ -28,6 +28,13 @@ from diffalign.training.moving_reference import MovingReference
 from diffalign.training.reference_cache import ReferenceCache
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def weights_dtype(config: Config) -> torch.dtype:
+    """Return the precision that a model is loaded in: weights that train are float32, frozen ones as the run is."""
+    return HALF.get(config.train.mixed_precision, torch.float32) if config.model.tune == "lora" else torch.float32
+
+
 # What selective checkpointing keeps: the results of matrix products, convolutions and attention. All else is cheap.
 KEPT = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",

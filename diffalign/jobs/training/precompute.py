@@ -7,7 +7,7 @@ from rich.console import Console
 from diffalign.config import Config
 from diffalign.errors import ConfigError
 from diffalign.jobs import skipped
-from diffalign.jobs.training import assemble, examples, reference_errors
+from diffalign.jobs.training import assemble, examples, reference_errors, storage
 from diffalign.jobs.training.train import make_accelerator
 
 
@@ -24,8 +24,11 @@ def precompute(config: Config, console: Console) -> None:
     if not config.data.cache_latents:
         raise ConfigError("There is nothing to precompute: data.cache_latents is false.")
     accelerator = make_accelerator(config)
-    backbone = assemble.load_backbone(config)
     source = examples.open_source(config, Path(config.train.output_dir) / skipped.FILE)
+    foretold = storage.check_room(config, source)
+    if foretold is not None and foretold.missing:
+        console.print(f"To be written: {storage.amount(foretold.missing)} ({foretold.what})")
+    backbone = assemble.load_backbone(config)
     cache = examples.open_encoded(config, backbone, source, accelerator)
     size = sum(file.stat().st_size for file in cache.folder.iterdir()) / 2**20
     console.print(f"{source.counts}\n{cache.folder}: {len(cache)} examples, {size:.1f} MiB")

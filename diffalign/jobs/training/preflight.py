@@ -29,6 +29,7 @@ from diffalign.jobs.training import (
     online,
     online_costs,
     online_judges,
+    storage,
 )
 from diffalign.places import is_hub_id
 from diffalign.training import checkpoint, optimizer, zero
@@ -147,6 +148,8 @@ def _examine_data(config: Config, error_log: Path | None, found: Findings) -> No
     if source is not None:
         images = source.images_per_example
         found.attempt(lambda: examples.check(config, source.name, images, source.has_preference))
+        if config.data.resolution % 8 == 0:  # else it is refused elsewhere
+            found.attempt(lambda: storage.check_room(config, source))
 
 
 def _examine_rollout(config: Config, plan: BatchPlan | None, found: Findings) -> None:

@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -15,14 +15,14 @@ from diffalign.data import PairSource
 from diffalign.data.cache import META
 from diffalign.data.cache_store import COMPLETE, read_json
 from diffalign.data.shards import downloaded_snapshot
+from diffalign.errors import ConfigError, UserError
 from diffalign.jobs.scoring import scorers
-from diffalign.jobs.training import examples, memory
+from diffalign.jobs.training import examples, memory, meta_model, text_costs
 from diffalign.jobs.training.meta_model import MetaModel
 from diffalign.places import is_hub_id
 from reward_models.base import UNPUBLISHED
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
-STORED_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 PICKAPIC = 335e9  # of yuvalkirstain/pickapic_v2, as MaPO's README says; its split train is 645 files
 HUB_DATA = {"yuvalkirstain/pickapic_v2": PICKAPIC}
 
@@ -35,11 +35,13 @@ class Content:
     images_per_example: int
     prompts: int  # distinct ones
     source: PairSource | None = None
+    texts: Sequence[str] | None = None  # the distinct prompts
 
     @classmethod
     def of(cls, source: PairSource) -> Self:
         """Count a data set that is open."""
-        return cls(len(source), source.images_per_example or 1, len(set(source.captions())), source)
+        texts = list(dict.fromkeys(source.captions()))
+        return cls(len(source), source.images_per_example or 1, len(texts), source, texts)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Write:
     folder: Path
     size: float  # bytes
     there: float = 0
+    least: float = 0  # bytes that it takes for sure
 
     @property
     def missing(self) -> float:
@@ -75,26 +78,57 @@ def amount(size: float) -> str:
 
 def latent_cache(config: Config, model: MetaModel, data: Content) -> Write:
     """Return the cache of latents and prompts of a data set, all of whose images are distinct."""
-    number, variants = STORED_BYTES[config.data.cache_dtype], 2 if config.data.random_flip else 1
+    number, variants = text_costs.STORED_BYTES[config.data.cache_dtype], 2 if config.data.random_flip else 1
     side = config.data.resolution // model.vae_scale_factor
     image = variants * (2 * model.kind.latent_channels_of(model.denoiser.config) * side**2 * number + 6 * 4) + 16
-    prompt = model.kind.prompt_size(model.denoiser.config) * number
-    images, prompts = data.examples * data.images_per_example, data.prompts + 1  # and the empty one
-    size = images * image + prompts * prompt + data.examples * (20 + 20 * data.images_per_example)
-    what = f"latents of at most {images:,} images, {amount(image)} each, and {prompts:,} prompts, {amount(prompt)} each"
-    there = 0.0 if data.source is None else _latents_there(config, data.source)
-    return Write(what, Path(config.data.cache_dir), size, there)
+    images, rows = data.examples * data.images_per_example, data.examples * (20 + 20 * data.images_per_example)
+    text = text_costs.estimate(config, model, data.prompts, data.texts)
+    what = (
+        f"{amount(images * image)} latents of at most {images:,} images, {amount(image)} each, and "
+        f"{amount(text.size)} text of {text.what}, {amount(text.each)} a {text.unit}"
+    )
+    there = 0.0 if data.source is None else _latents_there(config, model, data.source)
+    least = data.examples * image + text.size + rows  # an image may be in many pairs, and is kept once
+    return Write(what, Path(config.data.cache_dir), images * image + text.size + rows, there, least)
 
 
-def _latents_there(config: Config, source: PairSource) -> float:
+def check_room(config: Config, source: PairSource) -> Write | None:
+    """Refuse to fill a cache of latents and prompts for which the disk has too little room; return what it takes.
+
+    Counted are the prompts, and as images may repeat, one image of each example. None: nothing is cached, or how much
+    is not known before.
+
+    Raises:
+        ConfigError: that is more than is free.
+    """
+    if not config.data.cache_latents or source.window:  # a stream is read once, and tells nothing before
+        return None
+    try:
+        model = meta_model.read(config)
+    except UserError:
+        return None  # it is refused elsewhere
+    cache = latent_cache(config, model, Content.of(source))
+    if (needed := max(cache.least - cache.there, 0)) > (room := free(cache.folder)):
+        raise ConfigError(
+            f"The disk of data.cache_dir {cache.folder} has {amount(room)} free, and the cache takes at least "
+            f"{amount(needed)}, up to {amount(cache.missing)} ({cache.what}). Make room, name another data.cache_dir, "
+            "or encode at every step: data.cache_latents: false."
+        )
+    return cache
+
+
+def _latents_there(config: Config, model: MetaModel, source: PairSource) -> float:
     """Return the bytes of the largest cache that was made of such data in this way.
 
     Whose weights encoded it is not known before they are loaded.
     """
     wanted, found = examples.transform_of(config).identity, [0.0]
+    dtype, text_dtype = config.data.cache_dtype, examples.text_dtype(config, model.kind)
     for file in Path(config.data.cache_dir).glob(f"*/{META}"):
         fields = read_json(file) or {}
-        same = fields.get("transform") == wanted and fields.get("dtype") == config.data.cache_dtype
+        same = fields.get("transform") == wanted and fields.get("dtype") == dtype
+        same = same and fields.get("text_dtype", dtype) == text_dtype
+        same = same and fields.get("token_columns", []) == list(model.kind.token_columns)
         if same and _resembles(fields.get("source", {}), source):
             size = sum(part.stat().st_size for part in file.parent.iterdir())
             found.append(float("inf") if (file.parent / COMPLETE).exists() else size)

@@ -34,6 +34,7 @@ from diffalign.jobs.training import (
     preflight,
     reference_errors,
     static,
+    storage,
     validation,
 )
 from diffalign.objectives.base import UNITS
@@ -90,6 +91,7 @@ def build_trainer(
         source = online.open_prompts(config, backbone)
     elif source is None:
         source = examples.open_source(config, Path(config.train.output_dir) / skipped.FILE)
+        storage.check_room(config, source)
     console.print(f"Data: {source.name}: {source.counts}.")
     known = identity.run_identity(config, plan, backbone, source)
     step, sampler, reference = learning(config, backbone, source, plan, accelerator, console)

@@ -1,6 +1,7 @@
 """`diffalign train --dry-run`: its numbers against what is really written, and the report as scripts see it."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffalign import config as configuration
 from diffalign.backbones import loading, published
+from diffalign.backbones.families import BY_NAME
 from diffalign.data import LatentCache
-from diffalign.jobs.training import examples, memory, meta_model, plan, preflight, storage, survey
+from diffalign.jobs.training import examples, memory, meta_model, plan, preflight, storage, survey, text_costs
 from diffalign.training.batching import BatchPlan
 from diffalign.training.reference_cache import ReferenceCache
 from tests.data.world import picture, rows, write_parquet
@@ -76,6 +78,68 @@ def test_the_latent_cache_is_as_large_as_foretold(content, dtype, flip):
     content["data"]["resolution"] = 32
     smaller = storage.latent_cache(configuration.check(content), model, storage.Content.of(source))
     assert (smaller.there, smaller.missing) == (0, smaller.size)
+
+
+def test_prompts_of_unequal_lengths_are_tokenised_or_estimated(content, tiny_zimage, monkeypatch):
+    content["model"]["pretrained_model_name_or_path"] = str(tiny_zimage)
+    config = configuration.check(content)
+    model, backbone, source = meta_model.read(config), loading.load(tiny_zimage), examples.open_source(config)
+    data = storage.Content.of(source)
+    told = text_costs.estimate(config, model, data.prompts, data.texts)
+    cache = LatentCache.build(source, backbone, examples.transform_of(config), config.data.cache_dir, progress=False)
+    tokens = len(np.load(cache.folder / "prompt_embeds.npy"))
+    assert told.what == f"{data.prompts + 1} prompts of {tokens:,} tokens"
+    names = ("prompt_embeds", "prompt_embeds_mask", "prompt_lengths")
+    assert told.size == sum(np.load(cache.folder / f"{name}.npy").nbytes for name in names)
+    assert f"{tokens:,} tokens" in storage.latent_cache(config, model, data).what
+    assert storage.latent_cache(config, model, data).missing == 0
+    monkeypatch.setattr(text_costs, "COUNTED", 2)
+    sampled = text_costs.estimate(config, model, data.prompts, data.texts)
+    assert sampled.what.startswith(f"{data.prompts + 1} prompts of about ")
+    assert sampled.size == pytest.approx(told.size, rel=0.2)
+    hub = text_costs.estimate(config, replace(model, folder=None), 1000, None)
+    assert hub.what == "1,001 prompts of about 33,008 tokens"  # 8 of the chat template and 100 characters
+
+
+@pytest.mark.parametrize(
+    ("family", "mixed_precision", "chosen", "kept"),
+    [
+        ("sdxl", "bf16", None, "float16"),
+        ("zimage", "no", None, "float16"),
+        ("zimage", "bf16", None, "bfloat16"),
+        ("zimage", "bf16", "float32", "float32"),
+        ("flux", "bf16", None, "bfloat16"),
+        ("sd3", "bf16", None, "bfloat16"),
+    ],
+)
+def test_the_precision_of_prompts(content, family, mixed_precision, chosen, kept):
+    content["train"]["mixed_precision"] = mixed_precision
+    content["data"]["cache_text_dtype"] = chosen
+    config = configuration.check(content)
+    assert examples.text_dtype(config, BY_NAME[family]) == kept
+    full = configuration.check(content | {"model": content["model"] | {"tune": "full"}})
+    assert examples.text_dtype(full, BY_NAME[family]) == (chosen or "float16")
+
+
+def test_a_cache_that_cannot_fit_is_refused_before_it_is_written(content, diffalign, tmp_path, monkeypatch):
+    content["reference"] = {"cache_draws": None}
+    config = configuration.check(content)
+    cache = storage.latent_cache(config, meta_model.read(config), storage.Content.of(examples.open_source(config)))
+    assert 0 < cache.least < cache.size
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(storage, "free", lambda folder: math.ceil(cache.least))
+    preflight.examine(config).require()  # images may repeat
+    monkeypatch.setattr(storage, "free", lambda folder: math.ceil(cache.least) - 1)
+    for command in (["train"], ["train", "--dry-run"], ["precompute"]):
+        code, said = diffalign(command[0], tmp_path / "run.yaml", *command[1:])
+        assert code == 2
+        said = " ".join(said.split())
+        assert "free, and the cache takes at least" in said
+        assert "prompts" in said
+        assert "name another data.cache_dir, or encode at every step: data.cache_latents: false" in said
+    assert not list((tmp_path / "cache").glob("*/latents.npy"))
+    content["data"]["cache_latents"] = False
+    preflight.examine(configuration.check(content)).require()
 
 
 def test_the_reference_cache_is_as_large_as_foretold(content):
