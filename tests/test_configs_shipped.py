@@ -22,7 +22,10 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "accelerate")
 NAMES = [str(path.relative_to(CONFIGS)) for path in SHIPPED]
 PUBLISHED = {"sdxl": 2_567_463_684, "sd15": 859_520_964, "flux": 11_901_408_320, "zimage": 6_154_908_736}
-SD3 = (2_028_328_000, 2_243_171_520)  # of SD3-medium and of SD3.5-medium
+SEVERAL = {  # of SD3-medium and of SD3.5-medium; of FLUX.2-klein-base-4B and -dev
+    "sd3": (2_028_328_000, 2_243_171_520),
+    "flux2": (3_875_544_576, 32_223_281_152),
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def shown(config: configuration.Config) -> str:
 
 
 def test_there_are_recipes_of_every_size():
-    assert {path.parent.name for path in SHIPPED} >= {"tiny", "sd15", "sdxl", "sd3", "flux", "zimage"}
+    assert {path.parent.name for path in SHIPPED} >= {"tiny", "sd15", "sdxl", "sd3", "flux", "flux2", "zimage"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,7 +64,7 @@ def test_it_loads_and_says_what_it_would_do(name, world, monkeypatch):
     total = int(
         re.search(rf"model\s+{'sdxl' if family == 'tiny' else family}, ([\d,]+) parameters", text)[1].replace(",", "")
     )
-    assert total in (SD3 if family == "sd3" else (PUBLISHED.get(family, tiny_parameters),))
+    assert total in SEVERAL.get(family, (PUBLISHED.get(family, tiny_parameters),))
     assert ("from its config" in text) == (family == "tiny")
     assert repr(objective) in text
     trained = int(re.search(r"trained\s+([\d,]+) parameters", text)[1].replace(",", ""))

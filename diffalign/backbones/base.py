@@ -33,6 +33,7 @@ class Backbone(ABC):
 
     family: ClassVar[str]
     pipeline_class: ClassVar[type[DiffusionPipeline]]
+    other_pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = ()  # of its models that have another text encoder
     denoiser_class: ClassVar[type[nn.Module]]
     denoiser_name: ClassVar[str]  # of the denoiser in a pipeline, of its folder and before its keys in a LoRA file
     vae_class: ClassVar[type[nn.Module]] = AutoencoderKL
@@ -127,6 +128,11 @@ class Backbone(ABC):
         """Return how the scheduler moves levels of noise for pictures of `resolution` pixels a side."""
         side = resolution // (self.vae_scale_factor * self.patch_size(self.denoiser.config))
         return self.shift(self.scheduler.config, side**2)
+
+    @property
+    def own_pipeline(self) -> type[DiffusionPipeline]:
+        """Return the pipeline class of this very model, where the family has several."""
+        return self.pipeline_class
 
     @property
     def native_resolution(self) -> int:
@@ -251,7 +257,7 @@ class Backbone(ABC):
     @contextmanager
     def _stable_vae(self) -> Iterator[nn.Module]:
         # float16 overflows in VAEs marked force_upcast (SDXL's own): diffusers runs those in float32, so do we.
-        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
+        upcast = self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast", False)
         if upcast:
             self.vae.float()
         try:

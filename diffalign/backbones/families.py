@@ -7,14 +7,17 @@ from torch import nn
 
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.flux import Flux
+from diffalign.backbones.flux2 import Flux2
 from diffalign.backbones.sd3 import SD3
 from diffalign.backbones.sd15 import SD15
 from diffalign.backbones.sdxl import SDXL
 from diffalign.backbones.z_image import ZImage
 from diffalign.errors import ModelError
 
-FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux, ZImage)
-PIPELINES = {family.pipeline_class.__name__: family for family in FAMILIES}
+FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux, Flux2, ZImage)
+PIPELINES = {
+    pipeline.__name__: family for family in FAMILIES for pipeline in (family.pipeline_class, *family.other_pipelines)
+}
 BY_NAME = {family.family: family for family in FAMILIES}
 DENOISERS = tuple(dict.fromkeys(family.denoiser_name for family in FAMILIES))  # names of folders, too: unet/ ...
 
@@ -47,7 +50,8 @@ def with_denoiser(pipeline: DiffusionPipeline, denoiser: nn.Module) -> Diffusion
 
 def has_unconditional_branch(pipeline: DiffusionPipeline) -> bool:
     """Tell whether guidance weighs a prediction without the prompt; a guidance-distilled network is told the scale."""
-    return hasattr(type(pipeline), "do_classifier_free_guidance")  # of a pipeline it would ask for a scale
+    guides = hasattr(type(pipeline), "do_classifier_free_guidance")  # of a pipeline it would ask for a scale
+    return guides and not pipeline.config.get("is_distilled", False)
 
 
 def family_of(pipeline_class: str, source: str) -> type[Backbone]:

@@ -67,7 +67,7 @@ def load(
         if resolution is not None:
             check_trainable(source, family, resolution, revision)
         if vae is not None:
-            replacements["vae"] = load_vae(vae, torch_dtype, config=source)
+            replacements["vae"] = load_vae(vae, torch_dtype, config=source, loader=family.vae_class)
         if unet_init is not None:
             replacements[family.denoiser_name] = load_denoiser(unet_init, family, torch_dtype)
         modules = _from_folder(source, index, replacements, revision, variant, torch_dtype)
@@ -104,7 +104,9 @@ def load_denoiser(source: str | Path, family: type[Backbone], torch_dtype: torch
             raise error from None
 
 
-def load_vae(source: str | Path, torch_dtype: torch.dtype, config: str | None = None) -> AutoencoderKL:
+def load_vae(
+    source: str | Path, torch_dtype: torch.dtype, config: str | None = None, loader: type[nn.Module] = AutoencoderKL
+) -> nn.Module:
     """Load a VAE from a VAE folder, a folder with `vae/`, a hub id or a single file shaped like `config`'s VAE."""
     source = located(source)
     path = Path(source)
@@ -113,7 +115,7 @@ def load_vae(source: str | Path, torch_dtype: torch.dtype, config: str | None = 
     subfolder = "vae" if (path / "vae").is_dir() else None
     if path.exists():
         check_weights(path / (subfolder or ""))
-    return _component(AutoencoderKL, source, subfolder, torch_dtype=torch_dtype)
+    return _component(loader, source, subfolder, torch_dtype=torch_dtype)
 
 
 def with_schedule(scheduler: Any, prediction_type: str | None, zero_terminal_snr: bool) -> Any:

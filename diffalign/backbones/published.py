@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -124,6 +130,11 @@ _SD3 = {"sample_size": 128, "num_layers": 24, "num_attention_heads": 24}
 _SD3 |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 192}
 _SD3 |= {"caption_projection_dim": 1536}
 _SD35 = _SD3 | {"qk_norm": "rms_norm"}
+# As many parameters as is published of them: 3.88, 9.08 and 32.2 billion.
+_KLEIN_4B = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24}
+_KLEIN_4B |= {"joint_attention_dim": 7680, "guidance_embeds": False}
+_KLEIN_9B = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32}
+_KLEIN_9B |= {"joint_attention_dim": 12288, "guidance_embeds": False}
 TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
     "sd3": {
         "stabilityai/stable-diffusion-3-medium-diffusers": _SD3,
@@ -133,6 +144,11 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
         | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432},
     },
     "flux": {"black-forest-labs/FLUX.1-dev": {"guidance_embeds": True}},  # all else is the class's default
+    "flux2": {
+        "black-forest-labs/FLUX.2-klein-base-4B": _KLEIN_4B,
+        "black-forest-labs/FLUX.2-klein-base-9B": _KLEIN_9B,
+        "black-forest-labs/FLUX.2-dev": {},  # all is the class's default
+    },
     "zimage": {
         "Tongyi-MAI/Z-Image": {"dim": 3840, "n_layers": 30, "n_heads": 30}
         | {"n_kv_heads": 30, "n_refiner_layers": 2, "cap_feat_dim": 2560},
@@ -141,12 +157,14 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
 TRANSFORMER_CLASSES: dict[str, type[nn.Module]] = {
     "sd3": SD3Transformer2DModel,
     "flux": FluxTransformer2DModel,
+    "flux2": Flux2Transformer2DModel,
     "zimage": ZImageTransformer2DModel,
 }
 # What their schedulers say of the shift.
 SHIFTS = {
     "sd3": {"shift": 3.0},
     "flux": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
+    "flux2": {"use_dynamic_shifting": True},
     "zimage": {"shift": 6.0},
 }
 CLIP_MERGES = 48894  # with 256 letters, 256 final letters and 2 marks they make the 49,408 tokens

@@ -1,5 +1,6 @@
 """Draw pictures through a diffusers pipeline, reproducibly and resumably."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -149,7 +150,7 @@ def _draw(
 ) -> list[Image.Image]:
     arrays = pipeline(
         prompt=list(prompts),
-        negative_prompt=[settings.negative_prompt] * len(prompts) if settings.negative_prompt else None,
+        **_negative(pipeline, settings, len(prompts)),
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         height=settings.height,
@@ -165,6 +166,16 @@ def _draw(
             'use bfloat16, float32 or the VAE "madebyollin/sdxl-vae-fp16-fix"; otherwise the model has diverged.'
         )
     return pipeline.numpy_to_pil(arrays)
+
+
+def _negative(pipeline: DiffusionPipeline, settings: SamplingSettings, number: int) -> dict[str, Any]:
+    """Return what tells the pipeline the negative prompt, for `number` pictures; some take its embeddings only."""
+    if not settings.negative_prompt:
+        return {}
+    prompts = [settings.negative_prompt] * number
+    if "negative_prompt" in inspect.signature(pipeline.__call__).parameters:
+        return {"negative_prompt": prompts}
+    return {"negative_prompt_embeds": pipeline.encode_prompt(prompts)[0]}
 
 
 def _check_request(pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> None:
@@ -203,7 +214,7 @@ def _drawing_record(pipeline: DiffusionPipeline, settings: SamplingSettings) -> 
     scheduler, vae = pipeline.scheduler, pipeline.vae
     record["pipeline"] = type(pipeline).__name__
     record["dtype"] = str(pipeline.dtype).removeprefix("torch.")
-    record["vae"] = {"dtype": str(vae.dtype).removeprefix("torch."), "scaling_factor": vae.config.scaling_factor}
+    record["vae"] = {"dtype": str(vae.dtype).removeprefix("torch."), "scaling_factor": vae.config.get("scaling_factor")}
     record["scheduler"] = {"class": type(scheduler).__name__} | {
         key: value for key, value in scheduler.config.items() if not key.startswith("_")
     }

@@ -15,7 +15,8 @@ import copy
 import math
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ class NegativeBranch(nn.Module):
             (positive, adapter_mix(positive, positive_adapters)),
         )
         self._branches = branches[::-1] if PIPELINES[type(pipeline).__name__].prompt_first else branches
+        self._negative, self._positive = branches
         self._pipeline = weakref.ref(pipeline)
+        self._context: str | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Answer for the positive network."""
@@ -66,10 +69,21 @@ class NegativeBranch(nn.Module):
                 raise
             return getattr(self.networks[0], name)
 
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Take what is asked inside for one branch: pipelines that ask for each apart call them "cond", "uncond"."""
+        before, self._context = self._context, name
+        try:
+            with self.networks[0].cache_context(name):
+                yield
+        finally:
+            self._context = before
+
     def forward(self, *args: Any, return_dict: bool = True, **options: Any) -> UNet2DConditionOutput | tuple[Tensor]:
         """Return the prediction [2N,C,h,w] for latents [2N,C,h,w], the halves in the order of the family's pipeline.
 
-        Lists of 2N latents become lists of 2N predictions.
+        Lists of 2N latents become lists of 2N predictions. Of pipelines that ask for each branch apart, these are N of
+        the branch that the context says.
 
         Latents are the first argument, or the first by name: `sample` of UNets, `hidden_states` of transformers.
 
@@ -82,6 +96,10 @@ class NegativeBranch(nn.Module):
                 f"The negative branch needs guidance: guidance_scale must be above 1, got {pipeline.guidance_scale}. "
                 "5 to 7.5 is usual."
             )
+        if alone := {"cond": self._positive, "uncond": self._negative}.get(self._context or ""):
+            network, mixed = alone
+            with mixed():
+                return network(*args, **options, return_dict=return_dict)
         size = len(next(iter([*args, *options.values()])))
         predictions = []
         for half, (network, mixed) in enumerate(self._branches):
