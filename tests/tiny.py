@@ -10,6 +10,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -22,11 +23,17 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
+    PreTrainedTokenizerFast,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -298,6 +305,57 @@ def build_tiny_klein(directory: str | Path, seed: int = 0, is_distilled: bool = 
             transformer=tiny_transformer_flux2(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
             is_distilled=is_distilled,
+        )
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    return Path(directory)
+
+
+def tiny_pixtral_processor() -> PixtralProcessor:
+    """Return Mistral's processor over single bytes, with the part of its chat template that a prompt meets."""
+    marks = ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    vocabulary = {
+        token: index for index, token in enumerate(("<unk>", "<s>", "</s>", "<pad>", *marks, *_byte_alphabet()))
+    }
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=list(marks),
+        padding_side="left",
+    )
+    template = (
+        "{{ bos_token }}{% for message in messages %}{% set mark = {'system': 'SYSTEM_PROMPT', 'user': 'INST'} %}"
+        "[{{ mark[message.role] }}]{% for part in message.content %}{{ part.text }}{% endfor %}"
+        "[/{{ mark[message.role] }}]{% endfor %}"
+    )
+    return PixtralProcessor(image_processor=PixtralImageProcessor(), tokenizer=tokenizer, chat_template=template)
+
+
+def build_tiny_flux2_dev(directory: str | Path, seed: int = 0) -> Path:
+    """Write a random-weight Flux2Pipeline of about 0.3 M parameters to `directory` and return its path.
+
+    The text encoder has as many layers as the pipeline reads from.
+    """
+    processor = tiny_pixtral_processor()
+    shape = {"hidden_size": 8, "intermediate_size": 16, "head_dim": 8, "num_attention_heads": 1}
+    words = {"vocab_size": len(processor.tokenizer), "num_key_value_heads": 1, "num_hidden_layers": 30}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", "sliding_window": None, **shape, **words},
+        vision_config={"model_type": "pixtral", "num_hidden_layers": 1, "image_size": 16, "patch_size": 8, **shape},
+        image_token_index=processor.image_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = Flux2Pipeline(
+            vae=tiny_vae_flux2(),
+            text_encoder=Mistral3ForConditionalGeneration(config),
+            tokenizer=processor,
+            transformer=tiny_transformer_flux2(guidance_embeds=True),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         )
     pipeline.save_pretrained(directory, safe_serialization=True)
     return Path(directory)

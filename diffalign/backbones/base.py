@@ -288,13 +288,14 @@ class Backbone(ABC):
             )
 
     @staticmethod
-    def _tokenize(tokenizer: Any, prompts: list[str], length: int | None = None) -> Any:
+    def _tokenize(tokenizer: Any, prompts: list[str], length: int | None = None, marked: bool = False) -> Any:
         return tokenizer(
             list(prompts),
             padding="max_length",
             max_length=length or tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
+            add_special_tokens=not marked,  # they are in the prompts already
         )
 
     @staticmethod

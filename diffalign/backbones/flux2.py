@@ -131,16 +131,10 @@ class Flux2(FlowBackbone):
         tokenizer = self.tokenizers[0]
         if self._is_klein:
             return self._tokenize(tokenizer, chats(tokenizer, prompts, thinking=False), TEXT_LENGTH)
-        return tokenizer.apply_chat_template(
-            [_told(prompt) for prompt in prompts],
-            add_generation_prompt=False,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=TEXT_LENGTH,
-        )
+        words, told = tokenizer.tokenizer, [_told(prompt) for prompt in prompts]
+        texts = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=False)
+        begun = words.bos_token is not None and texts[0].startswith(words.bos_token)
+        return self._tokenize(words, texts, TEXT_LENGTH, marked=begun)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and std [4C] float32 of the channels of tokens, which the VAE keeps as those of a batch norm."""

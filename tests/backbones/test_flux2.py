@@ -22,7 +22,7 @@ from tests.backbones.drawing import PROMPT, draw, perturb
 from tests.tiny import build_tiny_klein
 
 RECORDS = golden.load("flow_flux2")
-PROMPTS = [PROMPT, "", "a cat, on the photo! " * 60]
+PROMPTS = [PROMPT, "", "a [IMG] cat, on the photo! " * 60]
 GUIDED = {"num_inference_steps": 2, "height": 64, "width": 64, "guidance_scale": 4.0}
 LAYERS = 2 * 12 + 2 * 2  # that can be adapted, in two blocks of two streams and two of one
 
@@ -104,8 +104,11 @@ class TestGoldens:
 
 
 @torch.no_grad()
-def test_prompts_equal_the_pipeline(tiny_klein, backbone):
-    expected, _ = DiffusionPipeline.from_pretrained(tiny_klein).encode_prompt(PROMPTS, device="cpu")
+@pytest.mark.parametrize("model", ["tiny_klein", "tiny_flux2_dev"])
+def test_prompts_equal_the_pipeline(request, model):
+    folder = request.getfixturevalue(model)
+    backbone = backbones.load(folder)
+    expected, _ = DiffusionPipeline.from_pretrained(folder).encode_prompt(PROMPTS, device="cpu")
     text = backbone.encode_prompts(PROMPTS)
     assert tuple(text) == backbone.text_columns
     assert torch.equal(text["prompt_embeds"], expected)
@@ -128,6 +131,23 @@ def test_a_whole_trajectory_equals_the_stock_pipeline(tiny_klein, backbone, guid
 
     for here, there in pairwise(stock.scheduler.sigmas):
         x = x + (there - here) * guided(velocity, x, (1000 * here).repeat(2), cond, empty, guidance)
+    torch.testing.assert_close(backbone.decode_latents(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(draw(backbone.pipeline()), draw(stock), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_trajectory_of_dev_is_told_its_guidance(tiny_flux2_dev, guidance):
+    stock, backbone, x = DiffusionPipeline.from_pretrained(tiny_flux2_dev), backbones.load(tiny_flux2_dev), _noise()
+    assert backbone.guidance == 1.0
+    backbone.guidance = guidance
+    stock.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 4, "guidance_scale": guidance, "height": 64, "width": 64}
+    prompts = [PROMPT, "a cat"]
+    expected = stock(prompt=prompts, latents=_patches(x), output_type="pt", **settings).images
+    cond = _told(backbone, prompts)
+    for here, there in pairwise(stock.scheduler.sigmas):
+        x = x + (there - here) * backbone.predict(backbone.denoiser, x, (1000 * here).repeat(2), cond)
     torch.testing.assert_close(backbone.decode_latents(x), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(draw(backbone.pipeline()), draw(stock), rtol=0, atol=1e-6)
 
@@ -172,6 +192,11 @@ class TestLatents:
         other.vae.bn.running_var[0] += 0.1
         assert other.fingerprint() != before
         assert backbones.load(tiny_klein).fingerprint() == before
+
+    def test_the_fingerprint_knows_the_chat_template_of_dev(self, tiny_flux2_dev):
+        one, other = backbones.load(tiny_flux2_dev), backbones.load(tiny_flux2_dev)
+        other.tokenizers[0].chat_template += "!"
+        assert one.fingerprint() == backbones.load(tiny_flux2_dev).fingerprint() != other.fingerprint()
 
     def test_in_half_precision(self, tiny_klein):
         backbone = backbones.load(tiny_klein, torch_dtype=torch.bfloat16)
@@ -277,6 +302,11 @@ class TestNegativePrompts:
             generate(pipeline, [PROMPT], [0], settings, progress=False)
         with pytest.raises(ModelError, match="there is no branch for a negative network"):
             with_negative_branch(pipeline, tmp_path)
+
+    def test_dev_has_none_either(self, tiny_flux2_dev):
+        settings = SamplingSettings(**GUIDED, negative_prompt="blur")
+        with pytest.raises(UserError, match="A Flux2Pipeline is told its guidance_scale"):
+            generate(backbones.load(tiny_flux2_dev).pipeline(), [PROMPT], [0], settings, progress=False)
 
 
 class TestWhatCannotBeTrained:
