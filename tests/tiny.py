@@ -335,7 +335,7 @@ def tiny_pixtral_processor() -> PixtralProcessor:
     return PixtralProcessor(image_processor=PixtralImageProcessor(), tokenizer=tokenizer, chat_template=template)
 
 
-def build_tiny_flux2_dev(directory: str | Path, seed: int = 0) -> Path:
+def build_tiny_flux2_dev(directory: str | Path, seed: int = 1) -> Path:
     """Write a random-weight Flux2Pipeline of about 0.3 M parameters to `directory` and return its path.
 
     The text encoder has as many layers as the pipeline reads from.

@@ -173,9 +173,10 @@ def _negative(pipeline: DiffusionPipeline, settings: SamplingSettings, number: i
     if not settings.negative_prompt:
         return {}
     prompts = [settings.negative_prompt] * number
-    if "negative_prompt" in inspect.signature(pipeline.__call__).parameters:
-        return {"negative_prompt": prompts}
-    return {"negative_prompt_embeds": pipeline.encode_prompt(prompts)[0]}
+    taken = inspect.signature(pipeline.__call__).parameters
+    if "negative_prompt_embeds" in taken and "negative_prompt" not in taken:  # FLUX.2-klein's
+        return {"negative_prompt_embeds": pipeline.encode_prompt(prompts)[0]}
+    return {"negative_prompt": prompts}
 
 
 def _check_request(pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> None:

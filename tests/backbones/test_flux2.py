@@ -186,6 +186,13 @@ class TestLatents:
         tokens = (packing.packed(given["z"]) - centre) / spread
         golden.assert_close(record, "latents", _patches(packing.unpacked(tokens, *given["z"].shape[2:])))
 
+    def test_another_vae_is_read_as_one_of_the_family(self, tiny_klein, tiny_flux2_dev, backbone):
+        other = backbones.load(tiny_klein, vae=tiny_flux2_dev)
+        images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        wanted = backbones.load(tiny_flux2_dev).encode_images(images)[0]
+        assert torch.equal(other.encode_images(images)[0], wanted)
+        assert not torch.equal(backbone.encode_images(images)[0], wanted)
+
     def test_other_statistics_are_other_latents_to_the_cache(self, tiny_klein, backbone):
         before = backbone.fingerprint()
         other = backbones.load(tiny_klein)

@@ -43,6 +43,18 @@ def test_the_first_logit_is_0_and_the_model_learns(content, run, tmp_path, tune,
     assert last["loss"] != pytest.approx(math.log(2), abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["kto", "inpo"])
+def test_other_objectives_train_with_selective_recomputation(content, run, tmp_path, name):
+    changed = variant(content, tmp_path, name, train={"max_train_steps": 2, "gradient_checkpointing": "selective"})
+    changed["objective"] = {"name": name}
+    changed["inversion"] = {"num_steps": 3}
+    if name == "kto":
+        del changed["inversion"]
+    last = run(changed)
+    assert math.isfinite(last["loss"])
+    assert last["grad_norm"] > 0
+
+
 @pytest.mark.parametrize("model", ["tiny_klein", "tiny_flux2_dev"])
 def test_what_runs_leave_draws_in_the_stock_pipeline_and_resumes(content, run, tmp_path, request, model, diffalign):
     folder = request.getfixturevalue(model)
