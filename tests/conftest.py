@@ -15,6 +15,8 @@ from diffalign.denoising import FrozenDenoiser
 from tests.plugged import forget
 from tests.tiny import (
     build_tiny_flux,
+    build_tiny_flux2_dev,
+    build_tiny_klein,
     build_tiny_qwen,
     build_tiny_sd3,
     build_tiny_sd15,
@@ -76,6 +78,18 @@ def tiny_sd3(tmp_path_factory):
 def tiny_flux(tmp_path_factory):
     """Return the folder of a random-weight FLUX.1-dev pipeline; treat it as read-only."""
     return build_tiny_flux(tmp_path_factory.mktemp("models") / "tiny-flux")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux2_dev(tmp_path_factory):
+    """Return the folder of a random-weight FLUX.2-dev pipeline; treat it as read-only."""
+    return build_tiny_flux2_dev(tmp_path_factory.mktemp("models") / "tiny-flux2-dev")
+
+
+@pytest.fixture(scope="session")
+def tiny_klein(tmp_path_factory):
+    """Return the folder of a random-weight FLUX.2-klein pipeline; treat it as read-only."""
+    return build_tiny_klein(tmp_path_factory.mktemp("models") / "tiny-klein")
 
 
 @pytest.fixture(scope="session")

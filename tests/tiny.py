@@ -6,9 +6,13 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PNDMScheduler,
@@ -22,15 +26,22 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -253,6 +264,108 @@ def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
         "{% endif %}"
     )
     return tokenizer
+
+
+def tiny_transformer_flux2(guidance_embeds: bool = False) -> Flux2Transformer2DModel:
+    """Return FLUX.2's topology (blocks of two streams, then of one) with two blocks of each and 32 channels."""
+    return Flux2Transformer2DModel(
+        in_channels=128,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+
+
+def tiny_vae_flux2() -> AutoencoderKLFlux2:
+    """Return an autoencoder that halves the image twice, with the statistics of some latents."""
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+    )
+    torch.nn.init.normal_(vae.bn.running_mean, std=0.2)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+    return vae
+
+
+def build_tiny_klein(directory: str | Path, seed: int = 0, is_distilled: bool = False) -> Path:
+    """Write a random-weight Flux2KleinPipeline of about 0.3 M parameters to `directory` and return its path.
+
+    The text encoder has as many layers as the pipeline reads from.
+    """
+    tokenizer = tiny_qwen_tokenizer()
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 28, "head_dim": 8}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = Flux2KleinPipeline(
+            vae=tiny_vae_flux2(),
+            text_encoder=Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **shape, **heads)),
+            tokenizer=tokenizer,
+            transformer=tiny_transformer_flux2(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            is_distilled=is_distilled,
+        )
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    return Path(directory)
+
+
+def tiny_pixtral_processor() -> PixtralProcessor:
+    """Return Mistral's processor over single bytes, with the part of its chat template that a prompt meets."""
+    marks = ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    vocabulary = {
+        token: index for index, token in enumerate(("<unk>", "<s>", "</s>", "<pad>", *marks, *_byte_alphabet()))
+    }
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=list(marks),
+        padding_side="left",
+    )
+    template = (
+        "{{ bos_token }}{% for message in messages %}{% set mark = {'system': 'SYSTEM_PROMPT', 'user': 'INST'} %}"
+        "[{{ mark[message.role] }}]{% for part in message.content %}{{ part.text }}{% endfor %}"
+        "[/{{ mark[message.role] }}]{% endfor %}"
+    )
+    return PixtralProcessor(image_processor=PixtralImageProcessor(), tokenizer=tokenizer, chat_template=template)
+
+
+def build_tiny_flux2_dev(directory: str | Path, seed: int = 1) -> Path:
+    """Write a random-weight Flux2Pipeline of about 0.3 M parameters to `directory` and return its path.
+
+    The text encoder has as many layers as the pipeline reads from.
+    """
+    processor = tiny_pixtral_processor()
+    shape = {"hidden_size": 8, "intermediate_size": 16, "head_dim": 8, "num_attention_heads": 1}
+    words = {"vocab_size": len(processor.tokenizer), "num_key_value_heads": 1, "num_hidden_layers": 30}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", "sliding_window": None, **shape, **words},
+        vision_config={"model_type": "pixtral", "num_hidden_layers": 1, "image_size": 16, "patch_size": 8, **shape},
+        image_token_index=processor.image_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = Flux2Pipeline(
+            vae=tiny_vae_flux2(),
+            text_encoder=Mistral3ForConditionalGeneration(config),
+            tokenizer=processor,
+            transformer=tiny_transformer_flux2(guidance_embeds=True),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        )
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    return Path(directory)
 
 
 def tiny_transformer_qwen(**settings) -> QwenImageTransformer2DModel:

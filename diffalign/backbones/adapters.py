@@ -15,6 +15,7 @@ from diffalign.errors import ModelError, suggestion
 from diffalign.vocabulary import ATTENTION, BLOCKS
 
 ADAPTER = "default"
+LAYERS = (nn.Linear, nn.Conv2d)  # what can be adapted
 # How A starts. B is always 0: the adapted network starts as the base, so the DPO logit is exactly 0 at step 0.
 INITS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "gaussian": lambda a, generator: nn.init.normal_(a, std=1 / a.shape[0], generator=generator),
@@ -57,7 +58,7 @@ def add_lora(
     if has_adapters(denoiser):
         raise ModelError("This network has adapters already. Load it again, or fuse them first.")
     _check_blocks(denoiser, blocks)
-    excluded = _excluded(blocks, idle)
+    excluded = _excluded(blocks, [*idle, *_containers(denoiser, targets)])
     _check_targets(denoiser, targets, excluded)
     freeze(denoiser)
     config = LoraConfig(
@@ -194,6 +195,19 @@ def _excluded(blocks: Sequence[str], idle: Sequence[str]) -> str | None:
     return "|".join(patterns) or None
 
 
+def _containers(denoiser: nn.Module, targets: list[str]) -> list[str]:
+    """Return the names of modules that are called like a target and are no layers, which peft would refuse.
+
+    Such is `to_out`: a layer in the blocks of FLUX.2 that have one stream, and a list of layers in those of two.
+    """
+    others = [name for name, module in denoiser.named_modules() if not isinstance(module, LAYERS)]
+    return [name for name in others if any(_named(name, target) for target in targets)]
+
+
+def _named(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
 def _scaled(scaling: Mapping[str, float], factors: Mapping[str, float]) -> dict[str, float]:
     return {name: value * factors[name] for name, value in scaling.items() if name in factors}
 
@@ -232,13 +246,13 @@ def _check_blocks(denoiser: nn.Module, blocks: Sequence[str]) -> None:
 
 def _check_targets(denoiser: nn.Module, targets: list[str], excluded: str | None) -> None:
     outside = re.compile(excluded or r"(?!)")
-    layers = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    layers = [name for name, module in denoiser.named_modules() if isinstance(module, LAYERS)]
     adaptable = [name for name in layers if not outside.fullmatch(name)]
     if not targets:
         raise ModelError("target_modules is empty: name at least one module, such as to_q.")
     for target in targets:
         # peft ignores a target without a match as long as another one has some.
-        if not any(name == target or name.endswith("." + target) for name in adaptable):
+        if not any(_named(name, target) for name in adaptable):
             endings = {".".join(name.split(".")[-size:]) for name in adaptable for size in (1, 2)}
             raise ModelError(
                 f'LoRA target "{target}" matches no Linear or Conv2d module.{suggestion(target, endings)} '

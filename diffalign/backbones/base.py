@@ -34,6 +34,7 @@ class Backbone(ABC):
 
     family: ClassVar[str]
     pipeline_class: ClassVar[type[DiffusionPipeline]]
+    other_pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = ()  # of its models that have another text encoder
     denoiser_class: ClassVar[type[nn.Module]]
     denoiser_name: ClassVar[str]  # of the denoiser in a pipeline, of its folder and before its keys in a LoRA file
     vae_class: ClassVar[type[nn.Module]] = AutoencoderKL
@@ -106,10 +107,9 @@ class Backbone(ABC):
         return ()
 
     @classmethod
-    def guidance_arguments(cls, scale: float, negative_prompt: str, number: int) -> dict[str, Any]:
+    def guidance_arguments(cls, pipeline: Any, scale: float, negative_prompt: str, number: int) -> dict[str, Any]:
         """Return how the pipeline is told to guide `number` pictures; "" is its own default."""
-        negative_prompts = [negative_prompt] * number if negative_prompt else None
-        return {"guidance_scale": scale, "negative_prompt": negative_prompts}
+        return {"guidance_scale": scale} | ({"negative_prompt": [negative_prompt] * number} if negative_prompt else {})
 
     @classmethod
     def patch_size(cls, denoiser_config: Mapping[str, Any]) -> int:
@@ -159,6 +159,11 @@ class Backbone(ABC):
         """Return how the scheduler moves levels of noise for pictures of `resolution` pixels a side."""
         side = resolution // (self.vae_scale_factor * self.patch_size(self.denoiser.config))
         return self.shift(self.scheduler.config, side**2)
+
+    @property
+    def own_pipeline(self) -> type[DiffusionPipeline]:
+        """Return the pipeline class of this very model, where the family has several."""
+        return self.pipeline_class
 
     @property
     def native_resolution(self) -> int:
@@ -330,13 +335,14 @@ class Backbone(ABC):
             )
 
     @staticmethod
-    def _tokenize(tokenizer: Any, prompts: list[str], length: int | None = None) -> Any:
+    def _tokenize(tokenizer: Any, prompts: list[str], length: int | None = None, marked: bool = False) -> Any:
         return tokenizer(
             list(prompts),
             padding="max_length",
             max_length=length or tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
+            add_special_tokens=not marked,  # they are in the prompts already
         )
 
     @staticmethod

@@ -5,16 +5,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import ProcessorMixin
 
 
 def tokenizer_identity(tokenizer: Any) -> bytes:
     """Return all that decides which tokens a text becomes."""
     # Padding and truncation are left out: calling the tokenizer changes them.
-    model = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
+    model = json.loads(words.backend_tokenizer.to_str())
     parts = [model["model"], model["normalizer"], model["pre_tokenizer"], model["added_tokens"]]
     if template := getattr(tokenizer, "chat_template", None):
         parts.append(template)
-    return json.dumps([parts, tokenizer.model_max_length, tokenizer.pad_token_id], sort_keys=True).encode()
+    return json.dumps([parts, words.model_max_length, words.pad_token_id], sort_keys=True).encode()
 
 
 def update_with_tensors(digest: Any, module: nn.Module) -> None:

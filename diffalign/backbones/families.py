@@ -8,6 +8,7 @@ from torch import nn
 
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.flux import Flux
+from diffalign.backbones.flux2 import Flux2
 from diffalign.backbones.qwen_image import QwenImage
 from diffalign.backbones.sd3 import SD3
 from diffalign.backbones.sd15 import SD15
@@ -15,8 +16,10 @@ from diffalign.backbones.sdxl import SDXL
 from diffalign.backbones.z_image import ZImage
 from diffalign.errors import ModelError
 
-FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux, QwenImage, ZImage)
-PIPELINES = {family.pipeline_class.__name__: family for family in FAMILIES}
+FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux, Flux2, QwenImage, ZImage)
+PIPELINES = {
+    pipeline.__name__: family for family in FAMILIES for pipeline in (family.pipeline_class, *family.other_pipelines)
+}
 BY_NAME = {family.family: family for family in FAMILIES}
 # Of pipelines that are not of text to image, in the names of diffusers' classes.
 GIVEN_A_PICTURE = re.compile("Edit|Img2Img|Inpaint|Kontext|Fill|ControlNet|Layered")
@@ -51,13 +54,14 @@ def with_denoiser(pipeline: DiffusionPipeline, denoiser: nn.Module) -> Diffusion
 
 def pipeline_kind(pipeline: DiffusionPipeline) -> type[Backbone]:
     """Return the family of a pipeline, which may be of a class derived from the family's."""
-    return next(family for family in FAMILIES if isinstance(pipeline, family.pipeline_class))
+    return next(kind for kind in FAMILIES if isinstance(pipeline, (kind.pipeline_class, *kind.other_pipelines)))
 
 
 def has_unconditional_branch(pipeline: DiffusionPipeline) -> bool:
     """Tell whether guidance weighs a prediction without the prompt; a guidance-distilled network is told the scale."""
-    # Of a pipeline itself it would ask for a scale.
-    return pipeline_kind(pipeline).separate_branches or hasattr(type(pipeline), "do_classifier_free_guidance")
+    kind = pipeline_kind(pipeline)
+    guides = hasattr(type(pipeline), "do_classifier_free_guidance")  # of a pipeline it would ask for a scale
+    return kind.separate_branches or (guides and not pipeline.config.get("is_distilled", False))
 
 
 def family_of(pipeline_class: str, source: str) -> type[Backbone]:

@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.layer_names import LayerNames
@@ -31,7 +32,11 @@ class FlowBackbone(Backbone):
     large_text = True
     hub_mark: ClassVar[str]  # in the hub ids of its models, and of no others
     original_names: ClassVar[LayerNames | None] = None  # of the layers, where LoRAs of other programs are to be read
+    mu_rule: ClassVar[Literal["tokens", "flux2"]] = "tokens"  # by which its pipeline shifts, where the picture decides
     packing_side: ClassVar[int] = 1  # latents that a token is high and wide where the transformer is given tokens
+    # What policy and reference are told in training, if they have an embedding of it: the distilled guidance scale, as
+    # in diffusers' scripts of fine-tuning FLUX.1. Drawing tells the network its own, usually 3.5.
+    guidance: ClassVar[float] = 1.0
     # Of hub ids and folders: no configuration says that a model was distilled to a few steps.
     few_steps: ClassVar[re.Pattern[str]] = re.compile(
         r"turbo|lightning|hyper-?sd|flash|schnell|distill|\blcm\b|\bdmd", re.IGNORECASE
@@ -50,7 +55,7 @@ class FlowBackbone(Backbone):
             ModelError: it is no scheduler of flow matching that is known.
         """
         try:
-            return shift_of(scheduler_config, tokens)
+            return shift_of(scheduler_config, tokens, mu_rule=cls.mu_rule)
         except ConfigError as error:
             raise ModelError(str(error)) from error
 
@@ -74,16 +79,32 @@ class FlowBackbone(Backbone):
     def check_name(cls, source: str) -> None:
         """Refuse few-step models."""
         if found := cls.few_steps.search(source.rstrip("/").rsplit("/", 1)[-1]):
-            raise ModelError(
-                f'"{source}" ("{found[0]}") is distilled to draw in a few steps. Learning from given pictures by flow '
-                "matching would undo that: its pictures would blur at the steps it is made for. Train the model that "
-                "it was distilled from, and put the LoRA on this one when drawing."
-            )
+            raise cls._is_distilled(source, f'"{found[0]}"')
+
+    @classmethod
+    def check_index(cls, source: str, index: Mapping[str, Any]) -> None:
+        """Refuse few-step models that the model_index.json tells."""
+        return
 
     @classmethod
     def check_schedule(cls, source: str, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
         """Refuse few-step models that no name tells, but the configurations of transformer and scheduler do."""
         return
+
+    @staticmethod
+    def _is_distilled(source: str, sign: str) -> ModelError:
+        """Return why a few-step model is not trained; `sign` says by what it is known."""
+        return ModelError(
+            f'"{source}" ({sign}) is distilled to draw in a few steps. Learning from given pictures by flow matching '
+            "would undo that: its pictures would blur at the steps it is made for. Train the model that it was "
+            "distilled from, and put the LoRA on this one when drawing."
+        )
+
+    def _told_guidance(self, xt: Tensor) -> Tensor | None:
+        """Return the guidance scale [N] that a guidance-distilled network is told, None for all others."""
+        if not self.denoiser.config.guidance_embeds:
+            return None
+        return torch.full([len(xt)], self.guidance, device=xt.device)
 
     def _noise_path(self) -> NoisePath:
         try:

@@ -1,7 +1,7 @@
 """FLUX.1: CLIP's pooled embedding, T5, and a guidance-distilled transformer over packed latents and text."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -85,9 +85,6 @@ class Flux(FlowBackbone):
     )
     original_names = ORIGINAL
     packing_side = packing.SIDE
-    # What policy and reference are told in training: the distilled guidance scale, as in diffusers' scripts of
-    # fine-tuning. Drawing tells the network its own, usually 3.5.
-    guidance: ClassVar[float] = 1.0
 
     @property
     def native_resolution(self) -> int:
@@ -132,11 +129,10 @@ class Flux(FlowBackbone):
         """Return v [N,C,h,w] in the denoiser's dtype; it takes tokens, times from 0 to 1 and `guidance`."""
         dtype, (height, width) = self._dtype(denoiser), xt.shape[-2:]
         text = cond["prompt_embeds"].to(dtype)
-        told = torch.full([len(xt)], self.guidance, device=xt.device) if self.denoiser.config.guidance_embeds else None
         tokens = denoiser(
             hidden_states=packing.packed(xt.to(dtype)),
             timestep=timesteps / 1000,
-            guidance=told,
+            guidance=self._told_guidance(xt),
             encoder_hidden_states=text,
             pooled_projections=cond["pooled_prompt_embeds"].to(dtype),
             txt_ids=torch.zeros(text.shape[1], 3, device=xt.device),

@@ -113,6 +113,7 @@ def check_trainable(source: str, family: type[Backbone], resolution: int, revisi
         if issubclass(family, FlowBackbone):
             loader = FlowMatchEulerDiscreteScheduler  # of whichever class it is: a dictionary is read
             scheduler = loader.load_config(source, subfolder="scheduler", revision=revision)
+            family.check_index(source, read_index(source, revision))
             family.check_schedule(source, denoiser, scheduler)
     family.check_trainable(source, denoiser, vae, resolution)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -130,6 +131,11 @@ _SD3 = {"sample_size": 128, "num_layers": 24, "num_attention_heads": 24}
 _SD3 |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 192}
 _SD3 |= {"caption_projection_dim": 1536}
 _SD35 = _SD3 | {"qk_norm": "rms_norm"}
+# As many parameters as is published of them: 3.88, 9.08 and 32.2 billion.
+_KLEIN_4B = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24}
+_KLEIN_4B |= {"joint_attention_dim": 7680, "guidance_embeds": False}
+_KLEIN_9B = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32}
+_KLEIN_9B |= {"joint_attention_dim": 12288, "guidance_embeds": False}
 TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
     "sd3": {
         "stabilityai/stable-diffusion-3-medium-diffusers": _SD3,
@@ -139,6 +145,11 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
         | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432},
     },
     "flux": {"black-forest-labs/FLUX.1-dev": {"guidance_embeds": True}},  # all else is the class's default
+    "flux2": {
+        "black-forest-labs/FLUX.2-klein-base-4B": _KLEIN_4B,
+        "black-forest-labs/FLUX.2-klein-base-9B": _KLEIN_9B,
+        "black-forest-labs/FLUX.2-dev": {},  # all is the class's default
+    },
     "qwen": {"Qwen/Qwen-Image": {}, "Qwen/Qwen-Image-2512": {}},  # the class's defaults
     "zimage": {
         "Tongyi-MAI/Z-Image": {"dim": 3840, "n_layers": 30, "n_heads": 30}
@@ -148,6 +159,7 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
 TRANSFORMER_CLASSES: dict[str, type[nn.Module]] = {
     "sd3": SD3Transformer2DModel,
     "flux": FluxTransformer2DModel,
+    "flux2": Flux2Transformer2DModel,
     "qwen": QwenImageTransformer2DModel,
     "zimage": ZImageTransformer2DModel,
 }
@@ -155,6 +167,7 @@ TRANSFORMER_CLASSES: dict[str, type[nn.Module]] = {
 SHIFTS = {
     "sd3": {"shift": 3.0},
     "flux": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
+    "flux2": {"use_dynamic_shifting": True},
     "qwen": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9}
     | {"base_image_seq_len": 256, "max_image_seq_len": 8192, "shift_terminal": 0.02},
     "zimage": {"shift": 6.0},

@@ -124,7 +124,7 @@ class QwenImage(FlowBackbone):
         return TEXT_LENGTH * (denoiser_config["joint_attention_dim"] + 1)
 
     @classmethod
-    def guidance_arguments(cls, scale: float, negative_prompt: str, number: int) -> dict[str, Any]:
+    def guidance_arguments(cls, pipeline: Any, scale: float, negative_prompt: str, number: int) -> dict[str, Any]:
         """Return what drives true guidance: the pipeline's `guidance_scale` is for distilled networks."""
         prompts = [negative_prompt or NO_PROMPT] * number
         return {"true_cfg_scale": scale, "negative_prompt": prompts if scale > 1 else None}

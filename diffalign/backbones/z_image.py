@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3ForCausalLM, Qwen3Model
 
 from diffalign.backbones.adapters import ATTENTION
+from diffalign.backbones.chats import chats
 from diffalign.backbones.conditioning import MASK, Conditioning
 from diffalign.backbones.flow import FlowBackbone, about_tokens
 from diffalign.backbones.layer_names import LayerNames, fused, same, under
@@ -107,7 +108,7 @@ class ZImage(FlowBackbone):
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return Qwen3's last but one hidden states [N,512,D] of the chat about each prompt, zeros where none is."""
         tokenizer, encoder = self.tokenizers[0], self.text_encoders[0]
-        tokens = self._tokenize(tokenizer, self._chats(tokenizer, prompts), TEXT_LENGTH).to(encoder.device)
+        tokens = self._tokenize(tokenizer, chats(tokenizer, prompts, thinking=True), TEXT_LENGTH).to(encoder.device)
         mask = tokens.attention_mask.bool()
         output = encoder(input_ids=tokens.input_ids, attention_mask=mask, output_hidden_states=True)
         return {"prompt_embeds": output.hidden_states[-2].masked_fill(~mask[..., None], 0.0), MASK: mask}

@@ -153,7 +153,7 @@ def _draw(
     arrays = pipeline(
         prompt=list(prompts),
         num_inference_steps=settings.num_inference_steps,
-        **kind.guidance_arguments(settings.guidance_scale, settings.negative_prompt, len(prompts)),
+        **kind.guidance_arguments(pipeline, settings.guidance_scale, settings.negative_prompt, len(prompts)),
         **kind.drawing_options(pipeline),
         height=settings.height,
         width=settings.width,

@@ -57,8 +57,11 @@ class NegativeBranch(nn.Module):
             (positive, adapter_mix(positive, positive_adapters)),
         )
         self._branches = branches[::-1] if PIPELINES[type(pipeline).__name__].prompt_first else branches
-        self._separate, self._called = pipeline_kind(pipeline).separate_branches, ""
+        self._negative, self._positive = branches
+        self._separate = pipeline_kind(pipeline).separate_branches
         self._pipeline = weakref.ref(pipeline)
+        self._context: str | None = None
+        self._last = ""  # the branch that was asked for last
 
     def __getattr__(self, name: str) -> Any:
         """Answer for the positive network."""
@@ -71,38 +74,42 @@ class NegativeBranch(nn.Module):
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
-        """Be called for "cond" or "uncond", by a pipeline that evaluates the branches one after the other.
+        """Take what is asked inside for one branch: pipelines that ask for each apart call them "cond", "uncond".
 
         Raises:
             ModelError: the branch without the prompt was left out after the one with it.
         """
-        if self._separate and name == self._called == "cond":
-            self._called = ""
+        if self._separate and name == self._last == "cond":
+            self._last = ""
             raise _no_guidance("1 or less")
-        self._called = name
+        before, self._context, self._last = self._context, name, name
         try:
-            yield
+            with self.networks[0].cache_context(name):
+                yield
         except BaseException:
-            self._called = ""
+            self._last = ""
             raise
+        finally:
+            self._context = before
 
     def forward(self, *args: Any, return_dict: bool = True, **options: Any) -> UNet2DConditionOutput | tuple[Tensor]:
         """Return the prediction [2N,C,h,w] for latents [2N,C,h,w], the halves in the order of the family's pipeline.
 
-        Lists of 2N latents become lists of 2N predictions.
+        Lists of 2N latents become lists of 2N predictions. Of pipelines that ask for each branch apart, these are N of
+        the branch that the context says.
 
         Latents are the first argument, or the first by name: `sample` of UNets, `hidden_states` of transformers.
 
         Raises:
             ModelError: the pipeline does not guide, so that there is no half to be evaluated by the negative network.
         """
-        if self._separate:
-            network, mixed = self._branches[self._called == "cond"]
-            with mixed():
-                return network(*args, return_dict=return_dict, **options)
         pipeline = self._pipeline()
-        if pipeline is not None and not pipeline.do_classifier_free_guidance:
+        if pipeline is not None and not self._separate and not pipeline.do_classifier_free_guidance:
             raise _no_guidance(pipeline.guidance_scale)
+        if alone := {"cond": self._positive, "uncond": self._negative}.get(self._context or ""):
+            network, mixed = alone
+            with mixed():
+                return network(*args, **options, return_dict=return_dict)
         size = len(next(iter([*args, *options.values()])))
         predictions = []
         for half, (network, mixed) in enumerate(self._branches):

@@ -9,8 +9,8 @@ def draw(pipeline, steps: int = 2) -> torch.Tensor:
     """Return one guided image [1,3,64,64] in [0,1] from fixed noise."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(7)
-    output = pipeline(PROMPT, num_inference_steps=steps, height=64, width=64, output_type="pt", generator=generator)
-    return output.images
+    settings = {"num_inference_steps": steps, "height": 64, "width": 64, "output_type": "pt", "generator": generator}
+    return pipeline(prompt=PROMPT, **settings).images
 
 
 def perturb(parameters, seed: int = 1, scale: float = 0.05) -> None:

@@ -11,6 +11,7 @@ import transformers
 from diffalign.backbones import published
 from diffalign.backbones.adapters import ATTENTION, add_lora
 from diffalign.backbones.flux import Flux
+from diffalign.backbones.flux2 import Flux2
 from diffalign.backbones.kohya import kohya_metadata, ldm_name
 from diffalign.backbones.qwen_image import QwenImage
 from diffalign.backbones.sd3 import SD3
@@ -109,6 +110,23 @@ def test_size_of_flux():
     square, mlp_in, both = 2 * 3072, 3072 + 4 * 3072, 5 * 3072 + 3072  # inputs and outputs of a layer
     layers = 19 * 8 * square + 38 * (3 * square + mlp_in + both)
     assert sum(parameter.numel() for parameter in trained) == 16 * layers
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "width", "blocks"),
+    [
+        ("klein-base-4B", 3_875_544_576, 3072, (5, 20)),
+        ("klein-base-9B", 9_078_581_248, 4096, (8, 24)),
+        ("dev", 32_223_281_152, 6144, (8, 48)),
+    ],
+)
+def test_sizes_of_flux2(name, parameters, width, blocks):
+    """And of a LoRA of rank 16: eight squares and four layers of MLPs of three widths, then two layers of both."""
+    network = published.random_transformer(f"black-forest-labs/FLUX.2-{name}", device="meta")
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    trained = add_lora(network, 16, target_modules=Flux2.lora_targets, idle=Flux2.idle_layers(network))
+    double, single = 8 * 2 + 2 * (1 + 6 + 3 + 1), (1 + 3 + 6) + (1 + 3 + 1)
+    assert sum(parameter.numel() for parameter in trained) == 16 * width * (blocks[0] * double + blocks[1] * single)
 
 
 def test_size_of_qwen_image():

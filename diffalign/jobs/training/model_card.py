@@ -26,6 +26,7 @@ def render(
     scores: str = "",
     *,
     repo: str | None = None,
+    pipeline: str | None = None,
     processes: int = 1,
 ) -> str:
     """Return the README.md of a trained model, with the front matter that the hub reads.
@@ -36,6 +37,7 @@ def render(
         metrics: of the last step.
         scores: a table to show.
         repo: where the model will be on the hub.
+        pipeline: the class in diffusers that draws with it, the family's first if None.
         processes: how many trained it.
     """
     base, lora = config.model.pretrained_model_name_or_path, config.model.tune == "lora"
@@ -54,7 +56,7 @@ def render(
             "",
             *_picture(Path(config.train.output_dir)),
             "```python",
-            *_usage(public(base), family, lora, repo or "path/to/this/folder"),
+            *_usage(public(base), family, lora, repo or "path/to/this/folder", pipeline),
             "```",
             "",
             *([scores, ""] if scores else []),
@@ -125,9 +127,10 @@ def _picture(output_dir: Path) -> list[str]:
     return [f"![base and aligned, drawn from the same noise](validation/{grids[-1].name})", ""] if grids else []
 
 
-def _usage(base: str, family: str, lora: bool, place: str) -> list[str]:
+def _usage(base: str, family: str, lora: bool, place: str, pipeline: str | None) -> list[str]:
     known = BY_NAME[family]
-    lines = ["import diffusers", "", f'pipe = diffusers.{known.pipeline_class.__name__}.from_pretrained("{base}")']
+    drawer = pipeline or known.pipeline_class.__name__
+    lines = ["import diffusers", "", f'pipe = diffusers.{drawer}.from_pretrained("{base}")']
     if lora:
         return [*lines, f'pipe.load_lora_weights("{place}")']
     name, loader = known.denoiser_name, f"diffusers.{known.denoiser_class.__name__}"

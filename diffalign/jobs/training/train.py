@@ -71,7 +71,8 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
     weights = trainer.weights()  # on every process: those of FSDP2 hold parts
     if accelerator.is_main_process:
         export_model(config, backbone, output_dir, weights)
-        card = model_card.render(config, backbone.family, line, repo=repo, processes=accelerator.num_processes)
+        told = {"pipeline": backbone.own_pipeline.__name__, "processes": accelerator.num_processes}
+        card = model_card.render(config, backbone.family, line, repo=repo, **told)
         (output_dir / "README.md").write_text(card, encoding="utf8")
         console.print(f"Done: {output_dir}")
         if repo is not None:
