@@ -83,7 +83,6 @@ def test_what_runs_leave_draws_in_the_stock_pipeline_and_resumes(content, run, t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora": {"export_kohya": True}}, "kohya layout is written for UNets only"),
         ({"data": {"resolution": 60}}, "multiples of 8"),
     ],
 )
