@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from diffalign.backbones.adapters import ATTENTION
 from diffalign.backbones.conditioning import Conditioning
 from diffalign.backbones.digests import tokenizer_identity, update_with_tensors
+from diffalign.backbones.quantization import dtype_of
 from diffalign.denoising.shifts import Shift
 from diffalign.errors import ModelError
 
@@ -293,7 +294,7 @@ class Backbone(ABC):
 
     @staticmethod
     def _dtype(denoiser: nn.Module) -> torch.dtype:
-        return next(denoiser.parameters()).dtype
+        return dtype_of(denoiser)
 
 
 def present(components: Mapping[str, Any], names: Sequence[str]) -> list[Any]:

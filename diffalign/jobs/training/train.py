@@ -42,7 +42,10 @@ from diffalign.training.batching import BatchPlan
 from diffalign.training.checkpoint import WeightsFile
 from diffalign.training.trainer import Sampler, Trainer
 
-PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "bitsandbytes")
+PACKAGES = (
+    *("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate"),
+    *("xformers", "bitsandbytes", "torchao"),
+)
 
 
 def train(config: Config, console: Console | None = None) -> dict[str, float]:
