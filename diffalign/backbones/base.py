@@ -69,7 +69,7 @@ class Backbone(ABC):
         self._check_parts()
         self.path = self._noise_path()
         self._fingerprint: str | None = None
-        for module in self._encoders():
+        for module in self.encoders():
             module.requires_grad_(False).eval()
 
     @classmethod
@@ -210,7 +210,7 @@ class Backbone(ABC):
             digest.update(f"{self.family} {self._shift_and_scale()}".encode())
             for tokenizer in self.tokenizers:
                 digest.update(tokenizer_identity(tokenizer))
-            for module in self._encoders():
+            for module in self.encoders():
                 update_with_tensors(digest, module)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
@@ -231,7 +231,7 @@ class Backbone(ABC):
     ) -> Self:
         """Move every module to `device`; cast the denoiser and the encoders (VAE, text) where a dtype is given."""
         move(self.denoiser, device, denoiser_dtype)
-        for module in self._encoders():
+        for module in self.encoders():
             move(module, device, encoder_dtype)
         if encoder_dtype is not None:
             self._fingerprint = None
@@ -239,10 +239,11 @@ class Backbone(ABC):
 
     def offload_encoders(self, device: torch.device | str = "cpu") -> None:
         """Move the VAE and the text encoders to `device`, for runs that read latents and embeddings from a cache."""
-        for module in self._encoders():
+        for module in self.encoders():
             module.to(device)
 
-    def _encoders(self) -> list[nn.Module]:
+    def encoders(self) -> list[nn.Module]:
+        """Return the VAE and the text encoders."""
         return [self.vae, *self.text_encoders]
 
     def _shift_and_scale(self) -> tuple[float, float]:
