@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from diffalign.errors import ConfigError
 from diffalign.vocabulary import QUANTIZATIONS
@@ -78,6 +79,15 @@ def quantize(denoiser: nn.Module, kind: str, device: torch.device | str) -> int:
     for _, layer in layers:
         _convert(layer.requires_grad_(False), kind, torch.device(device))
     return len(layers)
+
+
+def keep_from_ddp(denoiser: nn.Module) -> None:
+    """Let DDP leave the quantised weights of `denoiser`, with all adapters it will have, as every process made them.
+
+    They are the same everywhere, and torchao's are no tensors that can be sent.
+    """
+    names = [f"{name}.weight" for name, part in denoiser.named_modules() if isinstance(part, QuantizedLinear)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, names)
 
 
 def require(kind: str) -> None:

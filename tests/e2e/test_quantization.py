@@ -14,7 +14,8 @@ from diffalign.errors import ConfigError
 from diffalign.jobs.training import distributed, preflight
 from diffalign.training import metrics
 from tests.backbones.drawing import draw
-from tests.e2e.test_training import assert_same_bits, variant, weights
+from tests.e2e.test_ranks import launch_train
+from tests.e2e.test_training import assert_close, assert_same_bits, variant, weights
 
 LOG_2 = torch.tensor(math.log(2)).item()  # in float32, as the loss is
 
@@ -89,6 +90,16 @@ def test_what_cannot_go_together_is_refused(content, tmp_path, sections, said):
     model = {"quantization": "nf4", **sections.get("model", {})}
     with pytest.raises(ConfigError, match=said):
         configuration.check(variant(content, tmp_path, "run", **(sections | {"model": model})))
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(content, run, tmp_path, kind):
+    one = variant(content, tmp_path, "one", model={"quantization": kind}, train={"mixed_precision": "no"})
+    run(one)
+    two = variant(one, tmp_path, "two", train={"train_batch_size": 2})
+    launch_train("ddp", two, tmp_path / "two.yaml")
+    assert losses(two)[0] == LOG_2
+    assert_close(weights(one), weights(two))
 
 
 @pytest.mark.parametrize("launcher", ["sharding", "zero"])

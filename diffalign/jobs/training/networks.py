@@ -72,6 +72,8 @@ def prepare_networks(
         add_adapters(config, denoiser)
         if performance.fused_lora:
             fuse_lora(denoiser)
+        if config.model.quantization != "none":
+            quantization.keep_from_ddp(denoiser)
     else:
         denoiser.requires_grad_(True)
     checkpoint_activations(denoiser, checkpointing)
