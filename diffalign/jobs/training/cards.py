@@ -18,17 +18,21 @@ def rows(config: Config, counts: memory.Counts, unit: str) -> Iterator[tuple[str
     yield "cards", f"model.quantization: {unit} a device with {levels} recomputed, by the same estimate"
     for size in CARDS:
         kind = needed(config, counts, size)
-        fits = "does not fit" if kind is None else f"{kind}: {_numbers(quantized(config, kind), counts, size)}"
-        yield f"  {size} GiB", fits + _without_encoders(counts, size)
+        yield f"  {size} GiB", "does not fit" if kind is None else _described(quantized(config, kind), counts, size)
 
 
-def _numbers(config: Config, counts: memory.Counts, available: float) -> str:
-    return ", ".join(str(memory.largest_batch(config, counts, kind, available)) for kind in memory.KINDS)
+def _described(config: Config, counts: memory.Counts, available: float) -> str:
+    """Word what of a run fits into `available` GiB, and which of its encoders' uses do not."""
+    numbers = ", ".join(str(memory.largest_batch(config, counts, kind, available)) for kind in memory.KINDS)
+    return "; ".join([f"{config.model.quantization}: {numbers}", *encoder_faults(config, counts, available)])
 
 
-def _without_encoders(counts: memory.Counts, available: float) -> str:
-    """Word that the encoders alone are too large for a card."""
-    return "" if counts.encoders_fit(available) else "; its encoders do not: build the cache on a larger card or a CPU"
+def encoder_faults(config: Config, counts: memory.Counts, available: float) -> Iterator[str]:
+    """Yield in words for what the encoders are too large in `available` GiB."""
+    if not counts.encoders_fit(available):
+        yield "too small for the encoders: build the cache on a larger card or a CPU"
+    if not memory.grids_fit(config, counts, available):
+        yield "too small for the encoders beside the model: set validation.validation_steps: null"
 
 
 def needed(config: Config, counts: memory.Counts, available: float) -> str | None:

@@ -140,6 +140,15 @@ def estimate(config: Config, plan: BatchPlan, counts: Counts, kind: Kind) -> Mem
     )
 
 
+def grids_fit(config: Config, counts: Counts, available: float) -> bool:
+    """Tell whether the encoders fit beside all that a step keeps but its activations, as when a grid is drawn."""
+    if config.validation.validation_steps is None:
+        return True
+    step = estimate(config, BatchPlan(1, 1, 1), counts, "full")
+    kept = step.total - step.encoders - (step.activations or 0.0)
+    return kept + counts.encoders / GIB <= HEADROOM * available
+
+
 def _frozen_bytes(config: Config, counts: Counts) -> float:
     """Return the bytes of the base of a LoRA run; a quantised one has its largest layer in half precision as well."""
     half, kind = BYTES[config.train.mixed_precision], config.model.quantization

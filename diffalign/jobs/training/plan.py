@@ -166,9 +166,11 @@ class Plan:
         yield "memory", memory.describe(memory.estimate(self.config, self.batch, self.counts, checkpointing.kind))
         yield "checkpointing", checkpointing.why
         if self.counts.encoders:
-            stay = "" if self.config.data.cache_latents and not self.config.is_online else ", and stay there"
             taken = storage.amount(self.counts.encoders)
-            yield "encoders", f"{taken} of the device while pictures and prompts are encoded, before training{stay}"
+            yield (
+                "encoders",
+                f"{taken} of the device while pictures and prompts are encoded, before training{self._stay}",
+            )
         yield from cards.rows(self.config, self.counts, unit)
         if self.available is None:
             return
@@ -176,6 +178,13 @@ class Plan:
         if largest["none"] is not None:
             listed = ", ".join(f"{count} with {cards.RECOMPUTED[kind]} recomputed" for kind, count in largest.items())
             yield "largest batch", f"in {self.available:.4g} GiB, {unit} a device: {listed}{self._divisor(largest)}"
+
+    @property
+    def _stay(self) -> str:
+        """Word when the encoders are on the device after that."""
+        if not self.config.data.cache_latents or self.config.is_online:
+            return ", and stay there"
+        return "" if self.config.validation.validation_steps is None else ", and for validation grids"
 
     def _divisor(self, largest: dict[memory.Kind, int]) -> str:
         """Word which batch size also divides train.global_batch_size, if that is set."""
@@ -255,8 +264,7 @@ class Plan:
             return
         kind = memory.checkpointing(self.config, self.batch, self.counts, self.available).kind
         needed, room = memory.estimate(self.config, self.batch, self.counts, kind), memory.HEADROOM * self.available
-        if not self.counts.encoders_fit(self.available):
-            yield f"{storage.amount(self.counts.encoders)} of encoders: build the cache on a larger card or a CPU"
+        yield from cards.encoder_faults(self.config, self.counts, self.available)
         if needed.total > room:
             advice = cards.remedy(self.config, self.counts, self.available)
             yield f"about {needed.total:.1f} GiB of the {room:.1f} GiB that a step may take{advice}"

@@ -228,7 +228,10 @@ def test_cards_are_told_what_they_need():
     kinds = [told[f"{size} GiB"].split(":")[0] for size in cards.CARDS]
     assert kinds == ["nf4", "nf4", "int8", "none", "none"]
     assert "set model.quantization: nf4 (docs/quantization.md)" in told["verdict"]
-    fitting = int(told["16 GiB"].split(", ")[-1])
+    assert "too small for the encoders beside the model" in told["16 GiB"]
+    alone = lines(configuration.load(FLUX, ["max_train_samples=100", "validation.validation_steps=null"]), 16.0)
+    assert "encoders" not in alone["16 GiB"]
+    fitting = int(alone["16 GiB"].split(", ")[-1])
     small = configuration.load(FLUX, ["max_train_samples=100", "quantization=nf4", f"train_batch_size={fitting}"])
     assert lines(small, 16.0)["checkpointing"].startswith("full: about")
     assert "does not fit" in lines(configuration.load(SDXL / "dpo.yaml", ["max_train_samples=9"]))["12 GiB"]
