@@ -264,10 +264,10 @@ class Plan:
             return
         kind = memory.checkpointing(self.config, self.batch, self.counts, self.available).kind
         needed, room = memory.estimate(self.config, self.batch, self.counts, kind), memory.HEADROOM * self.available
-        yield from cards.encoder_faults(self.config, self.counts, self.available)
         if needed.total > room:
             advice = cards.remedy(self.config, self.counts, self.available)
             yield f"about {needed.total:.1f} GiB of the {room:.1f} GiB that a step may take{advice}"
+        yield from cards.encoder_faults(self.config, self.counts, self.available)
 
     def _unknown(self) -> str:
         """Word what the verdict leaves out."""
