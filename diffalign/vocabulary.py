@@ -18,6 +18,9 @@ BACKPROPAGATIONS = ("one_step", "last_steps", "random_steps")
 ADVANTAGES = ("per_prompt", "group", "batch")
 GUIDANCE_SCHEDULES = ("constant", "variance")
 
+# How the weights of a frozen base are kept (backbones/quantization.py), from the most bits to the fewest.
+QUANTIZATIONS = ("none", "int8", "fp8", "nf4")
+
 # What of a UNet is adapted by a LoRA: its blocks, and the linear layers of its attention.
 BLOCKS = ("down", "mid", "up")
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")

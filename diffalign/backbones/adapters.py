@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
@@ -64,7 +65,9 @@ def add_lora(
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, exclude_modules=excluded
     )
-    with torch.random.fork_rng(devices=[]):  # peft draws numbers too; _start replaces them
+    # peft draws numbers too, which _start replaces; and it warns that it could not merge into weights of torchao.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated without")
         denoiser.add_adapter(config, adapter_name=ADAPTER)
     _start(denoiser, INITS[init], seed)
     return trainable_parameters(denoiser)

@@ -15,6 +15,7 @@ from diffalign.backbones.adapters import ATTENTION
 from diffalign.backbones.conditioning import Conditioning
 from diffalign.backbones.digests import tokenizer_identity, update_with_tensors
 from diffalign.backbones.layer_names import LayerNames
+from diffalign.backbones.quantization import dtype_of
 from diffalign.denoising.shifts import Shift
 from diffalign.errors import ModelError
 
@@ -75,7 +76,7 @@ class Backbone(ABC):
         self._check_parts()
         self.path = self._noise_path()
         self._fingerprint: str | None = None
-        for module in self._encoders():
+        for module in self.encoders():
             module.requires_grad_(False).eval()
 
     @classmethod
@@ -251,7 +252,7 @@ class Backbone(ABC):
             digest.update(f"{self.family} {self._scaling()}".encode())
             for tokenizer in self.tokenizers:
                 digest.update(tokenizer_identity(tokenizer))
-            for module in self._encoders():
+            for module in self.encoders():
                 update_with_tensors(digest, module)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
@@ -272,7 +273,7 @@ class Backbone(ABC):
     ) -> Self:
         """Move every module to `device`; cast the denoiser and the encoders (VAE, text) where a dtype is given."""
         move(self.denoiser, device, denoiser_dtype)
-        for module in self._encoders():
+        for module in self.encoders():
             move(module, device, encoder_dtype)
         if encoder_dtype is not None:
             self._fingerprint = None
@@ -280,10 +281,11 @@ class Backbone(ABC):
 
     def offload_encoders(self, device: torch.device | str = "cpu") -> None:
         """Move the VAE and the text encoders to `device`, for runs that read latents and embeddings from a cache."""
-        for module in self._encoders():
+        for module in self.encoders():
             module.to(device)
 
-    def _encoders(self) -> list[nn.Module]:
+    def encoders(self) -> list[nn.Module]:
+        """Return the VAE and the text encoders."""
         return [self.vae, *self.text_encoders]
 
     def _encode(self, vae: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -347,7 +349,7 @@ class Backbone(ABC):
 
     @staticmethod
     def _dtype(denoiser: nn.Module) -> torch.dtype:
-        return next(denoiser.parameters()).dtype
+        return dtype_of(denoiser)
 
 
 def present(components: Mapping[str, Any], names: Sequence[str]) -> list[Any]:

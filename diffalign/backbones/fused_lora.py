@@ -5,7 +5,7 @@ y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T        i over the layers that read the
 peft keeps the parameters, their files and the switch; only the forward pass is replaced. Where peft copies x to
 float32, multiplies by s, adds and casts back, each a pass over memory, here the products accumulate into the output
 and the gradients into one dx. Layers that share x read it once for all their A, in the forward and in the backward
-pass. With B = 0 the output is the bits of the frozen layer.
+pass. A quantised W is made dense for each product. With B = 0 the output is the bits of the frozen layer.
 """
 
 import logging
@@ -17,6 +17,8 @@ from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from diffalign.backbones.quantization import QuantizedLinear, product_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class DirectConv2d(Conv2d):
         name = None if args or kwargs else _acting(self)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        base, dtype = self.base_layer, _dtype(self, x)
+        base, dtype = self.base_layer, product_dtype(self.base_layer, x)
         a, b = (getattr(self, f"lora_{side}")[name].weight.to(dtype) for side in "AB")
         low = F.conv2d(x.to(dtype), a, None, base.stride, base.padding, base.dilation)
         return torch.add(base(x), F.conv2d(low, b), alpha=self.scaling[name])
@@ -56,12 +58,13 @@ def fuse_lora(denoiser: nn.Module) -> int:
     """Let the LoRA layers of `denoiser` run without peft's detours, and return how many do.
 
     Layers keep their identity, their parameters and their names, so an `adapter_switch` made before still works. What
-    stays with peft (quantised or trainable weights, grouped convolutions, dropout, variants) is counted in the log.
+    stays with peft (weights that train or that others quantised, grouped convolutions, dropout, variants) is counted in
+    the log.
     """
     layers = [module for module in denoiser.modules() if hasattr(module, "lora_A")]
     for layer in layers:
         base = layer.get_base_layer()
-        if type(layer) is Linear and type(base) is nn.Linear:
+        if isinstance(base, QuantizedLinear) or (type(layer) is Linear and type(base) is nn.Linear):
             layer.__class__ = FusedLinear  # not a new module: peft, optimizers and switches hold this one
         elif type(layer) is Conv2d and base.groups == 1 and base.padding_mode == "zeros":
             layer.__class__ = DirectConv2d
@@ -99,27 +102,30 @@ def _apply(layers: Sequence[FusedLinear], x: Tensor) -> tuple[Tensor, ...]:
     a = [layer.lora_A[name].weight for layer, name in names]
     b = [layer.lora_B[name].weight for layer, name in names]
     scales = tuple(layer.scaling[name] for layer, name in names)
-    frozen = [*(part.weight for part in base), *(part.bias for part in base)]
-    return _LowRank.apply(_dtype(layers[0], x), scales, x, *frozen, *a, *b)
-
-
-def _dtype(layer: FusedLinear | DirectConv2d, x: Tensor) -> torch.dtype:
-    """Return the precision in which a layer's frozen product runs."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.base_layer.weight.dtype
+    quantized = tuple(part if isinstance(part, QuantizedLinear) else None for part in base)
+    w = [part.weight if few is None else None for part, few in zip(base, quantized, strict=True)]
+    frozen = [*w, *(part.bias for part in base)]
+    return _LowRank.apply(product_dtype(base[0], x), scales, quantized, x, *frozen, *a, *b)
 
 
 class _LowRank(torch.autograd.Function):
-    """The function of the module's docstring for n layers: dtype, scales, x, n W, n biases, n A, n B -> n y.
+    """The function of the module's docstring for n layers: dtype, scales, layers, x, n W, n biases, n A, n B -> n y.
 
     W and b are frozen; x, A and B get gradients where they need them. Saved are x, x A^T and A and B in `dtype`, in
-    which the products run.
+    which the products run. Where a layer is given, it is quantised and its W is None.
     """
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, scales: tuple[float, ...], x: Tensor, *weights: Tensor | None) -> Any:
+    def forward(
+        ctx: Any,
+        dtype: torch.dtype,
+        scales: tuple[float, ...],
+        quantized: tuple[QuantizedLinear | None, ...],
+        x: Tensor,
+        *weights: Tensor | None,
+    ) -> Any:
         w, biases, a, b = _quarters(weights)
-        ctx.scales, ctx.ranks = scales, [part.shape[0] for part in a]
+        ctx.scales, ctx.quantized, ctx.ranks = scales, quantized, [part.shape[0] for part in a]
         ctx.x_like, ctx.master = (x.shape, x.dtype), a[0].dtype
         x, b = x.to(dtype), [part.to(dtype) for part in b]
         a = (a[0] if len(a) == 1 else torch.cat(a)).to(dtype)  # [sum of ranks, in]
@@ -128,7 +134,8 @@ class _LowRank(torch.autograd.Function):
         add = torch.addmm if _recorded() else Tensor.addmm_  # [M,out] is not copied where that can be avoided
         outputs = []
         for i, low in enumerate(xa.split(ctx.ranks, dim=1)):
-            y = F.linear(x, w[i].to(dtype), None if biases[i] is None else biases[i].to(dtype))  # the frozen layer's
+            bias = None if biases[i] is None else biases[i].to(dtype)
+            y = F.linear(x, _dense(w[i], quantized[i], dtype), bias)  # the frozen layer's
             outputs.append(add(y.view(-1, y.shape[-1]), low, b[i].t(), alpha=scales[i]).view(y.shape))
         ctx.save_for_backward(rows, xa, a, *w, *b)
         return tuple(outputs)
@@ -139,7 +146,7 @@ class _LowRank(torch.autograd.Function):
         count = len(grads)
         rows, xa, a, *weights = ctx.saved_tensors
         w, b = weights[:count], weights[count:]
-        _, _, needs_x, *needed = ctx.needs_input_grad
+        _, _, _, needs_x, *needed = ctx.needs_input_grad
         _, _, needs_a, needs_b = _quarters(needed)
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         grad_x, grad_a, grad_b = None, [None] * count, [None] * count
@@ -148,8 +155,8 @@ class _LowRank(torch.autograd.Function):
             grad_xa = low[0] if count == 1 else torch.cat(low, dim=1)  # [M, sum of ranks]
         if needs_x:
             grad_x = grad_xa @ a
-            for grad, weight in zip(grads, w, strict=True):
-                grad_x.addmm_(grad, weight.to(grad.dtype))
+            for grad, weight, layer in zip(grads, w, ctx.quantized, strict=True):
+                grad_x.addmm_(grad, _dense(weight, layer, grad.dtype))
             shape, dtype = ctx.x_like
             grad_x = grad_x.view(shape).to(dtype)
         if any(needs_a):
@@ -157,7 +164,11 @@ class _LowRank(torch.autograd.Function):
         for i, low in enumerate(xa.split(ctx.ranks, dim=1)):
             if needs_b[i]:
                 grad_b[i] = _product(grads[i].t(), low, ctx.scales[i]).to(ctx.master)
-        return None, None, grad_x, *[None] * (2 * count), *grad_a, *grad_b
+        return None, None, None, grad_x, *[None] * (2 * count), *grad_a, *grad_b
+
+
+def _dense(weight: Tensor | None, quantized: QuantizedLinear | None, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if quantized is None else quantized.dense(dtype)
 
 
 def _recorded() -> bool:

@@ -40,6 +40,12 @@ def check(config: Config) -> None:
         ),
         'performance.reference_dtype "fp8" is slower than bfloat16 unless it is compiled. Set performance.compile to '
         "regional or full.": config.performance.reference_dtype == "fp8" and config.performance.compile == "none",
+        f'model.quantization "{config.model.quantization}" freezes the weights; model.tune: full trains them. Use '
+        "model.tune: lora, or none.": config.model.quantization != "none" and config.model.tune == "full",
+        'performance.reference_dtype "fp8" copies the base, and model.quantization is for bases too large for it. Use '
+        "policy: then the first logits are 0 too.": (
+            config.model.quantization != "none" and config.performance.reference_dtype == "fp8"
+        ),
         f"loss.auto_beta_limits must be [low, high] with 0 < low <= high, got {config.loss.auto_beta_limits}.": (
             not 0 < config.loss.auto_beta_limits[0] <= config.loss.auto_beta_limits[1]
         ),

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from diffalign.training.settings import Settings
-from diffalign.vocabulary import BLOCKS, DENSITIES, NOISINGS
+from diffalign.vocabulary import BLOCKS, DENSITIES, NOISINGS, QUANTIZATIONS
 
 
 class ModelSettings(Settings):
@@ -29,6 +29,9 @@ class ModelSettings(Settings):
     """Rescale the noise schedule so that the last level is pure noise (Lin et al. 2023)."""
     tune: Literal["lora", "full"] = "lora"
     """What is trained: adapters beside the frozen UNet (section lora), or all of the UNet."""
+    quantization: Literal[QUANTIZATIONS] = "none"
+    """Keep the frozen linear layers of a LoRA run in few bits: int8 or fp8 halve a bfloat16 base, nf4 quarters it
+    (docs/quantization.md)."""
 
 
 class LoraSettings(Settings):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffalign import denoising
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.conditioning import Conditioning
+from diffalign.backbones.quantization import dtype_of
 from diffalign.data.batch import Augment, Augmentation, PreferenceBatch, sample_latents
 from diffalign.data.visits import Visit
 from diffalign.denoising import DenoisingBatch, DenoisingOutputs, FrozenDenoiser
@@ -191,7 +192,7 @@ class PreferenceStep(StepHook):
         batch = replace(batch, prompts=[])  # to select from a list, the host would have to wait for the device
         common = path, sample_latents(batch, posterior), timesteps, self.seed, step, ids
         if self.noising in denoising.RANDOM_NOISINGS:
-            dtype = next(self.backbone.denoiser.parameters()).dtype  # what `predict` would round xt to
+            dtype = dtype_of(self.backbone.denoiser)  # what `predict` would round xt to
             return Posed(batch, denoising.RANDOM_NOISINGS[self.noising](*common, dtype=dtype), cond)
         assert self.inversion_network is not None, f"{self.noising} needs a network to invert"
         problem = denoising.inverted(*common, network=self.inversion_network, cond=cond, how=self.inversion)

@@ -29,6 +29,7 @@ def check(config: Config, accelerator: Accelerator) -> None:
         launched, together = "FSDP2", True
     else:
         return
+    quantized = config.model.quantization  # neither cuts up what is no plain tensor
     several = not together and config.build_objective().layout == "reward"
     for setting, refused, instead in (
         (f'objective.name "{config.objective_name}"', together and config.is_online, "one with given images"),
@@ -37,6 +38,7 @@ def check(config: Config, accelerator: Accelerator) -> None:
         (f'reference.update "{config.reference.update}"', together and config.reference.update != "fixed", "fixed"),
         ('performance.reference_dtype "fp8"', together and config.performance.reference_dtype == "fp8", "policy"),
         (f'optimizer.name "{config.optimizer.name}"', config.optimizer.name != "adamw", "adamw"),
+        (f'model.quantization "{quantized}"', quantized != "none", "none"),
         ('performance.compile "full"', config.performance.compile == "full", "regional or none"),
     ):
         if refused:

@@ -16,6 +16,7 @@ from diffalign.config import Config
 from diffalign.errors import ConfigError, DataError
 from diffalign.evaluation import Manifest
 from diffalign.jobs.scoring import scorers
+from diffalign.jobs.training import networks
 from diffalign.labelling import read_votes
 
 LABELS = "labels"  # how rollout.scorer calls people
@@ -67,6 +68,7 @@ def drawn_with(config: Config, backbone: Backbone) -> tuple[dict[str, Any], str]
     settings["shared_noise"] = config.shared_noise
     settings |= {"seed": config.train.seed, "mixed_precision": config.train.mixed_precision}
     settings["pure_bf16"], settings["sampling_dtype"] = config.pure_bf16, config.performance.sampling_dtype
+    settings |= networks.base_identity(config)
     return settings, f"{backbone.denoiser_fingerprint()} {backbone.fingerprint()}"
 
 

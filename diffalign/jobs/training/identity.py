@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from diffalign.backbones.base import Backbone
 from diffalign.config import Config, portable
 from diffalign.data.fingerprints import digest_files
-from diffalign.jobs.training import assemble, own_code
+from diffalign.jobs.training import assemble, networks, own_code
 from diffalign.training.batching import BatchPlan
 
 # Keys that may change on resume: where things are, what is written down, how many are done at a time. Those of
@@ -80,4 +80,5 @@ def settings_identity(config: Config, plan: BatchPlan) -> dict[str, Any]:
     if "lora" in sections and config.lora.lora_target_modules is None:  # the family decides
         del sections["lora"]["lora_target_modules"]
     schedule = {"zero_terminal_snr": True} if config.model.zero_terminal_snr else {}  # no tensor shows it
-    return {**sections, "model": {"tune": config.model.tune, **schedule}, **own_code.sources(config)}
+    model = {"tune": config.model.tune, **networks.base_identity(config), **schedule}
+    return {**sections, "model": model, **own_code.sources(config)}

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from diffalign.backbones import quantization
 from diffalign.config import Config
 from diffalign.jobs.training import online_costs
 from diffalign.training.batching import BatchPlan
@@ -53,6 +54,11 @@ class Counts:
     denoiser: nn.Module
     total: int  # parameters
     trained: int
+    encoders: float = 0.0  # bytes of the VAE and the text encoders as they are loaded, as far as they are known
+
+    def encoders_fit(self, available: float) -> bool:
+        """Tell whether the encoders alone fit into `available` GiB."""
+        return self.encoders / GIB <= HEADROOM * available
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,13 @@ class MemoryPlan:
     gradients: float
     optimizer: float
     activations: float | None
+    encoders: float = 0.0  # which leave the device before training where latents and prompts are cached
 
     @property
     def total(self) -> float:
         """Return the sum of what is known."""
-        return self.weights + self.reference + self.gradients + self.optimizer + (self.activations or 0.0)
+        fixed = self.weights + self.reference + self.gradients + self.optimizer + self.encoders
+        return fixed + (self.activations or 0.0)
 
 
 @dataclass(frozen=True)
@@ -123,15 +131,36 @@ def estimate(config: Config, plan: BatchPlan, counts: Counts, kind: Kind) -> Mem
 
     What FSDP shares out is counted whole.
     """
-    half, full = BYTES[config.train.mixed_precision], config.model.tune == "full"
+    full = config.model.tune == "full"
     average = 4 if config.optimizer.use_ema else 0
     return MemoryPlan(
-        weights=(4 * counts.total if full else half * counts.total + 4 * counts.trained) / GIB,
+        weights=(4 * counts.total if full else _frozen_bytes(config, counts) + 4 * counts.trained) / GIB,
         reference=_reference_bytes(config, counts) / GIB,
         gradients=4 * counts.trained / GIB,
         optimizer=(STATE_BYTES[config.optimizer.name] + average) * counts.trained / GIB,
         activations=_activations(config, plan, counts, kind),
+        encoders=0.0 if config.data.cache_latents and not config.is_online else counts.encoders / GIB,
     )
+
+
+def grids_fit(config: Config, counts: Counts, available: float) -> bool:
+    """Tell whether the encoders fit beside all that a step keeps but its activations, as when a grid is drawn."""
+    if config.validation.validation_steps is None:
+        return True
+    step = estimate(config, BatchPlan(1, 1, 1), counts, "full")
+    kept = step.total - step.encoders - (step.activations or 0.0)
+    return kept + counts.encoders / GIB <= HEADROOM * available
+
+
+def _frozen_bytes(config: Config, counts: Counts) -> float:
+    """Return the bytes of the base of a LoRA run; a quantised one has its largest layer in half precision as well."""
+    half, kind = BYTES[config.train.mixed_precision], config.model.quantization
+    if kind == "none":
+        return half * counts.total
+    layers = [layer for _, layer in quantization.linear_layers(counts.denoiser)]
+    numbers = [layer.in_features * layer.out_features for layer in layers]
+    kept = sum(quantization.stored_bytes(layer, kind) for layer in layers)
+    return kept + half * (counts.total - sum(numbers) + max(numbers, default=0))
 
 
 def _reference_bytes(config: Config, counts: Counts) -> float:
@@ -183,6 +212,8 @@ def describe(plan: MemoryPlan) -> str:
     parts = [f"weights {plan.weights:.2f}", f"gradients {plan.gradients:.2f}", f"optimizer {plan.optimizer:.2f}"]
     if plan.reference:
         parts.insert(1, f"reference {plan.reference:.2f}")
+    if plan.encoders:
+        parts.append(f"encoders {plan.encoders:.2f}")
     if plan.activations is None:
         return f"about {plan.total:.2f} GiB ({', '.join(parts)}), activations not estimated for this size of model"
     return f"about {plan.total:.1f} GiB ({', '.join(parts)}, activations {plan.activations:.2f})"

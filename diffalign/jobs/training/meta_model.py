@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 
 from diffalign.backbones import inspection, published
 from diffalign.backbones.adapters import trainable_parameters
-from diffalign.backbones.base import TOKENIZERS, Backbone
+from diffalign.backbones.base import TEXT_ENCODERS, TOKENIZERS, Backbone
 from diffalign.backbones.families import BY_NAME
 from diffalign.config import Config
 from diffalign.denoising import Shift, TimestepSampling
-from diffalign.jobs.training import assemble, networks
+from diffalign.jobs.training import assemble, memory, networks
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,34 @@ def count(config: Config, denoiser: nn.Module) -> tuple[int, int]:
         return total, total
     networks.add_adapters(config, denoiser)
     return total, sum(p.numel() for p in trainable_parameters(denoiser))
+
+
+def encoder_bytes(config: Config, model: MetaModel) -> float:
+    """Return how large the VAE, in float32, and the text encoders of a run are, in the precision they are loaded in."""
+    parts = _encoders_at(model.folder, model.kind) if model.folder else {}
+    if "vae" not in parts:  # some of it is not here
+        known = published.PARAMETERS.get(model.family) or published.FLOW_ENCODERS[model.family]
+        parts = {name: count for name, count in known.items() if name != model.kind.denoiser_name}
+    text = sum(count for name, count in parts.items() if name != "vae")
+    number = memory.BYTES[config.train.mixed_precision] if config.model.tune == "lora" else 4
+    return number * text + 4 * parts["vae"]
+
+
+def _encoders_at(folder: Path, family: type[Backbone]) -> dict[str, int]:
+    """Return the parameters of the VAE and the text encoders whose configurations are in a pipeline's folder."""
+    classes, found = {part.__name__: part for part in family.encoder_classes}, {}
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf8"))
+    for name in ("vae", *TEXT_ENCODERS):
+        if not (folder / name / "config.json").is_file():
+            continue
+        with torch.device("meta"):
+            if name == "vae":
+                module = family.vae_class.from_config(family.vae_class.load_config(folder / name))
+            else:
+                loader = classes[index[name][1]]
+                module = loader(loader.config_class.from_pretrained(folder / name))
+        found[name] = sum(parameter.numel() for parameter in module.parameters())
+    return found
 
 
 def _from_folder(folder: Path, family: type[Backbone], origin: str) -> MetaModel:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from diffalign.backbones import adapters, export
+from diffalign.backbones import adapters, export, quantization
 from diffalign.backbones.attention import share_text, use_backend
 from diffalign.backbones.attention_probe import attention_shapes, probe
 from diffalign.backbones.base import Backbone
@@ -67,7 +67,7 @@ def prepare_networks(
     """
     if config.model.tune == "full":
         _check_gradients(backbone, accelerator)
-    denoiser, performance = backbone.denoiser.to(accelerator.device), config.performance
+    denoiser, performance = place(config, backbone, accelerator.device), config.performance
     kernels.use(performance.kernels)
     acceleration.channels_last(denoiser, performance.channels_last)
     choose_attention(config, backbone)  # before it is copied: both must run the same kernels
@@ -81,6 +81,8 @@ def prepare_networks(
         add_adapters(config, denoiser)
         if performance.fused_lora:
             fuse_lora(denoiser)
+        if config.model.quantization != "none":
+            quantization.keep_from_ddp(denoiser)
     else:
         denoiser.requires_grad_(True)
     checkpoint_activations(denoiser, checkpointing)
@@ -88,6 +90,19 @@ def prepare_networks(
     for network in [denoiser] if frozen is None else [denoiser, frozen]:
         acceleration.compile_network(network, performance.compile, performance.cuda_graphs == "passes")
     return reference
+
+
+def place(config: Config, backbone: Backbone, device: torch.device) -> nn.Module:
+    """Move the denoiser, as it was loaded, to where it runs, its base quantised if the run wants that; return it."""
+    if config.model.quantization != "none":
+        quantization.quantize(backbone.denoiser, config.model.quantization, device)
+    return backbone.denoiser.to(device)
+
+
+def base_identity(config: Config) -> dict[str, str]:
+    """Return what predictions of the base depend on that its weights as loaded do not show."""
+    kind = config.model.quantization
+    return {} if kind == "none" else {"quantization": kind}
 
 
 def add_adapters(config: Config, denoiser: nn.Module) -> None:

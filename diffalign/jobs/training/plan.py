@@ -16,7 +16,7 @@ from diffalign.config import Config
 from diffalign.config.changes import dump_changed
 from diffalign.denoising import INVERSIONS, STABLE_DIFFUSION, DDPMPath, inversion
 from diffalign.errors import UserError
-from diffalign.jobs.training import assemble, memory, meta_model, online_costs, preflight, storage, survey
+from diffalign.jobs.training import assemble, cards, memory, meta_model, online_costs, preflight, storage, survey
 from diffalign.objectives.base import UNITS
 from diffalign.places import is_hub_id
 from diffalign.training import optimizer
@@ -99,8 +99,8 @@ class Plan:
         """Return how large the model is."""
         if self.model is None:
             return None
-        denoiser = self.model.denoiser
-        return memory.Counts(self.model.family, denoiser, *meta_model.count(self.config, denoiser))
+        denoiser, encoders = self.model.denoiser, meta_model.encoder_bytes(self.config, self.model)
+        return memory.Counts(self.model.family, denoiser, *meta_model.count(self.config, denoiser), encoders)
 
     @cached_property
     def available(self) -> float | None:
@@ -126,7 +126,7 @@ class Plan:
             total, trained = self.counts.total, self.counts.trained
             yield "model", f"{self.model.family}, {total:,} parameters ({self.model.origin})"
             yield "trained", f"{trained:,} parameters ({trained / total:.2%})"
-            yield from self._memory_rows()
+            yield from self._memory_rows(unit)
         yield from self._storage_rows()
         for note in self.found.notes:
             yield "note", note
@@ -161,22 +161,30 @@ class Plan:
             return f"{text}: {seen / (2 * count):.3g} epochs of the images of {count:,} pairs, more where images repeat"
         return f"{text}: {seen / count:.3g} epochs of {count:,}"
 
-    def _memory_rows(self) -> Iterator[tuple[str, str]]:
+    def _memory_rows(self, unit: str) -> Iterator[tuple[str, str]]:
         checkpointing = memory.checkpointing(self.config, self.batch, self.counts, self.available)
         yield "memory", memory.describe(memory.estimate(self.config, self.batch, self.counts, checkpointing.kind))
         yield "checkpointing", checkpointing.why
+        if self.counts.encoders:
+            taken = storage.amount(self.counts.encoders)
+            yield (
+                "encoders",
+                f"{taken} of the device while pictures and prompts are encoded, before training{self._stay}",
+            )
+        yield from cards.rows(self.config, self.counts, unit)
         if self.available is None:
             return
         largest = {k: memory.largest_batch(self.config, self.counts, k, self.available) for k in memory.KINDS}
         if largest["none"] is not None:
-            unit = UNITS[self.config.build_objective().layout]
-            listed = ", ".join(f"{count} with {kind} recomputed" for kind, count in self._worded(largest))
+            listed = ", ".join(f"{count} with {cards.RECOMPUTED[kind]} recomputed" for kind, count in largest.items())
             yield "largest batch", f"in {self.available:.4g} GiB, {unit} a device: {listed}{self._divisor(largest)}"
 
-    @staticmethod
-    def _worded(largest: dict[memory.Kind, int]) -> Iterator[tuple[str, int]]:
-        words = {"none": "nothing", "selective": "norms and activations", "full": "everything"}
-        return ((words[kind], count) for kind, count in largest.items())
+    @property
+    def _stay(self) -> str:
+        """Word when the encoders are on the device after that."""
+        if not self.config.data.cache_latents or self.config.is_online:
+            return ", and stay there"
+        return "" if self.config.validation.validation_steps is None else ", and for validation grids"
 
     def _divisor(self, largest: dict[memory.Kind, int]) -> str:
         """Word which batch size also divides train.global_batch_size, if that is set."""
@@ -257,11 +265,9 @@ class Plan:
         kind = memory.checkpointing(self.config, self.batch, self.counts, self.available).kind
         needed, room = memory.estimate(self.config, self.batch, self.counts, kind), memory.HEADROOM * self.available
         if needed.total > room:
-            best = memory.largest_batch(self.config, self.counts, "full", self.available)
-            advice = f": lower train.train_batch_size to {best}" if best else ""
-            if best and best >= self.config.train.train_batch_size:
-                advice = ": set train.gradient_checkpointing: auto"
+            advice = cards.remedy(self.config, self.counts, self.available)
             yield f"about {needed.total:.1f} GiB of the {room:.1f} GiB that a step may take{advice}"
+        yield from cards.encoder_faults(self.config, self.counts, self.available)
 
     def _unknown(self) -> str:
         """Word what the verdict leaves out."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import reward_models
-from diffalign.backbones import inspection
+from diffalign.backbones import inspection, quantization
 from diffalign.config import Config
 from diffalign.data import PairSource
 from diffalign.denoising import acceleration
@@ -115,6 +115,11 @@ def packages(config: Config) -> Iterator[UserError]:
     """Yield what this machine lacks to train with this configuration."""
     if config.optimizer.name == "adamw_8bit" and not installed("bitsandbytes"):
         yield ConfigError(optimizer.NO_BITSANDBYTES)
+    if config.model.quantization != "none":
+        try:
+            quantization.require(config.model.quantization)
+        except ConfigError as error:
+            yield error
     if config.train.enable_xformers_memory_efficient_attention and not installed("xformers"):
         yield networks.no_xformers("xformers is not installed")
     if config.performance.reference_dtype == "fp8" and "reference" in config.build_objective().needs:

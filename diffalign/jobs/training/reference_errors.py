@@ -55,6 +55,7 @@ def identity(config: Config, backbone: Backbone, examples: SizedExamples) -> dic
         "latents": latents.folder.name,
         "examples": digest_bytes(examples.example_ids.tobytes() + swapped.tobytes()).hex(),
         "denoiser": backbone.denoiser_fingerprint(),
+        **networks.base_identity(config),
         "schedule": digest_bytes(path.identity()).hex(),
         **assemble.sampling_identity(config, backbone),
         "seed": config.train.seed,

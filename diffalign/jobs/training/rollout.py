@@ -12,7 +12,7 @@ from diffalign.config import Config
 from diffalign.evaluation import Manifest
 from diffalign.evaluation.manifest import atomic_write
 from diffalign.jobs.drawing.prompts import read_prompts
-from diffalign.jobs.training import human_labels, online
+from diffalign.jobs.training import human_labels, networks, online
 from diffalign.jobs.training.assemble import load_backbone
 from diffalign.jobs.training.train import make_accelerator
 from diffalign.progress import progress_bar
@@ -53,7 +53,7 @@ def _draw(
 ) -> None:
     """Sample the trajectories that are not drawn yet, as the run will, and keep where they end."""
     device, encode = accelerator.device, PromptEncoder(backbone, config.data.resolution)
-    backbone.denoiser.to(device)
+    networks.place(config, backbone, device)
     backbone.offload_encoders(device)
     sampler = online.make_sampler(config, backbone)
     todo = [row for row in range(len(texts)) if not all(manifest.paths[row].exists() for manifest in manifests)]

@@ -47,6 +47,8 @@ def _obstacles(config: Config, denoiser: nn.Module, accelerator: Accelerator) ->
         yield "prompts of unequal lengths are cut on the host"
     if getattr(denoiser, "is_gradient_checkpointing", False):
         yield "recomputing activations (train.gradient_checkpointing) saves the state of random numbers on the host"
+    if config.model.quantization != "none":
+        yield "nobody has tried whether a graph can hold how a quantised weight becomes dense"
     if accelerator.distributed_type != DistributedType.NO:
         yield "several processes exchange gradients from the host"
     if accelerator.scaler is not None:

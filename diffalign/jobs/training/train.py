@@ -43,7 +43,10 @@ from diffalign.training.batching import BatchPlan
 from diffalign.training.checkpoint import WeightsFile
 from diffalign.training.trainer import Sampler, Trainer
 
-PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "bitsandbytes")
+PACKAGES = (
+    *("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate"),
+    *("xformers", "bitsandbytes", "torchao"),
+)
 
 
 def train(config: Config, console: Console | None = None) -> dict[str, float]:
@@ -145,7 +148,8 @@ def _checkpointing(config: Config, plan: BatchPlan, backbone: Backbone, console:
     """Decide which activations are recomputed, and say why if it was decided here."""
     total = sum(p.numel() for p in backbone.denoiser.parameters())
     trained = total if config.model.tune == "full" else 0  # adapters are small beside what they adapt
-    counts = memory.Counts(backbone.family, backbone.denoiser, total, trained)
+    encoders = sum(p.nbytes for module in backbone.encoders() for p in module.parameters())
+    counts = memory.Counts(backbone.family, backbone.denoiser, total, trained, encoders)
     decided = memory.checkpointing(config, plan, counts)
     if config.train.gradient_checkpointing == "auto" and torch.cuda.is_available():
         console.print(f"Gradient checkpointing: {decided.why}.")

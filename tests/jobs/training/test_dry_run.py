@@ -10,19 +10,39 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from rich.console import Console
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 from diffalign import config as configuration
 from diffalign.backbones import loading, published
 from diffalign.backbones.families import BY_NAME
 from diffalign.data import LatentCache
-from diffalign.jobs.training import examples, memory, meta_model, plan, preflight, storage, survey, text_costs
+from diffalign.jobs.training import (
+    assemble,
+    cards,
+    examples,
+    memory,
+    meta_model,
+    plan,
+    preflight,
+    storage,
+    survey,
+    text_costs,
+)
 from diffalign.training.batching import BatchPlan
 from diffalign.training.reference_cache import ReferenceCache
 from tests.data.world import picture, rows, write_parquet
 from tests.e2e.pairs import write_pairs
 
 SDXL = Path(__file__).parents[3] / "configs" / "sdxl"
+FLUX = SDXL.parent / "flux" / "dpo-lora.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +228,88 @@ def test_the_largest_batch_fits_and_one_more_does_not(kind):
     fits, too_many = (memory.estimate(config, BatchPlan(n, 1, 1), counts, kind).total for n in (largest, largest + 1))
     assert fits <= memory.HEADROOM * 24 < too_many
     assert memory.largest_batch(config, counts, kind, 4) == 0
+
+
+ENCODERS = {
+    "text_encoder": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**published._CLIP_L)),
+    "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**published._CLIP_BIG_G)),
+    "text_encoder_3": lambda: T5EncoderModel(T5_XXL),
+    "vae": lambda: AutoencoderKL(
+        **(published._VAE | {"latent_channels": 16}), use_quant_conv=False, use_post_quant_conv=False
+    ),
+}
+FLUX_ENCODERS = {"text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**published._CLIP_L))}
+FLUX_ENCODERS["text_encoder_2"], FLUX_ENCODERS["vae"] = ENCODERS["text_encoder_3"], ENCODERS["vae"]
+T5_XXL = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+QWEN3_4B = Qwen3Config(
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "parts"),
+    [
+        ("sd3", ENCODERS),
+        ("flux", FLUX_ENCODERS),
+        ("zimage", {"text_encoder": lambda: Qwen3Model(QWEN3_4B), "vae": ENCODERS["vae"]}),
+    ],
+)
+def test_the_encoders_of_flow_models_are_counted(family, parts):
+    assert published.FLOW_ENCODERS[family].keys() == parts.keys()
+    for part, make in parts.items():
+        with torch.device("meta"):
+            module = make()
+        assert sum(p.numel() for p in module.parameters()) == published.FLOW_ENCODERS[family][part], part
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_encoders_count_where_they_stay(content, tiny_sd3, cached):
+    content["model"]["pretrained_model_name_or_path"] = str(tiny_sd3)
+    content["data"]["cache_latents"], content["train"]["mixed_precision"] = cached, "bf16"
+    content["reference"]["cache_draws"] = None
+    config = configuration.check(content)
+    backbone = assemble.load_backbone(config)
+    held = sum(p.nbytes for module in backbone.encoders() for p in module.parameters())
+    model = meta_model.read(config)
+    assert meta_model.encoder_bytes(config, model) == held
+    counts = memory.Counts("sd3", model.denoiser, *meta_model.count(config, model.denoiser), held)
+    stays = memory.estimate(config, BatchPlan(1, 1, 1), counts, "none").encoders
+    assert stays == (0 if cached else held / memory.GIB)
+    assert lines(config)["encoders"].endswith("before training" if cached else "before training, and stay there")
+
+
+@pytest.mark.parametrize(("kind", "gib"), [("none", 22.17), ("int8", 11.1), ("fp8", 11.1), ("nf4", 5.72)])
+def test_a_quantised_base_is_counted_by_its_layers(kind, gib):
+    config = configuration.load(FLUX, [f"model.quantization={kind}"])
+    denoiser = published.random_transformer("black-forest-labs/FLUX.1-dev", device="meta")
+    largest = 0 if kind == "none" else 2 * 18432 * 3072 / memory.GIB  # dense while it is used
+    counts = memory.Counts("flux", denoiser, sum(p.numel() for p in denoiser.parameters()), 0)
+    estimated = memory.estimate(config, BatchPlan(1, 1, 1), counts, "full")
+    assert estimated.weights - largest == pytest.approx(gib, abs=0.01)
+    meta_model.count(config, denoiser)  # adapters change nothing about the base
+    assert memory.estimate(config, BatchPlan(1, 1, 1), counts, "full").weights == estimated.weights
+
+
+def test_cards_are_told_what_they_need():
+    config = configuration.load(FLUX, ["max_train_samples=100"])
+    told = lines(config, 16.0)
+    assert told["cards"].startswith("model.quantization: pairs a device with nothing")
+    kinds = [told[f"{size} GiB"].split(":")[0] for size in cards.CARDS]
+    assert kinds == ["nf4", "nf4", "int8", "none", "none"]
+    assert "set model.quantization: nf4 (docs/quantization.md)" in told["verdict"]
+    assert "too small for the encoders beside the model" in told["16 GiB"]
+    alone = lines(configuration.load(FLUX, ["max_train_samples=100", "validation.validation_steps=null"]), 16.0)
+    assert "encoders" not in alone["16 GiB"]
+    fitting = int(alone["16 GiB"].split(", ")[-1])
+    small = configuration.load(FLUX, ["max_train_samples=100", "quantization=nf4", f"train_batch_size={fitting}"])
+    assert lines(small, 16.0)["checkpointing"].startswith("full: about")
+    assert "does not fit" in lines(configuration.load(SDXL / "dpo.yaml", ["max_train_samples=9"]))["12 GiB"]
 
 
 class TestReport:
