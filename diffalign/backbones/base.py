@@ -44,6 +44,7 @@ class Backbone(ABC):
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION  # ends of the names of the layers that a LoRA adapts
     ddim_steps: ClassVar[bool] = True  # it is sampled by DDIM's steps, whose distribution online objectives learn from
     prompt_first: ClassVar[bool] = False  # its pipeline guides with [prompts, empty ones], and not the other way round
+    noise_dtype: ClassVar[torch.dtype | None] = None  # that its pipeline draws noise in; None: that of encoded prompts
     plain_attention: ClassVar[bool] = False  # its attention is that of the UNets, of which kernels can be chosen
 
     def __init__(

@@ -33,6 +33,7 @@ class ZImage(FlowBackbone):
     text_columns = ("prompt_embeds", MASK)
     repeated_blocks = ("ZImageTransformerBlock",)
     prompt_first = True
+    noise_dtype = torch.float32
     lora_targets = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
     @classmethod

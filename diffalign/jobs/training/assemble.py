@@ -94,6 +94,7 @@ def preference_step(
         anchor_weight=loss.anchor_weight,
         sft_weight=loss.sft_weight,
         auto_beta=auto_beta,
+        total_steps=config.train.max_train_steps,
         stored=stored,
         random_flip=config.data.random_flip,
         proportion_empty_prompts=config.data.proportion_empty_prompts,
