@@ -124,6 +124,11 @@ class Backbone(ABC):
         """Return C of the latents."""
         return self.vae.config.latent_channels
 
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """Return C, h, w of the latents of pictures of `resolution` pixels a side."""
+        side = resolution // self.vae_scale_factor
+        return self.latent_channels, side, side
+
     def shift_at(self, resolution: int) -> Shift:
         """Return how the scheduler moves levels of noise for pictures of `resolution` pixels a side."""
         side = resolution // (self.vae_scale_factor * self.patch_size(self.denoiser.config))

@@ -190,8 +190,8 @@ class ListRow(Example):
     ) -> Self:
         """Make a list of images in any order: sorted by decreasing score, equal scores as they stand."""
         order = sorted(range(len(images)), key=lambda i: -scores[i])
-        sorted_noises = None if noises is None else tuple(noises[i] for i in order)
-        return cls(index, prompt, tuple(images[i] for i in order), tuple(scores[i] for i in order), extra, sorted_noises)
+        placed = None if noises is None else tuple(noises[i] for i in order)
+        return cls(index, prompt, tuple(images[i] for i in order), tuple(scores[i] for i in order), extra, placed)
 
     @property
     def prompts(self) -> tuple[str, ...]:

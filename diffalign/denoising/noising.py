@@ -14,8 +14,8 @@ from diffalign.denoising.kernels import triton_for
 from diffalign.denoising.paths import NoisePath, add_noise, target
 
 INVERT_INSTEAD = (
-    'Choose denoising.noising "ddim_inversion" (InPO) or "renoise_inversion" (SmPO), which find the noise on the curved '
-    "path of such a model by running its sampler backwards."
+    "Choose denoising.noising ddim_inversion (InPO) or renoise_inversion (SmPO), which run the sampler of such a model "
+    "backwards, along its curve."
 )
 
 

@@ -104,6 +104,8 @@ def _config(tiny, name):
     data = {"resolution": 64, "train_data_dir": "unused"}
     if name == "dcpo":
         data["image_caption_columns"] = ["caption_0", "caption_1"]
+    if name == "pnapo":
+        data["random_flip"] = False
     if name == "smpo":
         data |= {"preference_from": "scores", "annotations_file": "unused"}
     model = {"pretrained_model_name_or_path": str(tiny)}
