@@ -163,6 +163,16 @@ def test_the_length_of_a_run_belongs_to_it(content, run, tmp_path):
         run(longer)
 
 
+@pytest.mark.parametrize("model", ["tiny_flux", "tiny_zimage"])
+def test_other_flow_families(content, run, tmp_path, model, request):
+    changed = variant(content, tmp_path, model, train={"max_train_steps": 2})
+    changed["model"]["pretrained_model_name_or_path"] = str(request.getfixturevalue(model))
+    run(changed)
+    first, second = lines(changed)
+    assert first["margin"] == 0.0
+    assert second["margin"] != 0.0
+
+
 @pytest.mark.parametrize("objective", ["dpo", "kto", "sft", "plackett_luce"])
 def test_other_objectives_can_be_noised_so(content, run, tmp_path, objective):
     changed = variant(content, tmp_path, objective, denoising={"noising": "generating"}, train={"max_train_steps": 2})
