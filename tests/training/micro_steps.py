@@ -11,6 +11,7 @@ from diffalign import objectives
 from diffalign.backbones.base import Backbone
 from diffalign.data.batch import PreferenceBatch
 from diffalign.jobs.training import assemble, networks
+from tests.e2e.pairs import noise_of
 
 OFFLINE = [n for n in objectives.names() if objectives.objective_class(n).layout in ("pair", "single", "list")]
 
@@ -44,6 +45,7 @@ class Latents:
             prompts=[str(index) for index in indices] * k,
             scores=_scores(ids, k) if self.scored else None,
             weights=1.0 + ids % 2,
+            noises=[noise_of(k * index + image, "4x8x8") for image in range(k) for index in indices],
         )
 
 
