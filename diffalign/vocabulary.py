@@ -3,9 +3,11 @@
 They stand apart from that code because settings are checked before torch is imported: a typo is answered at once.
 """
 
-# Noisings that are random alone, and those that need a network (denoising/inversion.py).
+# Noisings that are random alone, those that need a network (denoising/inversion.py), and the noise that each picture
+# was drawn from (denoising/initial_noise.py).
 INVERSIONS = ("ddim_inversion", "renoise_inversion")
-NOISINGS = ("shared", "independent", *INVERSIONS)
+GENERATING = "generating"
+NOISINGS = ("shared", "independent", *INVERSIONS, GENERATING)
 
 # How often each level of noise is met (denoising/densities.py).
 DENSITIES = ("uniform", "logit_normal", "mode", "list")

@@ -26,6 +26,7 @@ REFUSED = {
     "kto reference.cache_draws=1 data.positive_ratio=0.8": "with data.positive_ratio examples are drawn in no epochs",
     "dpo reference.cache_draws=1 data.curriculum_stages=3 data.scorer=pickscore": "with data.curriculum_stages",
     "dpo reference.cache_draws=1 data.cache_latents=false": "set data.cache_latents",
+    "dpo denoising.noising=generating data.random_flip=true": "leads to no mirrored one: set data.random_flip: false",
     "spo reference.cache_draws=1": 'reference.cache_draws has no effect on "spo"',
     "spo denoising.timestep_low=500": "timestep_low and timestep_high are for given images and whole trajectories",
     "dpo reference.cache_draws=0": "greater than or equal to 1",

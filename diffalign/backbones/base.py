@@ -52,6 +52,7 @@ class Backbone(ABC):
     ddim_steps: ClassVar[bool] = True  # it is sampled by DDIM's steps, whose distribution online objectives learn from
     prompt_first: ClassVar[bool] = False  # its pipeline guides with [prompts, empty ones], and not the other way round
     separate_branches: ClassVar[bool] = False  # its pipeline guides with two calls, of the prompts and of empty ones
+    noise_dtype: ClassVar[torch.dtype | None] = None  # that its pipeline draws noise in; None: that of encoded prompts
     plain_attention: ClassVar[bool] = False  # its attention is that of the UNets, of which kernels can be chosen
 
     def __init__(
@@ -155,6 +156,11 @@ class Backbone(ABC):
     def latent_channels(self) -> int:
         """Return C of the latents."""
         return self.vae.config.latent_channels
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """Return C, h, w of the latents of pictures of `resolution` pixels a side."""
+        side = resolution // self.vae_scale_factor
+        return self.latent_channels, side, side
 
     def shift_at(self, resolution: int) -> Shift:
         """Return how the scheduler moves levels of noise for pictures of `resolution` pixels a side."""

@@ -63,6 +63,7 @@ class ZImage(FlowBackbone):
     repeated_blocks = ("ZImageTransformerBlock",)
     prompt_first = True
     token_columns, padded_length, ignores_padding = text_columns, TEXT_LENGTH, True
+    noise_dtype = torch.float32
     lora_targets = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     original_names = ORIGINAL
 

@@ -2,7 +2,7 @@
 
 from diffalign.config.config import Config
 from diffalign.errors import ConfigError
-from diffalign.vocabulary import BACKPROPAGATIONS, INVERSIONS, NOISINGS
+from diffalign.vocabulary import BACKPROPAGATIONS, GENERATING, INVERSIONS, NOISINGS
 
 PREDICTIONS = frozenset({"drift", "mismatched", "behavior"})  # of Objective.needs, those that errors do not suffice for
 
@@ -32,6 +32,8 @@ def check(config: Config) -> None:
         f'inversion.network "reference" needs an objective with a reference, "{name}" has none. Use policy.': (
             config.noising in INVERSIONS and config.inversion.network == "reference" and not referenced
         ),
+        f'"{name}" noises a picture with what it was drawn from, which leads to no mirrored one: set '
+        "data.random_flip: false.": config.noising == GENERATING and config.data.random_flip,
         f'data.positive_ratio is for objectives of labelled single images (kto); "{name}" is none. Use null.': (
             config.data.positive_ratio is not None and (objective.layout != "single" or objective.chosen_only)
         ),

@@ -154,7 +154,8 @@ class DenoisingSettings(Settings):
 
     noising: Literal[NOISINGS] | None = None
     """null: that of the objective's paper. shared: one noise for both images of a pair, as in the code of
-    Diffusion-DPO; independent: its Eq. 14; ddim_inversion: InPO; renoise_inversion: SmPO."""
+    Diffusion-DPO; independent: its Eq. 14; ddim_inversion: InPO; renoise_inversion: SmPO; generating: what each picture
+    was drawn from (PNAPO; flow models, data of `diffalign generate`)."""
     timestep_low: int = Field(0, ge=0)
     """Smallest timestep that is drawn, of 1000 in all known models; 0 is the least noise."""
     timestep_high: int | None = Field(None, ge=1)

@@ -59,6 +59,7 @@ class PreferenceBatch:
     prompts: list[str]  # [N], "" where the caption was dropped
     scores: Tensor | None = None  # [B,k], higher is better; of single images 1 (desirable) or 0
     weights: Tensor | None = None  # [B], what each example counts
+    noises: list[str | None] | None = None  # [N], what each image was drawn from (denoising/initial_noise.py)
 
     def __len__(self) -> int:
         return len(self.example_ids)
@@ -117,7 +118,8 @@ class PreferenceBatch:
         cut = {name: getattr(self, name)[rows] for name in ROW_ALIGNED}
         text = {name: column[rows] for name, column in self.text.items()}
         prompts = [self.prompts[row] for row in rows.tolist()] if self.prompts else []
-        return replace(self, **cut, text=text, prompts=prompts)
+        noises = None if self.noises is None else [self.noises[row] for row in rows.tolist()]
+        return replace(self, **cut, text=text, prompts=prompts, noises=noises)
 
 
 def as_float32(column: Tensor) -> Tensor:

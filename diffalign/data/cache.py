@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffalign.data.batch import Augment, PairEncoder, PreferenceBatch, as_float32
-from diffalign.data.cache_build import STORED, CacheBuilder
+from diffalign.data.cache_build import NOISES, STORED, CacheBuilder
 from diffalign.data.cache_store import COMPLETE, AppendStore, exclusive, read_json
 from diffalign.data.rejects import from_record
 from diffalign.data.source import PairSource
@@ -39,7 +39,8 @@ class LatentCache:
         self.transform = PairTransform(**self.meta["transform"])
         self.has_preference: bool = self.meta["has_preference"]
         self.images_per_example: int = self.meta["images_per_example"]
-        self.prompts: list[str] = [json.loads(line) for line in (folder / "prompts.jsonl").read_bytes().splitlines()]
+        self.prompts: list[str] = _lines(folder / "prompts.jsonl")
+        self.noises = _lines(folder / NOISES) if NOISES in self.meta["files"] else None  # of every row of latents
         self._latents = mapped(folder / "latents.npy")
         self._text = TextColumns(folder, _text_columns(self.meta), self.meta)
         self._sizes = np.load(folder / "sizes.npy")
@@ -203,6 +204,7 @@ class LatentCache:
             preference=None if preference is None else as_preference(preference),
             prompts=[self.prompts[caption] for caption in captions],
             scores=None if scores is None else torch.from_numpy(np.asarray(scores, dtype=np.float32)),
+            noises=None if self.noises is None else [self.noises[row] for row in rows],
         )
 
     def _text_tensor(self, stored: np.ndarray) -> Tensor:
@@ -226,6 +228,10 @@ def as_mask(values: Tensor | Sequence[bool], count: int, name: str) -> np.ndarra
 def as_preference(values: np.ndarray) -> Tensor:
     """Return P(winner preferred) [B] float32; plain winners, stored as NaN, are certain."""
     return torch.from_numpy(np.where(np.isnan(values), 1.0, values).astype(np.float32))
+
+
+def _lines(file: Path) -> list[Any]:
+    return [json.loads(line) for line in file.read_bytes().splitlines()]
 
 
 def _key(fields: dict[str, Any]) -> str:

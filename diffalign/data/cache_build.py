@@ -22,6 +22,7 @@ from diffalign.progress import Progress
 # numpy has no bfloat16: its bits are kept as uint16.
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PROMPT_BATCH = 32
+NOISES = "noises.jsonl"  # what each image was drawn from, where the data says it
 
 
 @dataclass
@@ -62,7 +63,7 @@ class CacheBuilder:
         self.prompts = {prompt: row for row, prompt in enumerate(store.read_lines("prompts.jsonl"))}
         self.new_prompts: deque[str] = deque()  # not yet in prompts.jsonl
         self._prompt_row("")  # row 0, for dropped captions
-        self.views: deque[tuple[bytes, View]] = deque()  # new images to be encoded
+        self.views: deque[tuple[bytes, str | None, View]] = deque()  # new images to be encoded, with their noise
         self.accepted: deque[_Accepted] = deque()  # examples to be committed
         for record in store.read_lines("skipped.jsonl"):
             source.rejects.add(from_record(record))
@@ -134,10 +135,10 @@ class CacheBuilder:
 
     def _accept(self, row: Example, views: list[View | None]) -> None:
         numbers = []
-        for image, view in zip(row.images, views, strict=True):
+        for image, noise, view in zip(row.images, row.noises or [None] * len(views), views, strict=True):
             if image.digest not in self.images:
                 self.images[image.digest] = len(self.images)
-                self.views.append((image.digest, view))
+                self.views.append((image.digest, noise, view))
             numbers.append(self.images[image.digest])
         self.accepted.append(_Accepted(row, numbers, [self._prompt_row(prompt) for prompt in row.prompts]))
 
@@ -150,7 +151,7 @@ class CacheBuilder:
     def _encode_images(self, count: int) -> None:
         """Encode the next `count` images, mirrored ones too, and append them."""
         taken = [self.views.popleft() for _ in range(min(count, len(self.views)))]
-        views = [view for _, view in taken]
+        views = [view for *_, view in taken]
         images = to_images([view.pixels for view in views])
         variants = [self.encoder.encode_images(images)]
         if self.transform.random_flip:
@@ -159,7 +160,9 @@ class CacheBuilder:
         sizes = [[v.sizes, v.flipped_sizes] if self.transform.random_flip else [v.sizes] for v in views]
         self.store.append("latents.npy", _stored(moments, self.dtype, "The VAE"))
         self.store.append("sizes.npy", np.array(sizes, dtype=np.int32))
-        digests = b"".join(digest for digest, _ in taken)
+        if self.source.has_noises:
+            self.store.append_lines(NOISES, [noise for _, noise, _ in taken])
+        digests = b"".join(digest for digest, *_ in taken)
         self.store.append("image_digests.npy", np.frombuffer(digests, dtype=np.uint8).reshape(-1, 16))
         self.encoded += len(taken)
 

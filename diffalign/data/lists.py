@@ -11,7 +11,16 @@ import numpy as np
 import pyarrow as pa
 
 from diffalign.data.pairs import ListRow, Place, RowError
-from diffalign.data.schema import INVALID, TIE, UNLABELLED, TableSchema, Verdicts, check_caption, image_ref
+from diffalign.data.schema import (
+    INVALID,
+    TIE,
+    UNLABELLED,
+    TableSchema,
+    Verdicts,
+    check_caption,
+    image_ref,
+    noise_text,
+)
 from diffalign.errors import DataError, suggestion
 
 LABELS = ("win_rate", "as_is")
@@ -72,7 +81,15 @@ class ListSchema(TableSchema):
             raise RowError(place, "list length", f"there are {len(labels)} scores, but the images are {found}")
         refs = [image_ref(image, place, folder) for image in images]
         prompt = check_caption(record[self.caption], place)
-        return ListRow.ranked(index, prompt, refs, labels, self.extra(record))
+        return ListRow.ranked(index, prompt, refs, labels, self.extra(record), self._noises(record, len(refs)))
+
+    def _noises(self, record: Mapping[str, Any], count: int) -> list[str | None] | None:
+        """Return what the images were drawn from, as they stand; None where nothing is said."""
+        if self.noises is None:
+            return None
+        given = record.get(self.noises[0])
+        values = given if isinstance(given, list) else [given]
+        return list(map(noise_text, values)) if len(values) == count else [None] * count
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,7 @@ class ListColumns(ListSchema):
     scores: str = "scores"
     list_labels: str = "win_rate"
 
+    noise_names: ClassVar[tuple[tuple[str, ...], ...]] = (("noises",),)
     unit: ClassVar[str] = "lists"
     images_per_example: ClassVar[int | None] = None
     remedy: ClassVar[str] = 'Lists need a caption (caption_column), "images" and "scores".'
@@ -147,6 +165,7 @@ class SingleColumns(ListSchema):
     image: str = "image"
     label: str = "label"
 
+    noise_names: ClassVar[tuple[tuple[str, ...], ...]] = (("noise",),)
     unit: ClassVar[str] = "images"
     images_per_example: ClassVar[int | None] = 1
     remedy: ClassVar[str] = 'Single images need a caption (caption_column), "image" and "label".'

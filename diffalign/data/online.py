@@ -83,6 +83,7 @@ class OnlinePairs:
             preference=self._preference(rows),
             prompts=prompts,
             scores=_scores(rows),
+            noises=_noises(rows) if self.source.has_noises else None,
         )
 
     def _cut(self, read: list[Example], flip: np.ndarray, places: list) -> list[tuple[Example, Tensor, Tensor]]:
@@ -145,6 +146,12 @@ def _scores(rows: list[Example]) -> Tensor | None:
     """Return the scores [B,k] float32, or None where there are none."""
     scores = np.array([row.scores for row in rows], dtype=np.float32)
     return None if np.isnan(scores).all() else torch.from_numpy(scores)
+
+
+def _noises(rows: list[Example]) -> list[str | None]:
+    """Return what the images were drawn from [N], in the order of a batch."""
+    known = [row.noises or (None,) * len(row.images) for row in rows]
+    return [noise for images in zip(*known, strict=True) for noise in images]
 
 
 def _hashed(row: Example) -> Example:

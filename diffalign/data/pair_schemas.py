@@ -10,7 +10,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffalign.data.pairs import PairRow, Place, RowError
-from diffalign.data.schema import INVALID, TIE, UNLABELLED, Schema, TableSchema, Verdicts, check_caption, image_ref
+from diffalign.data.schema import (
+    INVALID,
+    TIE,
+    UNLABELLED,
+    Schema,
+    TableSchema,
+    Verdicts,
+    check_caption,
+    image_ref,
+    noise_text,
+)
 from diffalign.errors import DataError
 
 
@@ -58,8 +68,19 @@ class PairSchema(Schema):
         captions = [check_caption(record[name], place) for name in self.caption_columns]
         chosen, rejected = captions[winner % len(captions)], captions[(1 - winner) % len(captions)]
         other = rejected if rejected != chosen else None
+        noises = None
+        if self.noises is not None:
+            drawn_from = [noise_text(record.get(name)) for name in self.noises]
+            noises = drawn_from[winner], drawn_from[1 - winner]
         return PairRow(
-            index, chosen, images[winner], images[1 - winner], preference, self.extra(record), rejected_prompt=other
+            index,
+            chosen,
+            images[winner],
+            images[1 - winner],
+            preference,
+            self.extra(record),
+            rejected_prompt=other,
+            noises=noises,
         )
 
 
@@ -70,6 +91,7 @@ class Columns(PairSchema, TableSchema):
     images: tuple[str, str] = ("jpg_0", "jpg_1")
     labels: tuple[str, str] = ("label_0", "label_1")  # the second may be absent: then 1 - the first
 
+    noise_names: ClassVar[tuple[tuple[str, ...], ...]] = (("noise_0", "noise_1"),)
     remedy: ClassVar[str] = (
         "Name the right ones with image_columns, label_columns, caption_column and image_caption_columns."
     )
@@ -141,11 +163,13 @@ class PairLines(Columns):
     """Read both ways to write a pair in JSON lines."""
 
     alternative: ClassVar[str] = '"chosen" and "rejected", or '
+    noise_names: ClassVar[tuple[tuple[str, ...], ...]] = (("noise_chosen", "noise_rejected"), ("noise_0", "noise_1"))
 
     def of_line(self, record: Mapping[str, Any], place: Place) -> Schema:
         """Return the schema that fits a line."""
         if "chosen" in record and "rejected" in record:
-            return ChosenColumns(self.caption, self.image_captions).of_line(record, place)
+            schema = ChosenColumns(caption=self.caption, noises=self.noises, image_captions=self.image_captions)
+            return schema.of_line(record, place)
         return super().of_line(record, place)
 
 

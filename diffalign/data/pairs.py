@@ -127,6 +127,7 @@ class Example:
     images: tuple[ImageRef, ...]  # [k]
     preference: float | None  # P(first preferred) of a pair with a soft label
     scores: tuple[float | None, ...]  # [k], higher is better
+    noises: tuple[str | None, ...] | None  # [k], what the images were drawn from; None: the data does not say it
 
     @cached_property
     def example_id(self) -> int:
@@ -147,6 +148,7 @@ class PairRow(Example):
     preference: float | None = None  # P(chosen preferred) in (0.5, 1); None for a plain winner
     extra: dict[str, Any] = field(default_factory=dict)  # the remaining scalar columns, as they were
     rejected_prompt: str | None = None  # the caption of the rejected image; None: the same one
+    noises: tuple[str | None, str | None] | None = None
 
     @property
     def prompts(self) -> tuple[str, str]:
@@ -173,15 +175,23 @@ class ListRow(Example):
     images: tuple[ImageRef, ...]
     scores: tuple[float, ...]  # never increasing
     extra: dict[str, Any] = field(default_factory=dict)
+    noises: tuple[str | None, ...] | None = None
     preference = None
 
     @classmethod
     def ranked(
-        cls, index: int, prompt: str, images: Sequence[ImageRef], scores: Sequence[float], extra: dict[str, Any]
+        cls,
+        index: int,
+        prompt: str,
+        images: Sequence[ImageRef],
+        scores: Sequence[float],
+        extra: dict[str, Any],
+        noises: Sequence[str | None] | None = None,
     ) -> Self:
         """Make a list of images in any order: sorted by decreasing score, equal scores as they stand."""
         order = sorted(range(len(images)), key=lambda i: -scores[i])
-        return cls(index, prompt, tuple(images[i] for i in order), tuple(scores[i] for i in order), extra)
+        placed = None if noises is None else tuple(noises[i] for i in order)
+        return cls(index, prompt, tuple(images[i] for i in order), tuple(scores[i] for i in order), extra, placed)
 
     @property
     def prompts(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import glob
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +67,29 @@ class Reading:
         return self._schema(PairLines, self.image_columns or ("image_0", "image_1"), _first_keys(file))
 
     def _schema(self, pairs: type[Columns], images: Sequence[str], found: Iterable[str]) -> TableSchema:
+        found = set(found)
         lists = ListColumns(caption=self.caption_column, list_labels=self.list_labels)
         schemas = {"lists": lists, "singles": SingleColumns(caption=self.caption_column)}
-        told = self.format or self._told_by(set(found), images)
+        told = self.format or self._told_by(found, images)
         captions = tuple(self.image_caption_columns) if self.image_caption_columns else None
         if told not in schemas:
             columns = {"images": tuple(images), "labels": tuple(self.label_columns)}
-            return pairs(caption=self.caption_column, image_captions=captions, **columns)
+            return _with_noises(pairs(caption=self.caption_column, image_captions=captions, **columns), found)
         if captions:
             raise DataError(f'image_caption_columns is for pairs, but these are {told} (format "{told}").')
-        return schemas[told]
+        return _with_noises(schemas[told], found)
 
     @staticmethod
     def _told_by(found: set[str], images: Sequence[str]) -> str | None:
         if found.issuperset(images) or found.issuperset(("chosen", "rejected")):
             return None
         return "lists" if "images" in found else "singles" if found.issuperset(("image", "label")) else None
+
+
+def _with_noises(schema: TableSchema, found: set[str]) -> TableSchema:
+    """Return the schema that also reads what images were drawn from, where the columns say it."""
+    names = next((names for names in schema.noise_names if found.issuperset(names)), None)
+    return schema if names is None else replace(schema, noises=names)
 
 
 def open_pairs(source: str | Path | Sequence[str | Path], **how: Any) -> PairSource:

@@ -22,9 +22,11 @@ class Schema(ABC):
     """Name the columns of a data set and make examples of its rows."""
 
     caption: str = "caption"
+    noises: tuple[str, ...] | None = None  # columns that say what the images were drawn from, if there are any
 
     unit: ClassVar[str] = "pairs"
     images_per_example: ClassVar[int | None] = 2  # None: the rows say it
+    noise_names: ClassVar[tuple[tuple[str, ...], ...]] = ()  # what `noises` may be
     remedy: ClassVar[str] = ""  # which arguments name the columns
     alternative: ClassVar[str] = ""  # what else a JSON line may hold
 
@@ -59,7 +61,7 @@ class Schema(ABC):
     @property
     def needed(self) -> tuple[str, ...]:
         """Return every column that is used, those that may be absent included."""
-        return (*self.image_columns, *self.label_columns, *self.caption_columns)
+        return (*self.image_columns, *self.label_columns, *self.caption_columns, *(self.noises or ()))
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -195,3 +197,8 @@ def image_ref(value: Any, place: Place, folder: Path | None) -> ImageRef:
     if isinstance(value, str) and value:
         return ImageRef(path=(folder or Path()) / value, place=place)
     raise RowError(place, "missing image", f"an image is {value!r}, expected its bytes or a path")
+
+
+def noise_text(value: Any) -> str | None:
+    """Return what an image was drawn from as it is written, or None where it is not known."""
+    return value if isinstance(value, str) and value else None

@@ -21,6 +21,7 @@ class PairSource(ABC):
 
     name: str = ""
     images_per_example: int | None = 2  # None: not known before reading
+    has_noises: bool = False  # it says what the images were drawn from
     has_preference: bool | None = False  # some pairs carry a soft label; None: not known before reading
     window: int | None = None  # set where only nearby indices are cheap: pass it to PairSampler
 
@@ -28,6 +29,7 @@ class PairSource(ABC):
         self.rejects = rejects or Rejects()
         if schema is not None:
             self.counts.unit, self.images_per_example = schema.unit, schema.images_per_example
+            self.has_noises = schema.noises is not None
 
     @property
     def counts(self) -> Counts:

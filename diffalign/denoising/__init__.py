@@ -4,10 +4,12 @@ from diffalign.denoising.ddim import Ladder, StepDistribution, ddim_step, guided
 from diffalign.denoising.densities import DENSITIES, FixedList, LogitNormal, Mode, TimestepSampling, Uniform
 from diffalign.denoising.draws import normal, uniform
 from diffalign.denoising.frozen import FrozenDenoiser, Predict
+from diffalign.denoising.initial_noise import InitialNoise, draw_noises, require_noises
 from diffalign.denoising.inversion import Inversion, invert, inverted
 from diffalign.denoising.noising import (
     RANDOM_NOISINGS,
     DenoisingBatch,
+    generating,
     image_stream,
     independent,
     shared,
@@ -37,10 +39,11 @@ from diffalign.denoising.step import (
 from diffalign.denoising.timesteps import sample_timesteps
 from diffalign.denoising.transitions import Rollout, TransitionBatch, score_matching, transition_likelihoods
 from diffalign.denoising.weighting import min_snr
-from diffalign.vocabulary import INVERSIONS, NOISINGS
+from diffalign.vocabulary import GENERATING, INVERSIONS, NOISINGS
 
 __all__ = [
     "DENSITIES",
+    "GENERATING",
     "INVERSIONS",
     "NOISINGS",
     "RANDOM_NOISINGS",
@@ -51,6 +54,7 @@ __all__ = [
     "FixedList",
     "FlowPath",
     "FrozenDenoiser",
+    "InitialNoise",
     "Inversion",
     "Ladder",
     "LogitNormal",
@@ -66,9 +70,11 @@ __all__ = [
     "add_noise",
     "ddim_step",
     "denoising_step",
+    "draw_noises",
     "drift",
     "errors",
     "flux2_mu",
+    "generating",
     "guided",
     "image_stream",
     "independent",
@@ -81,6 +87,7 @@ __all__ = [
     "normal",
     "pair_errors",
     "path_of",
+    "require_noises",
     "sample_timesteps",
     "score_matching",
     "shared",

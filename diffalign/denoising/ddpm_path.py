@@ -144,6 +144,13 @@ class DDPMPath:
     def require_ddpm(self, what: str, instead: str) -> None:
         """Do nothing: this is that path."""
 
+    def require_flow(self, what: str, instead: str) -> None:
+        """Raise ConfigError: `what` is defined on a flow path alone; `instead` says what to do."""
+        raise ConfigError(
+            f"{what} is defined for flow models; this one follows a noise schedule of DDPM, whose sampler leads from "
+            f"the noise to the picture along a curve. {instead}"
+        )
+
     def identity(self) -> bytes:
         """Return the schedule as bytes, for the names of caches."""
         return self.alphas_cumprod.numpy().tobytes()

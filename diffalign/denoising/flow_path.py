@@ -107,6 +107,9 @@ class FlowPath:
         """Raise ConfigError: `what` is defined on DDPM's path alone; `instead` says what to do."""
         raise ConfigError(f"{what} is defined for noise schedules of DDPM; this model follows a flow path. {instead}")
 
+    def require_flow(self, what: str, instead: str) -> None:
+        """Do nothing: this is one."""
+
     def identity(self) -> bytes:
         """Return what tells this path from others, for the names of caches."""
         return FLOW_PREDICTION.encode()

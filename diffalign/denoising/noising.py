@@ -13,6 +13,11 @@ from diffalign.denoising.draws import normal
 from diffalign.denoising.kernels import triton_for
 from diffalign.denoising.paths import NoisePath, add_noise, target
 
+INVERT_INSTEAD = (
+    "Choose denoising.noising ddim_inversion (InPO) or renoise_inversion (SmPO), which run the sampler of such a model "
+    "backwards, along its curve."
+)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DenoisingBatch:
@@ -67,6 +72,21 @@ def independent(
 
 
 RANDOM_NOISINGS = {"shared": shared, "independent": independent}
+
+
+def generating(
+    path: NoisePath, x0: Tensor, timesteps: Tensor, noise: Tensor, dtype: torch.dtype = torch.float32
+) -> DenoisingBatch:
+    """Noise each image with what it was drawn from: x0 and noise [k*B,...], timesteps [B]; xt comes in `dtype`.
+
+    On a flow path xt then lies on the straight line from the noise to the picture that the sampler made of it, and the
+    target is the direction of that line: PNAPO.
+
+    Raises:
+        ConfigError: a path of DDPM.
+    """
+    path.require_flow("Noising pictures with what they were drawn from", INVERT_INSTEAD)
+    return with_noise(path, x0, noise, timesteps.repeat(len(x0) // len(timesteps)), dtype=dtype)
 
 
 def per_image(seed: int, step: int, example_ids: Tensor, x0: Tensor, stream: str) -> Tensor:

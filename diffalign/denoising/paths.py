@@ -78,6 +78,9 @@ class NoisePath(Protocol):
     def require_ddpm(self, what: str, instead: str) -> None:
         """Raise ConfigError on a path that is not DDPM's, for what is defined on that alone."""
 
+    def require_flow(self, what: str, instead: str) -> None:
+        """Raise ConfigError on a path that is not straight, for what is defined on a straight one alone."""
+
     def identity(self) -> bytes:
         """Return what noising depends on, for the names of caches."""
 

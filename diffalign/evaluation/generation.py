@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffalign.backbones.families import has_unconditional_branch, pipeline_kind
+from diffalign.backbones.starting import initial_noise
 from diffalign.errors import DataError, ModelError, UserError
 from diffalign.evaluation.manifest import Manifest, atomic_write
 from diffalign.progress import progress_bar
@@ -107,6 +108,7 @@ def generate_to(
     if len(ids) != len(prompts):
         raise DataError(f"Got {len(prompts)} prompts but {len(ids)} prompt ids: every picture needs one of each.")
     requested = pd.DataFrame({"prompt_id": list(map(int, ids)), "prompt": list(prompts), "seed": list(map(int, seeds))})
+    requested["noise"] = [str(initial_noise(pipeline, int(s), settings.height, settings.width)) for s in seeds]
     manifest = Manifest.plan(directory, requested, settings=_drawing_record(pipeline, settings), identity=identity)
     todo = [row for row, path in enumerate(manifest.paths) if not path.exists()]
     drawn = _batches(pipeline, [prompts[row] for row in todo], [seeds[row] for row in todo], settings, progress)

@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,8 @@ from diffalign.errors import DataError
 FILE_NAME = "manifest.parquet"
 _METADATA_KEY = b"diffalign"
 _KEYS = ["prompt_id", "seed"]
-_COLUMNS = ["prompt_id", "prompt", "seed", "file"]
+NOISE = "noise"  # what the picture was drawn from (denoising/initial_noise.py); absent from older manifests
+_COLUMNS = ["prompt_id", "prompt", "seed", "file", NOISE]
 _FILE = "what should be its folder is a file"
 _REASONS = {errno.ENOSPC: "the disk is full", errno.EEXIST: _FILE, errno.ENOTDIR: _FILE}
 
@@ -44,7 +45,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """List the pictures of one model: `table` has prompt_id, prompt, seed and file, one row a picture."""
+    """List the pictures of one model: `table` has prompt_id, prompt, seed, file and noise, one row a picture."""
 
     directory: Path
     table: pd.DataFrame
@@ -63,14 +64,15 @@ class Manifest:
         if duplicated := int(requested.duplicated(_KEYS).sum()):
             raise DataError(f"{duplicated} pictures repeat a prompt and seed drawn already. Use another seed for each.")
         files = [f"{row.prompt_id:05d}-{row.seed}.png" for row in requested.itertuples()]
-        table = requested.assign(file=files)[_COLUMNS]
+        table = _columns(requested.assign(file=files))
         settings = json.loads(json.dumps(settings, default=str))
         planned = cls(directory, table, settings, identity)
         whole = planned
         if (directory / FILE_NAME).exists():
             before = cls.read(directory)
             before._require_same(planned)
-            merged = pd.concat([before.table, table]).drop_duplicates(_KEYS, ignore_index=True)
+            # The last that is known of every column: an older manifest has no noise.
+            merged = _columns(pd.concat([before.table, table]).groupby(_KEYS, sort=False, as_index=False).last())
             whole = cls(directory, merged, settings, identity)
         whole._write()
         return planned
@@ -84,7 +86,7 @@ class Manifest:
         try:
             stored = pq.read_table(file)
             record = json.loads(stored.schema.metadata[_METADATA_KEY])
-            table = stored.to_pandas()[_COLUMNS]
+            table = _columns(stored.to_pandas())
         except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{file} is not a manifest written by diffalign ({error}). Draw into a new folder."
@@ -158,3 +160,18 @@ class Manifest:
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), _METADATA_KEY: record.encode()})
         with atomic_write(self.directory / FILE_NAME) as temporary:
             pq.write_table(table, temporary)
+
+
+def _columns(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what a manifest holds of each picture; raise KeyError if some of it is missing."""
+    return table[[name for name in _COLUMNS if name != NOISE or name in table]]
+
+
+def noises_of(files: Sequence[str | Path]) -> list[str | None]:
+    """Return what pictures were drawn from by the manifests beside them; None where none says it."""
+    known: dict[Path, str | None] = {}
+    for folder in {Path(file).parent for file in files}:
+        if (folder / FILE_NAME).is_file():
+            manifest = Manifest.read(folder)
+            known |= dict(zip(manifest.paths, manifest.table.get(NOISE, [None] * len(manifest.table)), strict=True))
+    return [known.get(Path(file)) for file in files]

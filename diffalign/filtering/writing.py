@@ -84,10 +84,13 @@ def _fitting(table: pa.Table, schema: pa.Schema, file: str, first: str) -> pa.Ta
 
 
 def _write_pickapic(source: PairSource, part: pd.DataFrame, path: Path, advance: Callable[[int], None]) -> None:
-    with pq.ParquetWriter(path, PICKAPIC) as writer:
+    schema = PICKAPIC
+    if source.has_noises:
+        schema = pa.schema([*PICKAPIC, *(pa.field(f"noise_{side}", pa.string()) for side in (0, 1))])
+    with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, len(part), ROWS):
             rows = source.rows(part["index"].iloc[start : start + ROWS].tolist())
-            writer.write_table(pa.Table.from_pylist([_record(row) for row in rows], schema=PICKAPIC))
+            writer.write_table(pa.Table.from_pylist([_record(row) for row in rows], schema=schema))
             advance(len(rows))
 
 
@@ -105,4 +108,5 @@ def _record(row: PairRow) -> dict[str, Any]:
         "best_image_uid": row.chosen.identity,
         "are_different": True,
         "has_label": True,
+        **{f"noise_{side}": noise for side, noise in enumerate(row.noises or ())},
     }

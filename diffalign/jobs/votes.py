@@ -11,6 +11,7 @@ from rich.console import Console
 
 from diffalign.errors import DataError, UserError
 from diffalign.evaluation.arena import Arena
+from diffalign.evaluation.manifest import noises_of
 from diffalign.evaluation.statistics import binomial_test, holm, paired_bootstrap, wilson_interval
 from diffalign.evaluation.verdict import Evidence, p_text
 from diffalign.jobs.evaluating import arena
@@ -46,8 +47,9 @@ def export(file: Path, out: Path, layout: Layout, console: Console) -> int:
     judged = _judged(read_votes(file)[0], layout)
     judged["ranking_id"] = pd.factorize(judged["task"])[0] + 1
     rows = list(judged.to_dict("records"))
+    noises = _noises(row[name] for row in rows for name in ("file_a", "file_b"))
     per_prompt = pd.Series([row["prompt"] for row in rows]).value_counts()
-    written = ((_pair(row, int(per_prompt[row["prompt"]]))) for row in rows)
+    written = ((_pair(row, int(per_prompt[row["prompt"]])) | _drawn_from(row, noises)) for row in rows)
     count = tables.write_rows(written, out, f"There is no vote in {file} yet.")
     ties = sum(row["credit"] == 0.5 for row in rows)
     console.print(f"{count} pairs in {out}, {ties} of them ties.", markup=False, highlight=False)
@@ -89,6 +91,7 @@ def results(file: Path, console: Console) -> dict[str, Any]:
 def _export_lists(file: Path, out: Path, console: Console) -> int:
     """Write every ranked list with a score of each picture by each rater: k - rank + 1."""
     _, rankings = read_votes(file)
+    noises = _noises(picture for files in rankings["files"] for picture in files)
     rows = (
         {
             "caption": part["prompt"].iloc[0],
@@ -96,12 +99,25 @@ def _export_lists(file: Path, out: Path, console: Console) -> int:
             "scores": [list(map(float, scores)) for scores in zip(*part["ranks"].map(_scores), strict=True)],
             "models": part["models"].iloc[0],
             "n_votes": len(part),
+            **({"noises": [noises[picture] for picture in part["files"].iloc[0]]} if noises else {}),
         }
         for _, part in rankings.groupby("task", sort=True)
     )
     count = tables.write_rows(rows, out, f"There is no ranking in {file} yet: collect some with --rank K.")
     console.print(f"{count} ranked lists in {out}.", markup=False, highlight=False)
     return count
+
+
+def _noises(files: Iterable[str]) -> dict[str, str]:
+    """Return what pictures were drawn from if that is known of all of them, else nothing."""
+    named = list(dict.fromkeys(files))
+    noises = noises_of(named)
+    return dict(zip(named, noises, strict=True)) if all(noises) else {}
+
+
+def _drawn_from(row: dict[str, Any], noises: dict[str, str]) -> dict[str, str]:
+    """Return the columns that say what the two pictures of a row were drawn from."""
+    return {"noise_0": noises[row["file_a"]], "noise_1": noises[row["file_b"]]} if noises else {}
 
 
 def _scores(ranks: Sequence[int]) -> list[int]:

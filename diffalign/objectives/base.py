@@ -19,6 +19,8 @@ from diffalign.objectives.hyperparameters import check_choice as check_choice
 from diffalign.objectives.hyperparameters import check_number
 
 NO_REFERENCE = "a log-ratio needs the reference errors: declare them in Objective.needs"
+NO_PROGRESS = "declare progress in Objective.needs"
+SCALARS = ("statistic", "progress")  # fields of a whole batch
 LARGEST_EXPONENT = 80.0  # of a ratio: its gradient stays finite in float32
 
 
@@ -29,8 +31,9 @@ class _Checked:
 
     def __post_init__(self) -> None:
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-        statistic = tensors.pop("statistic", None)
-        assert statistic is None or statistic.ndim == 0, f"statistic must be a scalar, got {tuple(statistic.shape)}"
+        for name in SCALARS:
+            scalar = tensors.pop(name, None)
+            assert scalar is None or scalar.ndim == 0, f"{name} must be a scalar, got {tuple(scalar.shape)}"
         tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         shape = next(iter(tensors.values())).shape
         assert len(shape) == self._dimensions, f"expected {self._dimensions} dimension(s), got {tuple(shape)}"
@@ -53,6 +56,7 @@ class PairErrors(_Checked):
     drift_w: Tensor | None = None  # [B], mean of (policy - reference)^2, with gradient; needs "drift"
     drift_l: Tensor | None = None  # [B]
     residual_product: Tensor | None = None  # [B], mean of (policy_w - target_w)(policy_l - target_l); needs that name
+    progress: Tensor | None = None  # [], share of the run's steps that are done, in [0, 1); needs that name
     statistic: Tensor | None = None  # [], of the whole batch: see Objective.statistic
 
     @property
@@ -88,6 +92,7 @@ class SingleErrors(_Checked):
     desirable: Tensor | None = None  # [B] bool, None where the objective takes every image as desirable
     mismatched_policy: Tensor | None = None  # [B], with another example's prompt, no gradient; needs "mismatched"
     mismatched_reference: Tensor | None = None  # [B]
+    progress: Tensor | None = None  # [], share of the run's steps that are done, in [0, 1); needs that name
     statistic: Tensor | None = None  # [], of the whole batch: see Objective.statistic
 
     @property
@@ -106,6 +111,7 @@ class ListErrors(_Checked):
     policy: Tensor  # [B,k], with gradient
     scores: Tensor  # [B,k], higher is better
     reference: Tensor | None = None  # [B,k]
+    progress: Tensor | None = None  # [], share of the run's steps that are done, in [0, 1); needs that name
     statistic: Tensor | None = None  # [], of the whole batch: see Objective.statistic
 
 
@@ -162,6 +168,7 @@ NEEDS = frozenset(
         "preference",
         "image_captions",
         "advantages",
+        "progress",
     }
 )
 

@@ -11,6 +11,7 @@ from diffalign import plugins
 from diffalign.errors import ConfigError
 from diffalign.objectives.base import (
     NEEDS,
+    SCALARS,
     UNITS,
     ListErrors,
     Objective,
@@ -98,8 +99,10 @@ def _trial(objective: Objective[Any], plugin: plugins.Plugin) -> Any:
     for field in dataclasses.fields(CONTAINERS[layout]):
         need = next((need for need in NEEDS if field.name.startswith(need)), None)
         single = layout == "transition" and field.name in ("log_prob_l", "reference_log_prob_l", "label") and not pairs
-        if field.name != "statistic" and not single and (need is None or need in objective.needs):
+        if field.name not in SCALARS and not single and (need is None or need in objective.needs):
             given[field.name] = torch.linspace(0.1, 0.2, shape[-1]).expand(shape).clone().requires_grad_()
+    if "progress" in objective.needs and layout in ("pair", "single", "list"):
+        given["progress"] = torch.tensor(0.5)
     if "desirable" in given:
         given["desirable"] = torch.tensor([True, False]) if not objective.chosen_only else None
     errors = CONTAINERS[layout](**given)

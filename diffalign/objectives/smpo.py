@@ -51,7 +51,7 @@ class SmPO(ScaledMargin):
         """Return gamma * (2p - 1) * beta/2 * margin [B]."""
         if errors.preference is None:
             raise ConfigError(
-                "smpo needs P(winner preferred) of every pair. Set data.preference_from: scores with data.scorer (or "
+                "P(winner preferred) of every pair is needed. Set data.preference_from: scores with data.scorer (or "
                 "data.annotations_file), or use data with soft labels."
             )
         return self.gamma * (2 * errors.preference - 1) * super().logit(errors)

@@ -41,6 +41,7 @@ class Posed:
     cond: Conditioning
     reference_error: Tensor | None = None  # [N], where errors of the reference are stored
     hits: Tensor | None = None  # [B], the share of them that was known before
+    progress: Tensor | None = None  # [], share of the run's steps that are done, where the objective asks
 
     def select(self, examples: Tensor) -> "Posed":
         """Return those of some examples [B], each with all its images."""
@@ -68,6 +69,7 @@ class PreferenceStep(StepHook):
         anchor_weight: adds anchor_weight * mean (policy - reference)^2 of all images of an example.
         sft_weight: adds sft_weight * the policy's error on the first, best image.
         auto_beta: replaces the objective's beta.
+        total_steps: optimizer steps of the run, for objectives that ask for the progress.
         stored: errors of the reference; `pairs` are then RepeatedDraws, and examples come as `Visit`s. Without a
             `reference` they must be complete.
         reduce: averages a tensor over processes.
@@ -88,6 +90,7 @@ class PreferenceStep(StepHook):
     anchor_weight: float = 0.0
     sft_weight: float = 0.0
     auto_beta: AutoBeta | None = None
+    total_steps: int | None = None
     stored: ReferenceCache | None = None
     random_flip: bool = False
     proportion_empty_prompts: float = 0.0
@@ -111,8 +114,8 @@ class PreferenceStep(StepHook):
 
     def prepare(self, indices: list[int], step: int) -> Posed:
         """Do what depends on indices, seed and step, and on the host: load, draw, noise or invert, look up."""
-        step = step if self.stored is None else 0  # ids of RepeatedDraws hold the draw already
-        posed = self._posed(indices, step)
+        drawn_at = step if self.stored is None else 0  # ids of RepeatedDraws hold the draw already
+        posed = replace(self._posed(indices, drawn_at), progress=self._progress(step))
         if self.stored is None:
             return posed
         error, hits = self._stored_errors(posed, indices)
@@ -155,6 +158,13 @@ class PreferenceStep(StepHook):
         assert self.stored is not None
         return self.stored.errors(visits, evaluate, posed.problem.xt.device)
 
+    def _progress(self, step: int) -> Tensor | None:
+        """Return the share of the run that is done before a step, as a tensor: a recorded step holds no numbers."""
+        if "progress" not in self.objective.needs:
+            return None
+        assert self.total_steps is not None, "the progress of a run needs total_steps"
+        return torch.full((), step / self.total_steps, device=next(self.backbone.denoiser.parameters()).device)
+
     def _posed(self, indices: list[int], step: int) -> Posed:
         if self._window is None or not all(index in self._window[0] for index in indices):
             return self.pose(self.load(indices, step), step)
@@ -189,17 +199,25 @@ class PreferenceStep(StepHook):
         cond = self.backbone.condition(batch.text, batch.sizes)
         if batch.prompts == batch.prompts[: len(batch)] * batch.images_per_example:
             cond = cond.shared(batch.images_per_example)
-        batch = replace(batch, prompts=[])  # to select from a list, the host would have to wait for the device
+        noises = batch.noises
+        # To select from a list, the host would have to wait for the device.
+        batch = replace(batch, prompts=[], noises=None)
         common = path, sample_latents(batch, posterior), timesteps, self.seed, step, ids
+        dtype = dtype_of(self.backbone.denoiser)  # what `predict` would round xt to
         if self.noising in denoising.RANDOM_NOISINGS:
-            dtype = dtype_of(self.backbone.denoiser)  # what `predict` would round xt to
             return Posed(batch, denoising.RANDOM_NOISINGS[self.noising](*common, dtype=dtype), cond)
+        if self.noising == denoising.GENERATING:
+            noise = denoising.draw_noises(noises, shape).to(ids.device, non_blocking=True)
+            return Posed(batch, denoising.generating(*common[:3], noise, dtype), cond)
         assert self.inversion_network is not None, f"{self.noising} needs a network to invert"
         problem = denoising.inverted(*common, network=self.inversion_network, cond=cond, how=self.inversion)
         return Posed(batch, problem, cond)
 
     def measure(self, posed: Posed, outputs: DenoisingOutputs) -> Errors:
-        """Return the errors that the objective is a function of."""
+        """Return what the objective is a function of."""
+        return replace(self._errors(posed, outputs), progress=posed.progress)
+
+    def _errors(self, posed: Posed, outputs: DenoisingOutputs) -> Errors:
         problem, batch, needs = posed.problem, posed.batch, self.objective.needs
         weight = None
         if self.snr_gamma is not None:

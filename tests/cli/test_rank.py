@@ -61,6 +61,23 @@ def test_pairs_are_best_against_worst(scores, tmp_path):
     assert isinstance(invoke(scores, "--out", out, "--as", "pairs", "--min-gap", "0.9").exception, DataError)
 
 
+def test_what_pictures_were_drawn_from_goes_along_if_all_is_known(scores, tmp_path):
+    table = pd.read_parquet(scores)
+    table["noise"] = table["file"].map(lambda file: f"of {file[-7:-4]}")
+    table.to_parquet(scores)
+    lists, pairs = tmp_path / "lists.parquet", tmp_path / "pairs.parquet"
+    assert invoke(scores, "--out", lists).exit_code == 0
+    assert open_pairs(lists)[1].noises == ("of 1-3", "of 1-1", "of 1-2", "of 1-0")
+    assert invoke(scores, "--out", lists, "--k", 2).exit_code == 0
+    assert open_pairs(lists)[1].noises == ("of 1-1", "of 1-0")
+    assert invoke(scores, "--out", pairs, "--as", "pairs").exit_code == 0
+    assert open_pairs(pairs)[2].noises == ("of 2-3", "of 2-0")
+    table.loc[5, "noise"] = None
+    table.to_parquet(scores)
+    assert invoke(scores, "--out", pairs, "--as", "pairs").exit_code == 0
+    assert not open_pairs(pairs).has_noises
+
+
 def test_lists_of_a_given_length_leave_out_shorter_prompts(scores, tmp_path):
     table = pd.read_parquet(scores)
     table = table[~table["file"].str.contains("1-[23]", regex=True)]

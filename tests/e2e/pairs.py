@@ -9,10 +9,13 @@ import torch
 from PIL import Image
 
 
-def write_pairs(folder: Path, number: int, side: int = 64, captions: bool = False) -> Path:
+def write_pairs(
+    folder: Path, number: int, side: int = 64, captions: bool = False, noises: bool = False, latents: str = "16x16x16"
+) -> Path:
     """Write pairs of coloured images with noise; the winner is the brighter one, and every seventh row is a tie.
 
-    With `captions`, each image has one of its own as well, in caption_0 and caption_1.
+    With `captions`, each image has one of its own as well, in caption_0 and caption_1; with `noises`, it is said to be
+    drawn from noise of the shape `latents`, by a seed of its own.
     """
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -27,12 +30,18 @@ def write_pairs(folder: Path, number: int, side: int = 64, captions: bool = Fals
                 "jpg_1": images[1],
                 "label_0": label_0,
                 "label_1": 1 - label_0,
+                **({f"noise_{k}": noise_of(2 * index + k, latents) for k in (0, 1)} if noises else {}),
                 **({"caption_0": "a dark circle", "caption_1": f"a bright circle {index}"} if captions else {}),
             }
         )
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     return folder
+
+
+def noise_of(seed: int, latents: str = "16x16x16") -> str:
+    """Say what a picture was drawn from."""
+    return f"seed={seed} shape={latents} dtype=float32 generator=cpu"
 
 
 def write_lists(folder: Path, number: int, k: int, side: int = 64) -> Path:

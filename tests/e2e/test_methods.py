@@ -16,7 +16,7 @@ from tests.e2e.pairs import write_lists, write_pairs
 from tests.e2e.test_training import assert_close, assert_same_bits, variant, weights
 
 FIRST_LOSS = {name: math.log(2) for name in ("dpo", "robust_dpo", "inpo", "smpo", "dcpo", "sdpo", "npo", "fdpo")}
-FIRST_LOSS |= {name: math.log(2) for name in ("spo", "d3po")}
+FIRST_LOSS |= {name: math.log(2) for name in ("spo", "d3po", "pnapo")}
 FIRST_LOSS |= {"ipo": 0.25, "hinge": 1.0, "bco": 2 * math.log(2), "sppo": 0.5, "apo": 1.0, "kto": 0.5}
 
 
@@ -45,7 +45,7 @@ def sources(tmp_path_factory):
 
 
 @pytest.fixture
-def method(content, sources):
+def method(content, sources, tiny_sd3, tmp_path):
     """Return a function that makes the configuration of two steps with an objective."""
 
     def make(name, **sections):
@@ -57,6 +57,14 @@ def method(content, sources):
             changed["data"]["image_caption_columns"] = ["caption_0", "caption_1"]
         if name == "smpo":
             changed["data"] |= {"annotations_file": str(sources["scores"]), "preference_from": "scores"}
+        if name == "pnapo":  # of flow models, and of pictures whose noise is known
+            changed["model"]["pretrained_model_name_or_path"] = str(tiny_sd3)
+            changed["data"] |= {
+                "train_data_dir": str(write_pairs(tmp_path / "drawn", 12, noises=True)),
+                "random_flip": False,
+                "scorer": f"pickscore={ASSETS / 'tiny-pickscore'}",
+                "preference_from": "scores",
+            }
         if layout in ("transition", "reward"):
             changed["data"] = {"prompts_file": str(ASSETS / "prompts" / "tiny-train.txt"), "resolution": 64}
             changed["rollout"] = ROLLOUT | {"samples_per_prompt": 2, "transitions_per_prompt": 3}

@@ -40,7 +40,8 @@ def folders(tmp_path):
     """Return a folder of flat pictures for each of two models, with manifests as generate writes them."""
     found = {}
     for name, level in LEVELS.items():
-        requested = pd.DataFrame({"prompt_id": range(4), "prompt": PROMPTS, "seed": 0})
+        noises = [f"of {name} {number}" for number in range(4)]
+        requested = pd.DataFrame({"prompt_id": range(4), "prompt": PROMPTS, "seed": 0, "noise": noises})
         manifest = Manifest.plan(tmp_path / name, requested, settings={}, identity=name)
         for number, path in enumerate(manifest.paths):
             Image.new("RGB", (16, 16), (level, 10 * number, 0)).save(path)
@@ -205,6 +206,7 @@ def test_export_is_read_by_training(votes, tmp_path):
     assert source[0].chosen.load().getpixel((0, 0))[0] == LEVELS["dpo"]
     assert source[1].chosen.load().getpixel((0, 0))[0] == LEVELS["base"]
     assert source[1].extra["n_votes"] == 3
+    assert [row.noises for row in source] == [("of dpo 0", "of base 0"), ("of base 1", "of dpo 1")]
     counted.export(votes.file, tmp_path / "share" / "train.parquet", "share", console)
     assert open_pairs(tmp_path / "share")[1].preference == pytest.approx(2 / 3)
     assert counted.export(votes.file, tmp_path / "votes" / "train.parquet", "votes", console) == 8

@@ -77,6 +77,13 @@ FAULTS = {
         "objectives/linear_dpo.py", "self.logit(errors).detach()", "self.logit(errors)",
         f"{OBJECTIVES}/test_linear_dpo.py",
     ),
+    "the strength of PNAPO falls to 0": (
+        "objectives/pnapo.py", "self.end + (1 - self.end) * ", "", f"{OBJECTIVES}/test_pnapo.py",
+    ),
+    "the noise of a picture is drawn in another type and cast": (
+        "denoising/initial_noise.py", "generator=generator, dtype=TYPES[self.dtype])[0]", "generator=generator)[0]",
+        f"{DENOISING}/test_initial_noise.py",
+    ),
     "an image of a ranking competes with those above it": (
         "objectives/plackett_luce.py", "errors.scores[:, None] < ", "errors.scores[:, None] > ",
         f"{OBJECTIVES}/test_plackett_luce.py",

@@ -54,6 +54,7 @@ def pair_errors(objective: Objective, policy: Tensor, reference: Tensor) -> Pair
         preference=optional(objective, "preference", torch.full_like(policy[0], 0.7)),
         drift_w=optional(objective, "drift", 1e-3 + 0 * policy[0]),
         drift_l=optional(objective, "drift", 1e-3 + 0 * policy[0]),
+        progress=optional(objective, "progress", torch.tensor(0.25, dtype=torch.float64)),
         residual_product=optional(objective, "residual_product", torch.zeros_like(policy[0])),
         statistic=statistic_of(objective),
     )
@@ -98,6 +99,7 @@ def rewards(objective: Objective, policy: Tensor, reference: Tensor) -> Rewards:
 
 # The loss at a logit of 0, by the objective's equation; a new objective need not be entered.
 AT_REFERENCE = {name: math.log(2) for name in ("dpo", "robust_dpo", "inpo", "smpo", "dcpo", "sdpo", "npo", "fdpo")}
+AT_REFERENCE |= {"pnapo": math.log(2)}
 AT_REFERENCE |= {"ipo": 0.25, "hinge": 1.0, "bco": 2 * math.log(2), "sppo": 0.5, "apo": 1.0, "nca": 2 * math.log(2)}
 REVERSED = {"npo"}  # learns what people do not want
 DETACHED = {"linear_dpo"}  # a weight without gradient makes the value another function: test_linear_dpo.py has its own

@@ -11,6 +11,7 @@ from diffalign import objectives
 from diffalign.backbones.base import Backbone
 from diffalign.data.batch import PreferenceBatch
 from diffalign.jobs.training import assemble, networks
+from tests.e2e.pairs import noise_of
 
 OFFLINE = [n for n in objectives.names() if objectives.objective_class(n).layout in ("pair", "single", "list")]
 
@@ -44,6 +45,7 @@ class Latents:
             prompts=[str(index) for index in indices] * k,
             scores=_scores(ids, k) if self.scored else None,
             weights=1.0 + ids % 2,
+            noises=[noise_of(k * index + image, "4x8x8") for image in range(k) for index in indices],
         )
 
 
@@ -104,6 +106,8 @@ def _config(tiny, name):
     data = {"resolution": 64, "train_data_dir": "unused"}
     if name == "dcpo":
         data["image_caption_columns"] = ["caption_0", "caption_1"]
+    if name == "pnapo":
+        data["random_flip"] = False
     if name == "smpo":
         data |= {"preference_from": "scores", "annotations_file": "unused"}
     model = {"pretrained_model_name_or_path": str(tiny)}

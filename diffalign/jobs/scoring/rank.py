@@ -17,7 +17,7 @@ from rich.console import Console
 
 from diffalign.data import win_rate_labels
 from diffalign.errors import DataError, suggestion
-from diffalign.evaluation.manifest import atomic_write
+from diffalign.evaluation.manifest import NOISE, atomic_write
 from diffalign.jobs import skipped
 from diffalign.jobs.scoring.tables import write_rows
 
@@ -31,6 +31,7 @@ class Scored:
     prompt: str
     files: list[str]
     scores: np.ndarray  # [k,n], pictures by scorers
+    noises: list[str] | None = None  # [k], what the pictures were drawn from, where the table says it of all
 
 
 def rank(
@@ -44,6 +45,8 @@ def rank(
             comparisons against the one that wins fewest, for everything that learns from pairs.
         k: pictures a list, None for as many as all prompts have. Prompts with fewer are left out.
         min_gap: of the win rates of best and worst; pairs below it, and equal ones, are left out.
+
+    What the pictures were drawn from goes along if the table says it of all of them: noise_0 and noise_1, or noises.
 
     Raises:
         DataError: a table without these columns, pictures that are gone, prompts with different numbers of pictures.
@@ -83,6 +86,9 @@ def _read(file: Path) -> pd.DataFrame:
 
 def _groups(table: pd.DataFrame) -> Iterator[Scored]:
     """Yield the pictures of every prompt, in the order of the table."""
+    drawn_from = None
+    if NOISE in table.columns and table[NOISE].notna().all():
+        drawn_from = dict(zip(table["file"], table[NOISE], strict=True))
     for prompt, part in table.groupby("prompt", sort=False):
         wide = part.pivot_table(index="file", columns="scorer", values="score", sort=False)
         if wide.isna().any(axis=None):
@@ -90,7 +96,8 @@ def _groups(table: pd.DataFrame) -> Iterator[Scored]:
             raise DataError(
                 f"{file} lacks the score of one scorer. Score all pictures with all scorers in one command."
             )
-        yield Scored(str(prompt), [str(file) for file in wide.index], wide.to_numpy(dtype=np.float64))
+        noises = None if drawn_from is None else [drawn_from[file] for file in wide.index]
+        yield Scored(str(prompt), [str(file) for file in wide.index], wide.to_numpy(dtype=np.float64), noises)
 
 
 def _list_dropped(dropped: dict[str, str], prompts: int, file: Path, console: Console) -> None:
@@ -122,7 +129,7 @@ def _of_length(groups: list[Scored], k: int | None, table: Path) -> tuple[list[S
     k = k or lengths[0]
     if k < 2 or k > lengths[-1]:
         raise DataError(f"A list needs 2 to {lengths[-1]} pictures, the most a prompt of {table} has; got {k}.")
-    kept = [Scored(g.prompt, g.files[:k], g.scores[:k]) for g in groups if len(g.files) >= k]
+    kept = [Scored(g.prompt, g.files[:k], g.scores[:k], g.noises and g.noises[:k]) for g in groups if len(g.files) >= k]
     return kept, {g.prompt: f"with fewer than {k} pictures" for g in groups if len(g.files) < k}
 
 
@@ -132,13 +139,14 @@ def _gap(group: Scored) -> float:
 
 
 def _list_row(group: Scored) -> dict[str, Any]:
-    return {"caption": group.prompt, "images": [_bytes(file) for file in group.files], "scores": group.scores.tolist()}
+    row = {"caption": group.prompt, "images": [_bytes(file) for file in group.files], "scores": group.scores.tolist()}
+    return row if group.noises is None else row | {"noises": group.noises}
 
 
 def _pair_row(group: Scored) -> dict[str, Any]:
     rates = win_rate_labels(group.scores)
     best, worst = int(rates.argmax()), int(rates.argmin())
-    return {
+    row = {
         "caption": group.prompt,
         "jpg_0": _bytes(group.files[best]),
         "jpg_1": _bytes(group.files[worst]),
@@ -147,6 +155,7 @@ def _pair_row(group: Scored) -> dict[str, Any]:
         "win_rate_0": float(rates[best]),
         "win_rate_1": float(rates[worst]),
     }
+    return row if group.noises is None else row | {"noise_0": group.noises[best], "noise_1": group.noises[worst]}
 
 
 def _bytes(file: str) -> bytes:

@@ -12,6 +12,7 @@ from diffalign.backbones.base import Backbone, move
 from diffalign.config import Config
 from diffalign.data.visits import RepeatedDraws
 from diffalign.denoising import (
+    GENERATING,
     INVERSIONS,
     FixedList,
     FrozenDenoiser,
@@ -22,6 +23,7 @@ from diffalign.denoising import (
     TimestepSampling,
     Uniform,
 )
+from diffalign.denoising.noising import INVERT_INSTEAD
 from diffalign.errors import ConfigError
 from diffalign.jobs.training.networks import Reference, sampling_network, weights_dtype
 from diffalign.training.auto_beta import AutoBeta
@@ -35,8 +37,7 @@ def load_backbone(config: Config) -> Backbone:
     The VAE stays float32: half precision is visible in its latents, and it runs once if latents are cached.
     """
     model = config.model
-    if config.is_online:
-        check_online(config)
+    check_path(config)
     backbone = loading.load(
         model.pretrained_model_name_or_path,
         vae=model.pretrained_vae_model_name_or_path,
@@ -51,6 +52,28 @@ def load_backbone(config: Config) -> Backbone:
     if backbone.vae.dtype != torch.float32:
         move(backbone.vae, dtype=torch.float32)
     return backbone
+
+
+def check_path(config: Config) -> None:
+    """Refuse models that follow another path than the settings need.
+
+    Raises:
+        ConfigError: such a model.
+    """
+    if config.is_online:
+        check_online(config)
+    elif config.noising == GENERATING:
+        check_generating(config)
+
+
+def check_generating(config: Config) -> None:
+    """Refuse families of DDPM: only in a flow is the noise that a picture was drawn from the end of a straight line."""
+    source, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    if inspection.flow_family(source) is None and (family := inspection.family_at(source, revision)).ddim_steps:
+        raise ConfigError(
+            f'"{config.objective_name}" trains on the straight line between a picture and the noise that it was drawn '
+            f"from, along which flow models draw; {family.family} is of DDPM. {INVERT_INSTEAD}"
+        )
 
 
 def check_online(config: Config) -> None:
@@ -93,6 +116,7 @@ def preference_step(
         anchor_weight=loss.anchor_weight,
         sft_weight=loss.sft_weight,
         auto_beta=auto_beta,
+        total_steps=config.train.max_train_steps,
         stored=stored,
         random_flip=config.data.random_flip,
         proportion_empty_prompts=config.data.proportion_empty_prompts,

@@ -25,6 +25,7 @@ from diffalign.data import (
     open_pairs,
 )
 from diffalign.data.cache_store import exclusive
+from diffalign.denoising import GENERATING, require_noises
 from diffalign.errors import ConfigError
 from diffalign.jobs.scoring import score
 from diffalign.jobs.scoring import scorers as scoring
@@ -68,8 +69,14 @@ def open_examples(
     Raises:
         ConfigError: the data has another form than the objective needs.
     """
+    drawn = config.noising == GENERATING
+    shape = backbone.latent_shape(config.data.resolution)
+    if drawn and source.has_noises:
+        require_noises(source[0].noises, shape, source.name)  # before hours of encoding
     encoded = open_encoded(config, backbone, source, accelerator)
-    check(config, source.name, encoded.images_per_example, encoded.has_preference)
+    check(config, source.name, encoded.images_per_example, encoded.has_preference, source.has_noises)
+    if drawn and isinstance(encoded, LatentCache):
+        require_noises(encoded.noises, shape, source.name)
     examples = annotated(config, encoded, source, console)
     return taken_apart(config, examples) if takes_apart(config, examples.images_per_example) else examples
 
@@ -80,7 +87,7 @@ def takes_apart(config: Config, images: int) -> bool:
     return objective.layout == "single" and not objective.chosen_only and images == 2
 
 
-def check(config: Config, name: str, images: int, has_preference: bool) -> None:
+def check(config: Config, name: str, images: int, has_preference: bool, has_noises: bool) -> None:
     """Refuse data of another form than the configuration needs.
 
     Args:
@@ -88,9 +95,11 @@ def check(config: Config, name: str, images: int, has_preference: bool) -> None:
         name: of the data.
         images: an example has.
         has_preference: whether some examples have P(winner preferred) by themselves.
+        has_noises: whether it says what the images were drawn from.
 
     Raises:
         ConfigError: such data, with what to use instead.
+        DataError: data that does not say what its pictures were drawn from, where that is needed.
     """
     data, objective = config.data, config.build_objective()
     if images != 2 and (data.annotations_file or data.scorer is not None or data.flip_labels):
@@ -111,6 +120,8 @@ def check(config: Config, name: str, images: int, has_preference: bool) -> None:
             f'"{config.objective_name}" needs P(winner preferred), and {name} holds plain winners. Set '
             "data.preference_from: scores with data.scorer, e.g. data.scorer=pickscore."
         )
+    if config.noising == GENERATING and not has_noises:
+        require_noises(None, (), name)
     if takes_apart(config, images) and not data.cache_latents:
         raise ConfigError(
             f'"{config.objective_name}" takes pairs apart into single images, which needs data.cache_latents: true.'

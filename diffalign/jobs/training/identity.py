@@ -30,7 +30,7 @@ FREE = {
         *("push_to_hub", "hub_model_id", "hub_private"),
         *("train_batch_size", "gradient_accumulation_steps", "global_batch_size"),  # their product decides
         *("gradient_checkpointing", "enable_xformers_memory_efficient_attention", "allow_tf32"),
-        "max_train_steps",  # unless the learning rate depends on it
+        "max_train_steps",  # unless the learning rate or the objective depends on it
     },
 }
 
@@ -75,7 +75,7 @@ def settings_identity(config: Config, plan: BatchPlan) -> dict[str, Any]:
     performance, train = config.performance, sections["train"]
     train["global_batch_size"] = plan.global_batch_size
     train["precision"] = [config.pure_bf16, performance.reference_dtype, performance.sampling_dtype]
-    if config.optimizer.lr_scheduler in ("linear", "cosine"):
+    if config.optimizer.lr_scheduler in ("linear", "cosine") or "progress" in config.needs:
         train["max_train_steps"] = config.train.max_train_steps
     if "lora" in sections and config.lora.lora_target_modules is None:  # the family decides
         del sections["lora"]["lora_target_modules"]

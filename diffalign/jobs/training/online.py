@@ -176,13 +176,12 @@ def _moving_average(config: Config, backbone: Backbone) -> MovingReference | Non
 def make_sampler(config: Config, backbone: Backbone, behavior: MovingReference | None = None) -> Sampler:
     """Build what samples: the policy as it is, or its average."""
     rollout = config.rollout
-    side = config.data.resolution // backbone.vae_scale_factor
     lent = behavior.lent if behavior else None
     network = sampling_network(config, backbone, rollout.sample_batch_size, lent)
     return Sampler(
         path=backbone.path,
         network=network,
-        shape=(backbone.latent_channels, side, side),
+        shape=backbone.latent_shape(config.data.resolution),
         seed=config.train.seed,
         num_inference_steps=rollout.num_inference_steps,
         guidance_scale=rollout.guidance_scale,

@@ -82,8 +82,7 @@ def examine(config: Config, error_log: Path | None = None, source: PairSource | 
     where = {"vae": vae, "unet_init": unet_init, "variant": model.variant}
     source, resolution = model.pretrained_model_name_or_path, config.data.resolution
     found.attempt(lambda: inspection.check(source, resolution, **where))
-    if config.is_online:
-        found.attempt(lambda: assemble.check_online(config))
+    found.attempt(lambda: assemble.check_path(config))
     found.attempt(lambda: examples.transform_of(config))
     if config.is_online:
         _examine_rollout(config, plan, found)
@@ -152,7 +151,7 @@ def _examine_data(config: Config, error_log: Path | None, found: Findings) -> No
     found.source = source
     if source is not None:
         images = source.images_per_example
-        found.attempt(lambda: examples.check(config, source.name, images, source.has_preference))
+        found.attempt(lambda: examples.check(config, source.name, images, source.has_preference, source.has_noises))
         if config.data.resolution % 8 == 0:  # else it is refused elsewhere
             found.attempt(lambda: storage.check_room(config, source))
 
