@@ -20,6 +20,7 @@ class EmbeddedModel:
 MODELS = {
     "sdxl": EmbeddedModel(build=pipeline.build_pipeline, recipe=Pretraining()),
     "sd3": EmbeddedModel(
-        build=sd3.build_pipeline, recipe=Pretraining(denoiser_steps=3_200, denoiser_learning_rate=1e-3)
+        build=sd3.build_pipeline,
+        recipe=Pretraining(denoiser_steps=3_600, denoiser_cycles=2, denoiser_learning_rate=1e-3),
     ),
 }

@@ -6,7 +6,7 @@ its captions: preference alignment needs something left to improve.
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -37,6 +37,7 @@ class Pretraining:
     denoiser_steps: int = 5_000
     denoiser_batch_size: int = 32
     denoiser_learning_rate: float = 5e-4
+    denoiser_cycles: int = 1  # of so many steps each, from the average of the one before, with a fresh optimizer
     caption_dropout: float = 0.1
     ema_decay: float = 0.998
     seed: int = 0
@@ -174,4 +175,6 @@ def pretrain(pipeline: DiffusionPipeline, recipe: Pretraining, console: Console)
     vae_error = train_vae(pipeline, images, recipe, console)
     config = pipeline.vae.config
     x0 = (encode(pipeline, images) - (config.shift_factor or 0.0)) * config.scaling_factor
-    return {"vae_error": vae_error, "denoising_error": train_denoiser(pipeline, x0, captions, recipe, console)}
+    for cycle in range(recipe.denoiser_cycles):
+        error = train_denoiser(pipeline, x0, captions, replace(recipe, seed=recipe.seed + 10 * cycle), console)
+    return {"vae_error": vae_error, "denoising_error": error}
