@@ -52,6 +52,7 @@ class Backbone(ABC):
     ddim_steps: ClassVar[bool] = True  # it is sampled by DDIM's steps, whose distribution online objectives learn from
     prompt_first: ClassVar[bool] = False  # its pipeline guides with [prompts, empty ones], and not the other way round
     separate_branches: ClassVar[bool] = False  # its pipeline guides with two calls, of the prompts and of empty ones
+    noise_patches: ClassVar[int] = 1  # side of the patches that its pipeline draws as channels of one place
     noise_dtype: ClassVar[torch.dtype | None] = None  # that its pipeline draws noise in; None: that of encoded prompts
     plain_attention: ClassVar[bool] = False  # its attention is that of the UNets, of which kernels can be chosen
 

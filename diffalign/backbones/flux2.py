@@ -88,7 +88,7 @@ class Flux2(FlowBackbone):
         *("to_qkv_mlp_proj", "to_out"),
     )
     original_names = ORIGINAL
-    packing_side = packing.SIDE
+    packing_side = noise_patches = packing.SIDE
     mu_rule = "flux2"
     few_steps = re.compile(rf"{FlowBackbone.few_steps.pattern}|^FLUX\.2-klein-\d+B", re.IGNORECASE)  # not klein-base
 

@@ -3,7 +3,7 @@
 from diffusers import DiffusionPipeline
 
 from diffalign.backbones.base import TEXT_ENCODERS, present
-from diffalign.backbones.families import FAMILIES, denoiser_of
+from diffalign.backbones.families import denoiser_of, pipeline_kind
 from diffalign.denoising import InitialNoise
 
 DEFAULT_SIDE = 1024  # pixels, of pipelines whose denoiser was made for no size
@@ -23,11 +23,11 @@ def initial_noise(
         width: likewise.
     """
     denoiser, scale = denoiser_of(pipeline), pipeline.vae_scale_factor
-    family = next(family for family in FAMILIES if isinstance(pipeline, family.pipeline_class))
+    family = pipeline_kind(pipeline)
     size = getattr(pipeline, "default_sample_size", None) or getattr(denoiser.config, "sample_size", None)
     default = DEFAULT_SIDE if size is None else size * scale
     patch = family.patch_size(denoiser.config)
     rows, columns = (patch * ((side or default) // (patch * scale)) for side in (height, width))
     dtype = family.noise_dtype or present(pipeline.components, TEXT_ENCODERS)[-1].dtype
     shape = family.latent_channels_of(denoiser.config), rows, columns
-    return InitialNoise(seed, shape, str(dtype).removeprefix("torch."))
+    return InitialNoise(seed, shape, str(dtype).removeprefix("torch."), family.noise_patches)

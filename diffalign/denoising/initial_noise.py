@@ -13,12 +13,13 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle
 
 from diffalign.errors import DataError
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 DEVICE = "cpu"
-FORM = re.compile(r"seed=(\d+) shape=(\d+)x(\d+)x(\d+) dtype=(\w+) generator=(\w+)")
+FORM = re.compile(r"seed=(\d+) shape=(\d+)x(\d+)x(\d+) dtype=(\w+) generator=(\w+)(?: patches=(\d+))?")
 EXAMPLE = "seed=7 shape=16x128x128 dtype=bfloat16 generator=cpu"
 LARGEST_SEED = 2**64 - 1
 MAKE_THEM = (
@@ -35,6 +36,7 @@ class InitialNoise:
         seed: of the generator, made for this picture alone.
         shape: C, h, w of the latents, as they are before any packing.
         dtype: type that was drawn, of TYPES.
+        patches: side of the patches whose latents were drawn as channels of one place (FLUX.2: 2); 1 elsewhere.
 
     Example:
         >>> noise = InitialNoise.parse("seed=7 shape=4x2x2 dtype=float32 generator=cpu")
@@ -45,6 +47,7 @@ class InitialNoise:
     seed: int
     shape: tuple[int, int, int]
     dtype: str = "float32"
+    patches: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -56,7 +59,7 @@ class InitialNoise:
         match = FORM.fullmatch(text.strip())
         if match is None:
             raise DataError(f'The noise of a picture is {text!r}, expected as in "{EXAMPLE}".')
-        seed, *sides, dtype, device = match.groups()
+        seed, *sides, dtype, device, patches = match.groups()
         if device != DEVICE:
             raise DataError(
                 f"A picture was drawn by a generator on {device} ({text}): its numbers depend on the GPU and cannot be "
@@ -65,15 +68,20 @@ class InitialNoise:
         if dtype not in TYPES or int(seed) > LARGEST_SEED or "0" in sides:
             known = ", ".join(TYPES)
             raise DataError(f"The noise {text!r} must have sides above 0, a seed below 2^64 and a dtype of {known}.")
-        return cls(int(seed), (int(sides[0]), int(sides[1]), int(sides[2])), dtype)
+        shape, side = (int(sides[0]), int(sides[1]), int(sides[2])), int(patches or 1)
+        if side == 0 or shape[1] % side or shape[2] % side:
+            raise DataError(f"The noise {text!r} has sides that its patches do not divide.")
+        return cls(int(seed), shape, dtype, side)
 
     def __str__(self) -> str:
-        return f"seed={self.seed} shape={_sides(self.shape)} dtype={self.dtype} generator={DEVICE}"
+        patches = f" patches={self.patches}" if self.patches > 1 else ""
+        return f"seed={self.seed} shape={_sides(self.shape)} dtype={self.dtype} generator={DEVICE}{patches}"
 
     def draw(self) -> Tensor:
         """Draw the noise [C,h,w], float32 from the type it was drawn in."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.randn((1, *self.shape), generator=generator, dtype=TYPES[self.dtype])[0].float()
+        generator, (channels, height, width), side = torch.Generator().manual_seed(self.seed), self.shape, self.patches
+        shape = 1, channels * side**2, height // side, width // side
+        return pixel_shuffle(torch.randn(shape, generator=generator, dtype=TYPES[self.dtype]), side)[0].float()
 
 
 def require_noises(noises: Sequence[str | None] | None, shape: Sequence[int], name: str) -> list[InitialNoise]:

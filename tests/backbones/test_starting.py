@@ -9,8 +9,11 @@ from diffalign.backbones.packing import packed
 from diffalign.backbones.starting import initial_noise
 from diffalign.denoising import InitialNoise
 
+FLUX2 = ("tiny_klein", "tiny_flux2_dev")
+PACKED = ("tiny_flux", "tiny_qwen", *FLUX2)
 
-@pytest.mark.parametrize("name", ["tiny_sd15", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_zimage"])
+
+@pytest.mark.parametrize("name", ["tiny_sd15", "tiny_sdxl", "tiny_sd3", "tiny_zimage", *PACKED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_stock_pipeline_starts_from_it(name, dtype, request, monkeypatch):
     pipeline = DiffusionPipeline.from_pretrained(request.getfixturevalue(name), torch_dtype=dtype)
@@ -27,14 +30,15 @@ def test_the_stock_pipeline_starts_from_it(name, dtype, request, monkeypatch):
     for height, width in ((64, 64), (64, 96)):
         generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
         size = {"height": height, "width": width}
-        pipeline(["a red circle"] * 2, num_inference_steps=1, generator=generators, output_type="latent", **size)
+        pipeline(prompt=["a red circle"] * 2, num_inference_steps=2, generator=generators, output_type="latent", **size)
         latents = started.pop()
         said = [str(initial_noise(pipeline, seed, height, width)) for seed in (7, 8)]
         noise = torch.stack([InitialNoise.parse(text).draw() for text in said])
         assert noise.shape[2:] == (height // 4, width // 4)
         assert f"dtype={str(latents.dtype).removeprefix('torch.')}" in said[0]
         scale = pipeline.scheduler.init_noise_sigma if name in ("tiny_sd15", "tiny_sdxl") else 1.0
-        expected = packed(noise) if name == "tiny_flux" else noise
+        expected = packed(noise) if name in PACKED else noise
+        assert ("patches=2" in said[0]) == (name in FLUX2)
         assert torch.equal((expected.to(latents.dtype) * scale).float(), latents.float())
         assert not torch.equal(noise[0], noise[1])
 
