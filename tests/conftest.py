@@ -16,6 +16,7 @@ from tests.plugged import forget
 from tests.tiny import (
     build_tiny_flux,
     build_tiny_qwen,
+    build_tiny_sana,
     build_tiny_sd3,
     build_tiny_sd15,
     build_tiny_sdxl,
@@ -82,6 +83,12 @@ def tiny_flux(tmp_path_factory):
 def tiny_qwen(tmp_path_factory):
     """Return the folder of a random-weight Qwen-Image pipeline; treat it as read-only."""
     return build_tiny_qwen(tmp_path_factory.mktemp("models") / "tiny-qwen")
+
+
+@pytest.fixture(scope="session")
+def tiny_sana(tmp_path_factory):
+    """Return the folder of a random-weight SANA pipeline; treat it as read-only."""
+    return build_tiny_sana(tmp_path_factory.mktemp("models") / "tiny-sana")
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,15 @@
 """Real diffusers pipelines with random weights, small enough for a test: 64x64 images, 16x16 latents."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLQwenImage,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -14,6 +17,8 @@ from diffusers import (
     PNDMScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -22,11 +27,15 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -38,6 +47,7 @@ from transformers import (
 )
 
 from diffalign.backbones.published import SHIFTS
+from diffalign.backbones.sana import INSTRUCTION
 
 IMAGE_SIZE = 64
 LATENT_SIZE = 16
@@ -295,6 +305,73 @@ def build_tiny_qwen(directory: str | Path, seed: int = 0) -> Path:
     return Path(directory)
 
 
+def tiny_gemma_tokenizer() -> GemmaTokenizer:
+    """Return a Gemma tokenizer over letters and words, those of SANA's instruction among them: it is long."""
+    merges = _merges((*WORDS, *dict.fromkeys(word for word in INSTRUCTION.split() if word.isalpha())), "\u2581", "")
+    letters = sorted({*map(chr, range(ord("!"), 127)), "\n", "\u2581"})
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters, *("".join(pair) for pair in merges)]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges)
+    first = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])])
+    tokenizer.backend_tokenizer.post_processor = first
+    return tokenizer
+
+
+def tiny_gemma(tokenizer: GemmaTokenizer) -> Gemma2Model:
+    """Return a Gemma2 of three layers of 16 channels."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return Gemma2Model(Gemma2Config(vocab_size=len(tokenizer), **shape, **heads))
+
+
+def tiny_transformer_sana(**settings) -> SanaTransformer2DModel:
+    """Return SANA's topology with two blocks of 16 channels."""
+    return SanaTransformer2DModel(
+        sample_size=LATENT_SIZE,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        cross_attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_dim=16,
+        caption_channels=16,
+        **settings,
+    )
+
+
+def tiny_vae_sana() -> AutoencoderDC:
+    """Return an autoencoder that halves the image twice into 32 channels, with both kinds of SANA's blocks."""
+    return AutoencoderDC(
+        latent_channels=32,
+        attention_head_dim=8,
+        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 16, 32),
+        decoder_block_out_channels=(8, 16, 32),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        scaling_factor=0.41407,
+    )
+
+
+def build_tiny_sana(directory: str | Path, seed: int = 0) -> Path:
+    """Write a random-weight SanaPipeline of about 0.1 M parameters to `directory` and return its path."""
+    tokenizer = tiny_gemma_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = SanaPipeline(
+            vae=tiny_vae_sana(),
+            text_encoder=tiny_gemma(tokenizer),
+            tokenizer=tokenizer,
+            transformer=tiny_transformer_sana(),
+            scheduler=DPMSolverMultistepScheduler(**SHIFTS["sana"]),
+        )
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    return Path(directory)
+
+
 def tiny_transformer_zimage() -> ZImageTransformer2DModel:
     """Return Z-Image's topology with two blocks of 32 channels, and tokens of padding that are not zeros."""
     transformer = ZImageTransformer2DModel(
@@ -344,11 +421,11 @@ def _save(pipeline, directory: str | Path) -> Path:
     return directory
 
 
-def _merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Join each word's letters from left to right, so that every word in `words` becomes one token."""
+def _merges(words: Iterable[str], before: str = "", after: str = "</w>") -> list[tuple[str, str]]:
+    """Join each word's letters from left to right, with marks, so that every word in `words` becomes one token."""
     merges: dict[tuple[str, str], None] = {}
     for word in words:
-        pieces = [*word[:-1], word[-1] + "</w>"]
+        pieces = [*before, *word[:-1], word[-1] + after]
         while len(pieces) > 1:
             merges[pieces[0], pieces[1]] = None
             pieces = [pieces[0] + pieces[1], *pieces[2:]]

@@ -21,12 +21,12 @@ class FlowBackbone(Backbone):
 
     denoiser_name = "transformer"
     ddim_steps = False
-    hub_mark: ClassVar[str]  # in the hub ids of its models, and of no others
+    hub_mark: ClassVar[str]  # in the hub ids of its models, in whatever case, and of no others
     original_names: ClassVar[LayerNames | None] = None  # of the layers, where LoRAs of other programs are to be read
     packing_side: ClassVar[int] = 1  # latents that a token is high and wide where the transformer is given tokens
     # Of hub ids and folders: no configuration says that a model was distilled to a few steps.
     few_steps: ClassVar[re.Pattern[str]] = re.compile(
-        r"turbo|lightning|hyper-?sd|flash|schnell|distill|\blcm\b|\bdmd", re.IGNORECASE
+        r"turbo|lightning|hyper-?sd|flash|schnell|distill|\blcm\b|\bdmd|sprint", re.IGNORECASE
     )
 
     @classmethod

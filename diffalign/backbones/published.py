@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
@@ -130,6 +131,7 @@ _SD3 = {"sample_size": 128, "num_layers": 24, "num_attention_heads": 24}
 _SD3 |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 192}
 _SD3 |= {"caption_projection_dim": 1536}
 _SD35 = _SD3 | {"qk_norm": "rms_norm"}
+_SANA15 = {"qk_norm": "rms_norm_across_heads"}
 TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
     "sd3": {
         "stabilityai/stable-diffusion-3-medium-diffusers": _SD3,
@@ -140,6 +142,14 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "flux": {"black-forest-labs/FLUX.1-dev": {"guidance_embeds": True}},  # all else is the class's default
     "qwen": {"Qwen/Qwen-Image": {}, "Qwen/Qwen-Image-2512": {}},  # the class's defaults
+    # Of diffusers' scripts/convert_sana_to_diffusers.py; the class's defaults are the first's.
+    "sana": {
+        "Efficient-Large-Model/Sana_1600M_1024px_diffusers": {},
+        "Efficient-Large-Model/Sana_600M_1024px_diffusers": {"num_layers": 28, "num_attention_heads": 36}
+        | {"num_cross_attention_heads": 16, "cross_attention_head_dim": 72, "cross_attention_dim": 1152},
+        "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": _SANA15,
+        "Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers": _SANA15 | {"num_layers": 60},
+    },
     "zimage": {
         "Tongyi-MAI/Z-Image": {"dim": 3840, "n_layers": 30, "n_heads": 30}
         | {"n_kv_heads": 30, "n_refiner_layers": 2, "cap_feat_dim": 2560},
@@ -149,6 +159,7 @@ TRANSFORMER_CLASSES: dict[str, type[nn.Module]] = {
     "sd3": SD3Transformer2DModel,
     "flux": FluxTransformer2DModel,
     "qwen": QwenImageTransformer2DModel,
+    "sana": SanaTransformer2DModel,
     "zimage": ZImageTransformer2DModel,
 }
 # What their schedulers say of the shift.
@@ -157,8 +168,10 @@ SHIFTS = {
     "flux": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
     "qwen": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9}
     | {"base_image_seq_len": 256, "max_image_seq_len": 8192, "shift_terminal": 0.02},
+    "sana": {"flow_shift": 3.0, "use_flow_sigmas": True, "prediction_type": "flow_prediction"},
     "zimage": {"shift": 6.0},
 }
+VAE_SCALES = {"sana": 32}  # how many pixels a latent is high and wide; 8 of all others
 CLIP_MERGES = 48894  # with 256 letters, 256 final letters and 2 marks they make the 49,408 tokens
 PIPELINE_NAMES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 

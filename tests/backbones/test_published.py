@@ -13,6 +13,7 @@ from diffalign.backbones.adapters import ATTENTION, add_lora
 from diffalign.backbones.flux import Flux
 from diffalign.backbones.kohya import kohya_metadata, ldm_name
 from diffalign.backbones.qwen_image import QwenImage
+from diffalign.backbones.sana import Sana
 from diffalign.backbones.sd3 import SD3
 from diffalign.backbones.z_image import ZImage
 from diffalign.errors import ModelError
@@ -119,6 +120,22 @@ def test_size_of_qwen_image():
     square, mlp = 2 * 3072, 2 * (3072 + 4 * 3072)  # inputs and outputs of a layer; of the two of an MLP
     idle = 2 * square + mlp
     assert sum(parameter.numel() for parameter in trained) == 16 * (60 * (8 * square + 2 * mlp) - idle)
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "parameters", "width"),
+    [
+        ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", 1_604_462_752, 2240),
+        ("Efficient-Large-Model/Sana_600M_1024px_diffusers", 591_747_872, 1152),
+        ("Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers", 4_721_825_952, 2240),
+    ],
+)
+def test_sizes_of_sana(hub_id, parameters, width):
+    """Of a LoRA of rank 32: the four layers of two attentions in every block."""
+    network = published.random_transformer(hub_id, device="meta")
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    trained = add_lora(network, 32, target_modules=Sana.lora_targets, idle=Sana.idle_layers(network))
+    assert sum(parameter.numel() for parameter in trained) == network.config.num_layers * 8 * 32 * 2 * width
 
 
 def test_size_of_z_image():
