@@ -15,6 +15,7 @@ from diffalign.denoising import FrozenDenoiser
 from tests.plugged import forget
 from tests.tiny import (
     build_tiny_flux,
+    build_tiny_lumina2,
     build_tiny_qwen,
     build_tiny_sana,
     build_tiny_sd3,
@@ -83,6 +84,12 @@ def tiny_flux(tmp_path_factory):
 def tiny_qwen(tmp_path_factory):
     """Return the folder of a random-weight Qwen-Image pipeline; treat it as read-only."""
     return build_tiny_qwen(tmp_path_factory.mktemp("models") / "tiny-qwen")
+
+
+@pytest.fixture(scope="session")
+def tiny_lumina2(tmp_path_factory):
+    """Return the folder of a random-weight Lumina-Image 2.0 pipeline; treat it as read-only."""
+    return build_tiny_lumina2(tmp_path_factory.mktemp("models") / "tiny-lumina2")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PNDMScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -129,12 +131,12 @@ def tiny_transformer_flux(guidance_embeds: bool = True) -> FluxTransformer2DMode
     )
 
 
-def tiny_vae(scaling_factor: float, latent_channels: int = 4, **settings) -> AutoencoderKL:
-    """Return an autoencoder that halves the image twice into a few channels."""
+def tiny_vae(scaling_factor: float, latent_channels: int = 4, halvings: int = 2, **settings) -> AutoencoderKL:
+    """Return an autoencoder that halves the image twice, or as often as is said, into a few channels."""
     return AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, *(16,) * halvings),
+        down_block_types=("DownEncoderBlock2D",) * (halvings + 1),
+        up_block_types=("UpDecoderBlock2D",) * (halvings + 1),
         latent_channels=latent_channels,
         norm_num_groups=8,
         sample_size=IMAGE_SIZE,
@@ -367,6 +369,42 @@ def build_tiny_sana(directory: str | Path, seed: int = 0) -> Path:
             tokenizer=tokenizer,
             transformer=tiny_transformer_sana(),
             scheduler=DPMSolverMultistepScheduler(**SHIFTS["sana"]),
+        )
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    return Path(directory)
+
+
+def tiny_transformer_lumina2() -> Lumina2Transformer2DModel:
+    """Return Lumina-Image 2.0's topology with two blocks of 24 channels and a refiner of each kind."""
+    return Lumina2Transformer2DModel(
+        sample_size=IMAGE_SIZE // 8,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 8, 8),
+        cap_feat_dim=16,
+    )
+
+
+def build_tiny_lumina2(directory: str | Path, seed: int = 0) -> Path:
+    """Write a random-weight Lumina2Pipeline of about 0.1 M parameters to `directory` and return its path.
+
+    Its VAE is of 1/8 as the published one: the pipeline takes that for granted.
+    """
+    tokenizer = tiny_gemma_tokenizer()
+    vae = {"shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = Lumina2Pipeline(
+            vae=tiny_vae(0.3611, 16, halvings=3, **vae),
+            text_encoder=tiny_gemma(tokenizer),
+            tokenizer=tokenizer,
+            transformer=tiny_transformer_lumina2(),
+            scheduler=FlowMatchEulerDiscreteScheduler(**SHIFTS["lumina2"]),
         )
     pipeline.save_pretrained(directory, safe_serialization=True)
     return Path(directory)

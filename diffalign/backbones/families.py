@@ -8,6 +8,7 @@ from torch import nn
 
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.flux import Flux
+from diffalign.backbones.lumina2 import Lumina2
 from diffalign.backbones.qwen_image import QwenImage
 from diffalign.backbones.sana import Sana
 from diffalign.backbones.sd3 import SD3
@@ -16,8 +17,9 @@ from diffalign.backbones.sdxl import SDXL
 from diffalign.backbones.z_image import ZImage
 from diffalign.errors import ModelError
 
-FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux, QwenImage, Sana, ZImage)
+FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux, Lumina2, QwenImage, Sana, ZImage)
 PIPELINES = {family.pipeline_class.__name__: family for family in FAMILIES}
+PIPELINES |= {name: family for family in FAMILIES for name in family.older_pipelines}
 BY_NAME = {family.family: family for family in FAMILIES}
 # What pipelines with these in the names of diffusers' classes do, and what to use instead.
 OTHER_TASKS = {
@@ -74,7 +76,7 @@ def family_of(pipeline_class: str, source: str) -> type[Backbone]:
     """
     if pipeline_class not in PIPELINES:
         also = next((f", which {why}" for mark, why in OTHER_TASKS.items() if re.search(mark, pipeline_class)), "")
-        known = ", ".join(f"{family.family} ({name})" for name, family in PIPELINES.items())
+        known = ", ".join(f"{family.family} ({family.pipeline_class.__name__})" for family in FAMILIES)
         raise ModelError(
             f'"{source}" is a {pipeline_class}{also}. Supported: {known}; other families are not supported yet.'
         )

@@ -77,6 +77,15 @@ class FlowBackbone(Backbone):
         """Refuse few-step models that no name tells, but the configurations of transformer and scheduler do."""
         return
 
+    @staticmethod
+    def _check_positions(source: str, largest: int, resolution: int) -> None:
+        """Refuse pictures larger than those whose every token has a position of its own."""
+        if resolution > largest:
+            raise ModelError(
+                f'"{source}" knows positions of pictures of up to {largest} pixels a side; data.resolution is '
+                f"{resolution}. Lower it."
+            )
+
     def _noise_path(self) -> NoisePath:
         try:
             path = path_of(self.scheduler.config)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import (
     FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -141,6 +142,7 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
         | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432},
     },
     "flux": {"black-forest-labs/FLUX.1-dev": {"guidance_embeds": True}},  # all else is the class's default
+    "lumina2": {"Alpha-VLLM/Lumina-Image-2.0": {"cap_feat_dim": 2304}},  # the width of Gemma2
     "qwen": {"Qwen/Qwen-Image": {}, "Qwen/Qwen-Image-2512": {}},  # the class's defaults
     # Of diffusers' scripts/convert_sana_to_diffusers.py; the class's defaults are the first's.
     "sana": {
@@ -158,6 +160,7 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
 TRANSFORMER_CLASSES: dict[str, type[nn.Module]] = {
     "sd3": SD3Transformer2DModel,
     "flux": FluxTransformer2DModel,
+    "lumina2": Lumina2Transformer2DModel,
     "qwen": QwenImageTransformer2DModel,
     "sana": SanaTransformer2DModel,
     "zimage": ZImageTransformer2DModel,
@@ -166,6 +169,7 @@ TRANSFORMER_CLASSES: dict[str, type[nn.Module]] = {
 SHIFTS = {
     "sd3": {"shift": 3.0},
     "flux": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
+    "lumina2": {"shift": 6.0},
     "qwen": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9}
     | {"base_image_seq_len": 256, "max_image_seq_len": 8192, "shift_terminal": 0.02},
     "sana": {"flow_shift": 3.0, "use_flow_sigmas": True, "prediction_type": "flow_prediction"},

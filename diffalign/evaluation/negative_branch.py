@@ -58,6 +58,7 @@ class NegativeBranch(nn.Module):
         )
         self._branches = branches[::-1] if PIPELINES[type(pipeline).__name__].prompt_first else branches
         self._separate, self._called = pipeline_kind(pipeline).separate_branches, ""
+        self._timestep: Tensor | None = None  # of a call with the prompt, after which one without it is due
         self._pipeline = weakref.ref(pipeline)
 
     def __getattr__(self, name: str) -> Any:
@@ -97,7 +98,7 @@ class NegativeBranch(nn.Module):
             ModelError: the pipeline does not guide, so that there is no half to be evaluated by the negative network.
         """
         if self._separate:
-            network, mixed = self._branches[self._called == "cond"]
+            network, mixed = self._branches[self._has_prompt(options.get("timestep"))]
             with mixed():
                 return network(*args, return_dict=return_dict, **options)
         pipeline = self._pipeline()
@@ -112,6 +113,21 @@ class NegativeBranch(nn.Module):
         listed = isinstance(predictions[0], list)
         prediction = [entry for half in predictions for entry in half] if listed else torch.cat(predictions)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+    def _has_prompt(self, timestep: Tensor | None) -> bool:
+        """Tell whether a call is of the prompts: the pipeline says so, or it is the first with this timestep.
+
+        Raises:
+            ModelError: the pipeline does not guide.
+        """
+        if self._called:
+            return self._called == "cond"
+        pipeline = self._pipeline()
+        if pipeline is not None and not pipeline.do_classifier_free_guidance:
+            raise _no_guidance(pipeline.guidance_scale)
+        first = timestep is not self._timestep
+        self._timestep = timestep if first else None
+        return first
 
 
 def with_negative_branch(

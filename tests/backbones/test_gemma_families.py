@@ -1,4 +1,4 @@
-"""SANA against golden records and diffusers' own pipeline: prompts, a pass, trajectories, pictures, adapters."""
+"""SANA and Lumina-Image 2.0 against golden records and diffusers' own pipelines: prompts, trajectories, adapters."""
 
 import json
 import shutil
@@ -12,6 +12,7 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Lumina2Transformer2DModel,
     SanaTransformer2DModel,
 )
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from torch import nn
 
 from diffalign import backbones
 from diffalign.backbones import Conditioning, adapters, export, inspection, loading
+from diffalign.backbones.adapters import active_adapters
 from diffalign.backbones.conditioning import MASK
 from diffalign.backbones.sana import INSTRUCTION
 from diffalign.denoising import errors
@@ -26,6 +28,7 @@ from diffalign.denoising.noising import with_noise
 from diffalign.denoising.step import DenoisingOutputs
 from diffalign.errors import ModelError
 from diffalign.evaluation import SamplingSettings, generate
+from diffalign.evaluation.negative_branch import with_negative_branch
 from tests import golden
 from tests.backbones.drawing import PROMPT, draw, perturb
 
@@ -44,6 +47,7 @@ class Case:
     drawn: dict[str, Any]  # arguments of the pipeline that draws
     layers: int  # adapted ones
     scaling: tuple[float, float]  # shift and scale of latents
+    normalised: bool = False  # the pipeline scales what guidance makes to the length it had, row by row
 
 
 CASES = {
@@ -55,6 +59,16 @@ CASES = {
         drawn={"use_resolution_binning": False},
         layers=2 * 2 * 4,
         scaling=(0.0, 0.41407),
+    ),
+    "lumina2": Case(
+        network=Lumina2Transformer2DModel,
+        latents=(16, 8, 8),
+        width=8,
+        told={},
+        drawn={},
+        layers=4 * 7,
+        scaling=(0.1159, 0.3611),
+        normalised=True,
     ),
 }
 
@@ -104,8 +118,13 @@ def _cond(case, stream, mask):
 
 
 def _noise(backbone, number=2, seed=3):
-    channels = backbone.latent_channels
-    return torch.randn(number, channels, 16, 16, generator=torch.Generator().manual_seed(seed))
+    side = 64 // backbone.vae_scale_factor
+    return torch.randn(number, backbone.latent_channels, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def _guided(v, without, scale, normalised):
+    combined = without + scale * (v - without)
+    return combined * (v.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)) if normalised else combined
 
 
 def _told(backbone, prompts):
@@ -132,17 +151,17 @@ class TestGoldens:
         gradients = torch.autograd.grad(error.mean(), list(network.parameters()))
         golden.assert_close(record, "grad_norm_of_mean_error", torch.cat([g.flatten() for g in gradients]).norm())
 
-    @pytest.mark.parametrize("kind", ["plain", "cfg"])
     @torch.no_grad()
-    def test_three_steps_of_euler(self, case, family, records, backbone, network, kind):
+    def test_three_steps_of_euler(self, case, family, records, backbone, network):
         record = records[f"pipeline_{family}"]
-        scale = record["hyperparameters"]["guidance"][kind]["guidance_scale"]
         cond, empty = _cond(case, 1010, record["inputs"]["mask"]), _cond(case, 1020, [[1] * 7] * 2)
-        x = golden.fill((2, *case.latents), 1001, 1.5)
-        for here, there in pairwise(torch.tensor(record["expected"]["sigmas"])):
-            v, without = (backbone.predict(network, x, (1000 * here).repeat(2), told) for told in (cond, empty))
-            x = x + (there - here) * (without + scale * (v - without))
-        golden.assert_close(record, f"latents_{kind}", x)
+        for kind, told in record["hyperparameters"]["guidance"].items():
+            normalised = case.normalised and told["guidance_scale"] > 1 and told.get("cfg_normalization", True)
+            x = golden.fill((2, *case.latents), 1001, 1.5)
+            for here, there in pairwise(torch.tensor(record["expected"]["sigmas"])):
+                v, without = (backbone.predict(network, x, (1000 * here).repeat(2), given) for given in (cond, empty))
+                x = x + (there - here) * _guided(v, without, told["guidance_scale"], normalised)
+            golden.assert_close(record, f"latents_{kind}", x)
 
 
 @torch.no_grad()
@@ -162,14 +181,14 @@ def test_prompts_equal_the_pipeline(case, stock, backbone):
 
 
 @torch.no_grad()
-def test_one_call_equals_the_stock_pipelines(case, stock, backbone):
+def test_one_call_equals_the_stock_pipelines(case, family, stock, backbone):
     seen = []
     stock.transformer.register_forward_hook(lambda *call: seen.append(call[2:]), with_kwargs=True)
     sizes = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
     stock(TWO, latents=_noise(backbone), guidance_scale=1.0, **sizes, **case.drawn)
     times = stock.scheduler.timesteps[:1].repeat(2)
     prediction = backbone.predict(backbone.denoiser, _noise(backbone), times, _told(backbone, TWO))
-    assert torch.equal(prediction, seen[0][1][0])
+    assert torch.equal(prediction, (-1 if family == "lumina2" else 1) * seen[0][1][0])
 
 
 @torch.no_grad()
@@ -180,7 +199,7 @@ def test_a_whole_trajectory_equals_the_stock_pipeline(case, stock, backbone):
     for here, there in pairwise(stock.scheduler.sigmas):
         times = (1000 * here).repeat(2)
         v, without = (backbone.predict(backbone.denoiser, x, times, told) for told in (cond, empty))
-        x = x + (there - here) * (without + 4.0 * (v - without))
+        x = x + (there - here) * _guided(v, without, 4.0, case.normalised)
     torch.testing.assert_close(backbone.decode_latents(x), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -210,7 +229,7 @@ def test_pictures_are_shifted_and_scaled_as_the_pipeline_decodes_them(case, back
     encoded = backbone.vae.encode(images * 2 - 1)
     latents = encoded.latent if backbone.family == "sana" else encoded.latent_dist.mean
     torch.testing.assert_close(mean, (latents - shift) * scale)
-    assert mean.shape == std.shape == (2, backbone.latent_channels, 16, 16)
+    assert mean.shape == std.shape == _noise(backbone).shape
     assert bool(std.any()) == (backbone.family != "sana")
     decoded = backbone.vae.decode(latents).sample
     torch.testing.assert_close(backbone.decode_latents(mean), (decoded / 2 + 0.5).clamp(0, 1))
@@ -297,6 +316,34 @@ def test_a_whole_transformer_takes_the_place_of_the_base(folder, backbone, tmp_p
     assert continued.denoiser_fingerprint() == backbone.denoiser_fingerprint()
 
 
+class TestGuidanceByTwoCalls:
+    """Lumina2's pipeline evaluates the branches one after the other, and does not say which is which."""
+
+    def _drawn(self, pipeline, scale=3.0):
+        settings = SamplingSettings(height=64, width=64, num_inference_steps=2, guidance_scale=scale)
+        return [picture.tobytes() for picture in generate(pipeline, TWO, [0, 1], settings, progress=False)]
+
+    def test_the_second_of_a_step_is_the_negative_network(self, tiny_lumina2, tmp_path):
+        backbone = backbones.load(tiny_lumina2)
+        perturb(_with_lora(backbone), scale=0.2)
+        export.save_lora(backbone.denoiser, tmp_path)
+        base, calls = backbones.load(tiny_lumina2), []
+        pipeline = with_negative_branch(base.pipeline(), tmp_path)
+        probed = base.denoiser.layers[0].attn.to_q
+        probed.register_forward_hook(lambda *_: calls.append(bool(active_adapters(base.denoiser))))
+        assert self._drawn(pipeline) != self._drawn(backbones.load(tiny_lumina2).pipeline())
+        assert calls == [False, True] * 2
+        with pytest.raises(ModelError, match="The negative branch needs guidance"):
+            self._drawn(pipeline, scale=1.0)
+
+    def test_levels_of_all_sizes_are_moved_alike(self, tiny_lumina2):
+        backbone = backbones.load(tiny_lumina2)
+        assert backbone.shift_at(64).factor == 6.0
+        config = {"use_dynamic_shifting": True}
+        assert backbone.shift(config, 64).mu == pytest.approx(0.459375)  # of `mu_lumina2_channels` in flow.json
+        assert backbone.shift(config, 4096) == backbone.shift(config, 64)
+
+
 class TestDpmSolver:
     """SANA's folders name a multistep solver, whose path and shift are those of flow matching."""
 
@@ -352,6 +399,15 @@ class TestWhatCannotBeTrained:
         side = backbone.vae_scale_factor * backbone.patch_size(backbone.denoiser.config)
         self._refused(unread, f"multiples of {side} for this model, got 66x66", 66)
 
+    def test_pictures_beyond_the_positions(self, tiny_lumina2):
+        with pytest.raises(ModelError, match="of up to 128 pixels a side"):
+            inspection.check(str(tiny_lumina2), 256)
+
+    def test_folders_of_an_older_name(self, tiny_lumina2, tmp_path):
+        copy = shutil.copytree(tiny_lumina2, tmp_path / "model")
+        _change(copy / "model_index.json", _class_name="Lumina2Text2ImgPipeline")
+        assert loading.load(copy, resolution=64).family == "lumina2"
+
     def test_without_its_text_encoder(self, unread):
         _change(unread / "model_index.json", text_encoder=[None, None])
         with pytest.raises(ModelError, match="names no text_encoder"):
@@ -382,6 +438,7 @@ class TestWhatCannotBeTrained:
     [
         ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", "sana"),
         ("Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers", "sana"),
+        ("Alpha-VLLM/Lumina-Image-2.0", "lumina2"),
     ],
 )
 def test_hub_ids(name, family):

@@ -18,7 +18,7 @@ SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=3.0, batch_siz
 SIDES = "--height", 64, "--width", 64
 
 
-@pytest.fixture(scope="module", params=["tiny_sd3", "tiny_zimage", "tiny_qwen", "tiny_sana"])
+@pytest.fixture(scope="module", params=["tiny_sd3", "tiny_zimage", "tiny_qwen", "tiny_sana", "tiny_lumina2"])
 def model(request):
     """Return the folder of a flow model."""
     return request.getfixturevalue(request.param)
