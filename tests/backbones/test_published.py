@@ -12,6 +12,7 @@ from diffalign.backbones import published
 from diffalign.backbones.adapters import ATTENTION, add_lora
 from diffalign.backbones.flux import Flux
 from diffalign.backbones.kohya import kohya_metadata, ldm_name
+from diffalign.backbones.lumina2 import Lumina2
 from diffalign.backbones.qwen_image import QwenImage
 from diffalign.backbones.sana import Sana
 from diffalign.backbones.sd3 import SD3
@@ -110,6 +111,15 @@ def test_size_of_flux():
     square, mlp_in, both = 2 * 3072, 3072 + 4 * 3072, 5 * 3072 + 3072  # inputs and outputs of a layer
     layers = 19 * 8 * square + 38 * (3 * square + mlp_in + both)
     assert sum(parameter.numel() for parameter in trained) == 16 * layers
+
+
+def test_size_of_lumina2():
+    """Of a LoRA of rank 32: attention (keys and values 768 wide) and feed-forward layers (9216) of 26 + 2 + 2 blocks."""
+    network = published.random_transformer("Alpha-VLLM/Lumina-Image-2.0", device="meta")
+    assert sum(parameter.numel() for parameter in network.parameters()) == 2_609_769_152
+    trained = add_lora(network, 32, target_modules=Lumina2.lora_targets, idle=Lumina2.idle_layers(network))
+    attention, mlp = 2 * (2304 + 2304) + 2 * (2304 + 768), 3 * (2304 + 9216)
+    assert sum(parameter.numel() for parameter in trained) == 30 * 32 * (attention + mlp)
 
 
 def test_size_of_qwen_image():

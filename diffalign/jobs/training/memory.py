@@ -16,13 +16,23 @@ BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0.1}
 # Saved activations of one image at the native resolution, GiB, counted on meta tensors (docs/performance.md). They grow
 # with the area of the image; float32 doubles what autocast keeps.
-NATIVE = {"sdxl": 1024, "sd15": 512, "sd3": 1024, "flux": 1024, "qwen": 1024, "sana": 1024, "zimage": 1024}
+NATIVE = {
+    "sdxl": 1024,
+    "sd15": 512,
+    "sd3": 1024,
+    "flux": 1024,
+    "lumina2": 1024,
+    "qwen": 1024,
+    "sana": 1024,
+    "zimage": 1024,
+}
 ACTIVATIONS = {
     "sdxl": {"pure": 5.28, "lora": 7.25, "full": 8.56, "checkpointed": 0.5},
     "sd15": {"pure": 0.76, "lora": 1.08, "full": 1.35, "checkpointed": 0.14},
     # SD3.5-medium's; half as much for SD3-medium, which has no second attention and no norms of queries and keys.
     "sd3": {"pure": 8.32, "lora": 12.08, "full": 12.08, "checkpointed": 0.34},
     "flux": {"pure": 27.1, "lora": 39.2, "full": 39.2, "checkpointed": 1.5},
+    "lumina2": {"pure": 21.4, "lora": 21.5, "full": 36.3, "checkpointed": 2.0},
     "qwen": {"pure": 32.1, "lora": 38.3, "full": 53.9, "checkpointed": 1.5},
     # Of all weights, 3.0 of these are their copies in bfloat16, which do not grow.
     "sana": {"pure": 3.33, "lora": 3.02, "full": 6.87, "checkpointed": 0.09},
@@ -30,12 +40,13 @@ ACTIVATIONS = {
 }
 SELECTIVE = 0.6  # share that remains when norms, activations and casts are recomputed; an estimate
 NATIVE_WIDTH = 320  # channels of the first block of the published UNets: of other sizes nothing is known
-# Channels of a head, and layers times heads, of SD3.5-medium, FLUX.1-dev, Qwen-Image and SANA-1.6B.
+# Channels of a head, and layers times heads, of SD3.5-medium, FLUX.1-dev, Lumina-Image 2.0, Qwen-Image and SANA-1.6B.
 HEADS = {"sd3": (64, 24 * 24), "flux": (128, (19 + 38) * 24), "qwen": (128, 60 * 24), "sana": (32, 20 * 70)}
+HEADS["lumina2"] = (96, 26 * 24)
 NATIVE_ZIMAGE = {"dim": 3840, "n_heads": 30}  # and 30 layers
-# Tokens of text and, at the native resolution, of the picture: both go through all of FLUX.1 and Qwen-Image (a
-# prompt of which is as long as it is). Those of SD3 are counted as if they grew with the picture.
-TOKENS = {"flux": (512, 4096), "qwen": (128, 4096)}
+# Tokens of text and, at the native resolution, of the picture: both go through all of FLUX.1 and (as long
+# as it is) of Lumina-Image 2.0 and Qwen-Image. Those of SD3 are counted as if they grew with the picture.
+TOKENS = {"flux": (512, 4096), "lumina2": (128, 4096), "qwen": (128, 4096)}
 HEADROOM = 0.9  # of a device's memory; the rest goes to workspaces and fragmentation
 # Images of an example that pass with gradient; how long the lists are is only known from the data. Of transitions it
 # depends on the rollout: see `online_costs.images_with_gradient`.
@@ -170,7 +181,8 @@ def _relative_size(counts: Counts) -> float | None:
         return shape["n_layers"] / 30 if NATIVE_ZIMAGE.items() <= dict(shape).items() else None
     channels, native = HEADS[counts.family]
     heads = (shape["num_layers"] + shape.get("num_single_layers", 0)) * shape["num_attention_heads"]
-    return heads / native if shape["attention_head_dim"] == channels else None
+    width = shape.get("attention_head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+    return heads / native if width == channels else None
 
 
 def _images(config: Config) -> int:
