@@ -114,7 +114,7 @@ def test_size_of_flux():
 
 
 def test_size_of_lumina2():
-    """Of a LoRA of rank 32: attention (keys and values 768 wide) and feed-forward layers (9216) of 26 + 2 + 2 blocks."""
+    """Of a LoRA of rank 32: attention (keys and values 768 wide) and feed-forward layers (9216) of 30 blocks."""
     network = published.random_transformer("Alpha-VLLM/Lumina-Image-2.0", device="meta")
     assert sum(parameter.numel() for parameter in network.parameters()) == 2_609_769_152
     trained = add_lora(network, 32, target_modules=Lumina2.lora_targets, idle=Lumina2.idle_layers(network))

@@ -41,11 +41,17 @@ ACTIVATIONS = {
 SELECTIVE = 0.6  # share that remains when norms, activations and casts are recomputed; an estimate
 NATIVE_WIDTH = 320  # channels of the first block of the published UNets: of other sizes nothing is known
 # Channels of a head, and layers times heads, of SD3.5-medium, FLUX.1-dev, Lumina-Image 2.0, Qwen-Image and SANA-1.6B.
-HEADS = {"sd3": (64, 24 * 24), "flux": (128, (19 + 38) * 24), "qwen": (128, 60 * 24), "sana": (32, 20 * 70)}
-HEADS["lumina2"] = (96, 26 * 24)
+HEADS = {
+    "sd3": (64, 24 * 24),
+    "flux": (128, (19 + 38) * 24),
+    "lumina2": (96, 26 * 24),
+    "qwen": (128, 60 * 24),
+    "sana": (32, 20 * 70),
+}
 NATIVE_ZIMAGE = {"dim": 3840, "n_heads": 30}  # and 30 layers
-# Tokens of text and, at the native resolution, of the picture: both go through all of FLUX.1 and (as long
-# as it is) of Lumina-Image 2.0 and Qwen-Image. Those of SD3 are counted as if they grew with the picture.
+# Tokens of text and, at the native resolution, of the picture: both go through all of FLUX.1, Lumina-Image 2.0
+# and Qwen-Image (of these two a prompt is as long as it is). Those of SD3 and the 300 of SANA are counted as if they
+# grew with the picture.
 TOKENS = {"flux": (512, 4096), "lumina2": (128, 4096), "qwen": (128, 4096)}
 HEADROOM = 0.9  # of a device's memory; the rest goes to workspaces and fragmentation
 # Images of an example that pass with gradient; how long the lists are is only known from the data. Of transitions it
