@@ -17,7 +17,9 @@ from tests.tiny import (
     build_tiny_flux,
     build_tiny_flux2_dev,
     build_tiny_klein,
+    build_tiny_lumina2,
     build_tiny_qwen,
+    build_tiny_sana,
     build_tiny_sd3,
     build_tiny_sd15,
     build_tiny_sdxl,
@@ -96,6 +98,18 @@ def tiny_klein(tmp_path_factory):
 def tiny_qwen(tmp_path_factory):
     """Return the folder of a random-weight Qwen-Image pipeline; treat it as read-only."""
     return build_tiny_qwen(tmp_path_factory.mktemp("models") / "tiny-qwen")
+
+
+@pytest.fixture(scope="session")
+def tiny_lumina2(tmp_path_factory):
+    """Return the folder of a random-weight Lumina-Image 2.0 pipeline; treat it as read-only."""
+    return build_tiny_lumina2(tmp_path_factory.mktemp("models") / "tiny-lumina2")
+
+
+@pytest.fixture(scope="session")
+def tiny_sana(tmp_path_factory):
+    """Return the folder of a random-weight SANA pipeline; treat it as read-only."""
+    return build_tiny_sana(tmp_path_factory.mktemp("models") / "tiny-sana")
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,16 @@
 """Real diffusers pipelines with random weights, small enough for a test: 64x64 images, 16x16 latents."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -15,9 +18,13 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PNDMScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -27,11 +34,15 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PixtralImageProcessor,
@@ -49,6 +60,7 @@ from transformers import (
 )
 
 from diffalign.backbones.published import SHIFTS
+from diffalign.backbones.sana import INSTRUCTION
 
 IMAGE_SIZE = 64
 LATENT_SIZE = 16
@@ -130,12 +142,12 @@ def tiny_transformer_flux(guidance_embeds: bool = True) -> FluxTransformer2DMode
     )
 
 
-def tiny_vae(scaling_factor: float, latent_channels: int = 4, **settings) -> AutoencoderKL:
-    """Return an autoencoder that halves the image twice into a few channels."""
+def tiny_vae(scaling_factor: float, latent_channels: int = 4, halvings: int = 2, **settings) -> AutoencoderKL:
+    """Return an autoencoder that halves the image twice, or as often as is said, into a few channels."""
     return AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, *(16,) * halvings),
+        down_block_types=("DownEncoderBlock2D",) * (halvings + 1),
+        up_block_types=("UpDecoderBlock2D",) * (halvings + 1),
         latent_channels=latent_channels,
         norm_num_groups=8,
         sample_size=IMAGE_SIZE,
@@ -408,6 +420,109 @@ def build_tiny_qwen(directory: str | Path, seed: int = 0) -> Path:
     return Path(directory)
 
 
+def tiny_gemma_tokenizer() -> GemmaTokenizer:
+    """Return a Gemma tokenizer over letters and words, those of SANA's instruction among them: it is long."""
+    merges = _merges((*WORDS, *dict.fromkeys(word for word in INSTRUCTION.split() if word.isalpha())), "\u2581", "")
+    letters = sorted({*map(chr, range(ord("!"), 127)), "\n", "\u2581"})
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters, *("".join(pair) for pair in merges)]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges)
+    first = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])])
+    tokenizer.backend_tokenizer.post_processor = first
+    return tokenizer
+
+
+def tiny_gemma(tokenizer: GemmaTokenizer) -> Gemma2Model:
+    """Return a Gemma2 of three layers of 16 channels."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return Gemma2Model(Gemma2Config(vocab_size=len(tokenizer), **shape, **heads))
+
+
+def tiny_transformer_sana(**settings) -> SanaTransformer2DModel:
+    """Return SANA's topology with two blocks of 16 channels."""
+    return SanaTransformer2DModel(
+        sample_size=LATENT_SIZE,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        cross_attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_dim=16,
+        caption_channels=16,
+        **settings,
+    )
+
+
+def tiny_vae_sana() -> AutoencoderDC:
+    """Return an autoencoder that halves the image twice into 32 channels, with both kinds of SANA's blocks."""
+    return AutoencoderDC(
+        latent_channels=32,
+        attention_head_dim=8,
+        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 16, 32),
+        decoder_block_out_channels=(8, 16, 32),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        scaling_factor=0.41407,
+    )
+
+
+def build_tiny_sana(directory: str | Path, seed: int = 0) -> Path:
+    """Write a random-weight SanaPipeline of about 0.1 M parameters to `directory` and return its path."""
+    tokenizer = tiny_gemma_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = SanaPipeline(
+            vae=tiny_vae_sana(),
+            text_encoder=tiny_gemma(tokenizer),
+            tokenizer=tokenizer,
+            transformer=tiny_transformer_sana(),
+            scheduler=DPMSolverMultistepScheduler(**SHIFTS["sana"]),
+        )
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    return Path(directory)
+
+
+def tiny_transformer_lumina2() -> Lumina2Transformer2DModel:
+    """Return Lumina-Image 2.0's topology with two blocks of 24 channels and a refiner of each kind."""
+    return Lumina2Transformer2DModel(
+        sample_size=IMAGE_SIZE // 8,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 8, 8),
+        cap_feat_dim=16,
+    )
+
+
+def build_tiny_lumina2(directory: str | Path, seed: int = 0) -> Path:
+    """Write a random-weight Lumina2Pipeline of about 0.1 M parameters to `directory` and return its path.
+
+    Its VAE is of 1/8 as the published one: the pipeline takes that for granted.
+    """
+    tokenizer = tiny_gemma_tokenizer()
+    vae = {"shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = Lumina2Pipeline(
+            vae=tiny_vae(0.3611, 16, halvings=3, **vae),
+            text_encoder=tiny_gemma(tokenizer),
+            tokenizer=tokenizer,
+            transformer=tiny_transformer_lumina2(),
+            scheduler=FlowMatchEulerDiscreteScheduler(**SHIFTS["lumina2"]),
+        )
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    return Path(directory)
+
+
 def tiny_transformer_zimage() -> ZImageTransformer2DModel:
     """Return Z-Image's topology with two blocks of 32 channels, and tokens of padding that are not zeros."""
     transformer = ZImageTransformer2DModel(
@@ -457,11 +572,11 @@ def _save(pipeline, directory: str | Path) -> Path:
     return directory
 
 
-def _merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Join each word's letters from left to right, so that every word in `words` becomes one token."""
+def _merges(words: Iterable[str], before: str = "", after: str = "</w>") -> list[tuple[str, str]]:
+    """Join each word's letters from left to right, with marks, so that every word in `words` becomes one token."""
     merges: dict[tuple[str, str], None] = {}
     for word in words:
-        pieces = [*word[:-1], word[-1] + "</w>"]
+        pieces = [*before, *word[:-1], word[-1] + after]
         while len(pieces) > 1:
             merges[pieces[0], pieces[1]] = None
             pieces = [pieces[0] + pieces[1], *pieces[2:]]

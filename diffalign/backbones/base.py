@@ -36,6 +36,7 @@ class Backbone(ABC):
     family: ClassVar[str]
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     other_pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = ()  # of its models that have another text encoder
+    older_pipelines: ClassVar[tuple[str, ...]] = ()  # what diffusers called `pipeline_class`, in folders of that time
     denoiser_class: ClassVar[type[nn.Module]]
     denoiser_name: ClassVar[str]  # of the denoiser in a pipeline, of its folder and before its keys in a LoRA file
     vae_class: ClassVar[type[nn.Module]] = AutoencoderKL

@@ -9,20 +9,28 @@ from torch import nn
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.flux import Flux
 from diffalign.backbones.flux2 import Flux2
+from diffalign.backbones.lumina2 import Lumina2
 from diffalign.backbones.qwen_image import QwenImage
+from diffalign.backbones.sana import Sana
 from diffalign.backbones.sd3 import SD3
 from diffalign.backbones.sd15 import SD15
 from diffalign.backbones.sdxl import SDXL
 from diffalign.backbones.z_image import ZImage
 from diffalign.errors import ModelError
 
-FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux, Flux2, QwenImage, ZImage)
+FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux, Flux2, Lumina2, QwenImage, Sana, ZImage)
 PIPELINES = {
     pipeline.__name__: family for family in FAMILIES for pipeline in (family.pipeline_class, *family.other_pipelines)
 }
+PIPELINES |= {name: family for family in FAMILIES for name in family.older_pipelines}
 BY_NAME = {family.family: family for family in FAMILIES}
-# Of pipelines that are not of text to image, in the names of diffusers' classes.
-GIVEN_A_PICTURE = re.compile("Edit|Img2Img|Inpaint|Kontext|Fill|ControlNet|Layered")
+# What pipelines with these in the names of diffusers' classes do, and what to use instead.
+OTHER_TASKS = {
+    "Edit|Img2Img|Inpaint|Kontext|Fill|ControlNet|Layered": "is given a picture besides the prompt: use the "
+    "text-to-image model",
+    "Sprint": "is distilled to draw in a few steps: train the model that it was distilled from",
+    "Video": "makes films: use the text-to-image model",
+}
 DENOISERS = tuple(dict.fromkeys(family.denoiser_name for family in FAMILIES))  # names of folders, too: unet/ ...
 
 
@@ -71,9 +79,8 @@ def family_of(pipeline_class: str, source: str) -> type[Backbone]:
         ModelError: no family has such pipelines.
     """
     if pipeline_class not in PIPELINES:
-        given = ", which is given a picture besides the prompt: use the text-to-image model"
-        also = given if GIVEN_A_PICTURE.search(pipeline_class) else ""
-        known = ", ".join(f"{family.family} ({name})" for name, family in PIPELINES.items())
+        also = next((f", which {why}" for mark, why in OTHER_TASKS.items() if re.search(mark, pipeline_class)), "")
+        known = ", ".join(f"{family.family} ({family.pipeline_class.__name__})" for family in FAMILIES)
         raise ModelError(
             f'"{source}" is a {pipeline_class}{also}. Supported: {known}; other families are not supported yet.'
         )

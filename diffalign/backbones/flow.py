@@ -30,7 +30,7 @@ class FlowBackbone(Backbone):
     denoiser_name = "transformer"
     ddim_steps = False
     large_text = True
-    hub_mark: ClassVar[str]  # in the hub ids of its models, and of no others
+    hub_mark: ClassVar[str]  # in the hub ids of its models, in whatever case, and of no others
     original_names: ClassVar[LayerNames | None] = None  # of the layers, where LoRAs of other programs are to be read
     mu_rule: ClassVar[Literal["tokens", "flux2"]] = "tokens"  # by which its pipeline shifts, where the picture decides
     packing_side: ClassVar[int] = 1  # latents that a token is high and wide where the transformer is given tokens
@@ -39,7 +39,7 @@ class FlowBackbone(Backbone):
     guidance: ClassVar[float] = 1.0
     # Of hub ids and folders: no configuration says that a model was distilled to a few steps.
     few_steps: ClassVar[re.Pattern[str]] = re.compile(
-        r"turbo|lightning|hyper-?sd|flash|schnell|distill|\blcm\b|\bdmd", re.IGNORECASE
+        r"turbo|lightning|hyper-?sd|flash|schnell|distill|\blcm\b|\bdmd|sprint", re.IGNORECASE
     )
 
     @classmethod
@@ -105,6 +105,15 @@ class FlowBackbone(Backbone):
         if not self.denoiser.config.guidance_embeds:
             return None
         return torch.full([len(xt)], self.guidance, device=xt.device)
+
+    @staticmethod
+    def _check_positions(source: str, largest: int, resolution: int) -> None:
+        """Refuse pictures larger than those whose every token has a position of its own."""
+        if resolution > largest:
+            raise ModelError(
+                f'"{source}" knows positions of pictures of up to {largest} pixels a side; data.resolution is '
+                f"{resolution}. Lower it."
+            )
 
     def _noise_path(self) -> NoisePath:
         try:

@@ -64,7 +64,8 @@ def family_at(source: str | Path, revision: str | None = None) -> type[Backbone]
 
 def flow_family(hub_id: str) -> type[FlowBackbone] | None:
     """Return the family of flow models that a hub id names, None if it names none."""
-    found = [family for family in FAMILIES if issubclass(family, FlowBackbone) and family.hub_mark in hub_id]
+    flow = [family for family in FAMILIES if issubclass(family, FlowBackbone)]
+    found = [family for family in flow if family.hub_mark.lower() in hub_id.lower()]
     return found[0] if found else None
 
 

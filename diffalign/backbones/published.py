@@ -10,7 +10,9 @@ import torch
 from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
@@ -147,6 +149,7 @@ _KLEIN_4B = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24
 _KLEIN_4B |= {"joint_attention_dim": 7680, "guidance_embeds": False}
 _KLEIN_9B = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32}
 _KLEIN_9B |= {"joint_attention_dim": 12288, "guidance_embeds": False}
+_SANA15 = {"qk_norm": "rms_norm_across_heads"}
 TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
     "sd3": {
         "stabilityai/stable-diffusion-3-medium-diffusers": _SD3,
@@ -161,7 +164,16 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
         "black-forest-labs/FLUX.2-klein-base-9B": _KLEIN_9B,
         "black-forest-labs/FLUX.2-dev": {},  # all is the class's default
     },
+    "lumina2": {"Alpha-VLLM/Lumina-Image-2.0": {"cap_feat_dim": 2304}},  # the width of Gemma2
     "qwen": {"Qwen/Qwen-Image": {}, "Qwen/Qwen-Image-2512": {}},  # the class's defaults
+    # Of diffusers' scripts/convert_sana_to_diffusers.py; the class's defaults are the first's.
+    "sana": {
+        "Efficient-Large-Model/Sana_1600M_1024px_diffusers": {},
+        "Efficient-Large-Model/Sana_600M_1024px_diffusers": {"num_layers": 28, "num_attention_heads": 36}
+        | {"num_cross_attention_heads": 16, "cross_attention_head_dim": 72, "cross_attention_dim": 1152},
+        "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": _SANA15,
+        "Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers": _SANA15 | {"num_layers": 60},
+    },
     "zimage": {
         "Tongyi-MAI/Z-Image": {"dim": 3840, "n_layers": 30, "n_heads": 30}
         | {"n_kv_heads": 30, "n_refiner_layers": 2, "cap_feat_dim": 2560},
@@ -171,7 +183,9 @@ TRANSFORMER_CLASSES: dict[str, type[nn.Module]] = {
     "sd3": SD3Transformer2DModel,
     "flux": FluxTransformer2DModel,
     "flux2": Flux2Transformer2DModel,
+    "lumina2": Lumina2Transformer2DModel,
     "qwen": QwenImageTransformer2DModel,
+    "sana": SanaTransformer2DModel,
     "zimage": ZImageTransformer2DModel,
 }
 # What their schedulers say of the shift.
@@ -179,10 +193,13 @@ SHIFTS = {
     "sd3": {"shift": 3.0},
     "flux": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
     "flux2": {"use_dynamic_shifting": True},
+    "lumina2": {"shift": 6.0},
     "qwen": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9}
     | {"base_image_seq_len": 256, "max_image_seq_len": 8192, "shift_terminal": 0.02},
+    "sana": {"flow_shift": 3.0, "use_flow_sigmas": True, "prediction_type": "flow_prediction"},
     "zimage": {"shift": 6.0},
 }
+VAE_SCALES = {"sana": 32}  # how many pixels a latent is high and wide; 8 of all others
 CLIP_MERGES = 48894  # with 256 letters, 256 final letters and 2 marks they make the 49,408 tokens
 PIPELINE_NAMES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 

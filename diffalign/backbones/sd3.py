@@ -112,11 +112,7 @@ class SD3(FlowBackbone):
         """Refuse what the flow families refuse, and pictures beyond the transformer's table of positions."""
         super().check_trainable(source, denoiser, vae, resolution)
         largest = denoiser["pos_embed_max_size"] * cls.patch_size(denoiser) * cls.scale_factor_of(vae)
-        if resolution > largest:
-            raise ModelError(
-                f'"{source}" knows positions of pictures of up to {largest} pixels a side; data.resolution is '
-                f"{resolution}. Lower it."
-            )
+        cls._check_positions(source, largest, resolution)
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return CLIP's penultimate hidden states, padded to T5's width and followed by T5's states [N,L+256,D].

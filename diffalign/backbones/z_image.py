@@ -94,12 +94,7 @@ class ZImage(FlowBackbone):
                 f'The transformer of "{source}" looks at pictures too (siglip_feat_dim). Edit and omni checkpoints '
                 "cannot be trained here: use the text-to-image model."
             )
-        largest = cls._largest(denoiser, vae)
-        if resolution > largest:
-            raise ModelError(
-                f'"{source}" knows positions of pictures of up to {largest} pixels a side; data.resolution is '
-                f"{resolution}. Lower it."
-            )
+        cls._check_positions(source, cls._largest(denoiser, vae), resolution)
 
     @property
     def native_resolution(self) -> int:

@@ -93,7 +93,8 @@ def compile_network(
 
 def repeated_blocks(network: nn.Module) -> Iterable[nn.Module]:
     """Return the blocks that diffusers names as worth compiling alone (`_repeated_blocks`)."""
-    names = getattr(network, "_repeated_blocks", None) or ["BasicTransformerBlock", "JointTransformerBlock"]
+    unnamed = ["BasicTransformerBlock", "JointTransformerBlock", "SanaTransformerBlock", "Lumina2TransformerBlock"]
+    names = getattr(network, "_repeated_blocks", None) or unnamed
     return [part for part in network.modules() if type(part).__name__ in names]
 
 

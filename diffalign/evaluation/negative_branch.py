@@ -59,6 +59,7 @@ class NegativeBranch(nn.Module):
         self._branches = branches[::-1] if PIPELINES[type(pipeline).__name__].prompt_first else branches
         self._negative, self._positive = branches
         self._separate = pipeline_kind(pipeline).separate_branches
+        self._timestep: Tensor | None = None  # of a call with the prompt, after which one without it is due
         self._pipeline = weakref.ref(pipeline)
         self._context: str | None = None
         self._last = ""  # the branch that was asked for last
@@ -103,11 +104,9 @@ class NegativeBranch(nn.Module):
         Raises:
             ModelError: the pipeline does not guide, so that there is no half to be evaluated by the negative network.
         """
-        pipeline = self._pipeline()
-        if pipeline is not None and not self._separate and not pipeline.do_classifier_free_guidance:
-            raise _no_guidance(pipeline.guidance_scale)
-        if alone := {"cond": self._positive, "uncond": self._negative}.get(self._context or ""):
-            network, mixed = alone
+        prompted = self._has_prompt(options.get("timestep"))
+        if prompted is not None:
+            network, mixed = self._positive if prompted else self._negative
             with mixed():
                 return network(*args, **options, return_dict=return_dict)
         size = len(next(iter([*args, *options.values()])))
@@ -119,6 +118,25 @@ class NegativeBranch(nn.Module):
         listed = isinstance(predictions[0], list)
         prediction = [entry for half in predictions for entry in half] if listed else torch.cat(predictions)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+    def _has_prompt(self, timestep: Tensor | None) -> bool | None:
+        """Tell whether a call is of the prompts alone, None if of both branches.
+
+        The pipeline says so, or of the two calls at a timestep it is the first.
+
+        Raises:
+            ModelError: the pipeline does not guide.
+        """
+        pipeline = self._pipeline()
+        if not getattr(pipeline, "do_classifier_free_guidance", True):  # Qwen-Image's does not tell
+            raise _no_guidance(pipeline.guidance_scale)
+        if self._context in ("cond", "uncond"):
+            return self._context == "cond"
+        if not self._separate:
+            return None
+        first = timestep is not self._timestep
+        self._timestep = timestep if first else None
+        return first
 
 
 def with_negative_branch(

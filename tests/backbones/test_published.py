@@ -13,7 +13,9 @@ from diffalign.backbones.adapters import ATTENTION, add_lora
 from diffalign.backbones.flux import Flux
 from diffalign.backbones.flux2 import Flux2
 from diffalign.backbones.kohya import kohya_metadata, ldm_name
+from diffalign.backbones.lumina2 import Lumina2
 from diffalign.backbones.qwen_image import QwenImage
+from diffalign.backbones.sana import Sana
 from diffalign.backbones.sd3 import SD3
 from diffalign.backbones.z_image import ZImage
 from diffalign.errors import ModelError
@@ -129,6 +131,15 @@ def test_sizes_of_flux2(name, parameters, width, blocks):
     assert sum(parameter.numel() for parameter in trained) == 16 * width * (blocks[0] * double + blocks[1] * single)
 
 
+def test_size_of_lumina2():
+    """Of a LoRA of rank 32: attention (keys and values 768 wide) and feed-forward layers (9216) of 30 blocks."""
+    network = published.random_transformer("Alpha-VLLM/Lumina-Image-2.0", device="meta")
+    assert sum(parameter.numel() for parameter in network.parameters()) == 2_609_769_152
+    trained = add_lora(network, 32, target_modules=Lumina2.lora_targets, idle=Lumina2.idle_layers(network))
+    attention, mlp = 2 * (2304 + 2304) + 2 * (2304 + 768), 3 * (2304 + 9216)
+    assert sum(parameter.numel() for parameter in trained) == 30 * 32 * (attention + mlp)
+
+
 def test_size_of_qwen_image():
     """Of a LoRA of rank 16: attention and MLPs of text and picture in 60 blocks, without the last one's idle layers."""
     network = published.random_transformer("Qwen/Qwen-Image-2512", device="meta")
@@ -137,6 +148,22 @@ def test_size_of_qwen_image():
     square, mlp = 2 * 3072, 2 * (3072 + 4 * 3072)  # inputs and outputs of a layer; of the two of an MLP
     idle = 2 * square + mlp
     assert sum(parameter.numel() for parameter in trained) == 16 * (60 * (8 * square + 2 * mlp) - idle)
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "parameters", "width"),
+    [
+        ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", 1_604_462_752, 2240),
+        ("Efficient-Large-Model/Sana_600M_1024px_diffusers", 591_747_872, 1152),
+        ("Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers", 4_721_825_952, 2240),
+    ],
+)
+def test_sizes_of_sana(hub_id, parameters, width):
+    """Of a LoRA of rank 32: the four layers of two attentions in every block."""
+    network = published.random_transformer(hub_id, device="meta")
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    trained = add_lora(network, 32, target_modules=Sana.lora_targets, idle=Sana.idle_layers(network))
+    assert sum(parameter.numel() for parameter in trained) == network.config.num_layers * 8 * 32 * 2 * width
 
 
 def test_size_of_z_image():

@@ -1,4 +1,4 @@
-"""Whole runs of the families with texts of unequal lengths, Z-Image and Qwen-Image: the first logit, what is left."""
+"""Whole runs of the families with texts of unequal lengths, Z-Image and others: the first logit, what is left."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ from tests.e2e.test_training import assert_close, assert_same_bits, variant, wei
 FULL = {"model": {"tune": "full"}, "optimizer": {"learning_rate": 1e-4}}
 
 
-@pytest.fixture(params=["tiny_zimage", "tiny_qwen"])
+@pytest.fixture(params=["tiny_zimage", "tiny_qwen", "tiny_sana", "tiny_lumina2"])
 def model(request):
     """Return the folder of a model."""
     return request.getfixturevalue(request.param)

@@ -17,7 +17,7 @@ BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0.1}
 # Saved activations of one image at the native resolution, GiB, counted on meta tensors (docs/performance.md). They grow
 # with the area of the image; float32 doubles what autocast keeps.
-NATIVE = dict.fromkeys(("sdxl", "sd3", "flux", "flux2", "qwen", "zimage"), 1024) | {"sd15": 512}
+NATIVE = dict.fromkeys(("sdxl", "sd3", "flux", "flux2", "lumina2", "qwen", "sana", "zimage"), 1024) | {"sd15": 512}
 ACTIVATIONS = {
     "sdxl": {"pure": 5.28, "lora": 7.25, "full": 8.56, "checkpointed": 0.5},
     "sd15": {"pure": 0.76, "lora": 1.08, "full": 1.35, "checkpointed": 0.14},
@@ -26,17 +26,29 @@ ACTIVATIONS = {
     "flux": {"pure": 27.1, "lora": 39.2, "full": 39.2, "checkpointed": 1.5},
     # FLUX.2-klein-base-4B's; those of the larger ones are as much more as they have heads in all layers, within 2 %.
     "flux2": {"pure": 16.4, "lora": 17.8, "full": 22.7, "checkpointed": 0.71},
+    "lumina2": {"pure": 21.4, "lora": 21.5, "full": 36.3, "checkpointed": 2.0},
     "qwen": {"pure": 32.1, "lora": 38.3, "full": 53.9, "checkpointed": 1.5},
+    # Of all weights, 3.0 of these are their copies in bfloat16, which do not grow.
+    "sana": {"pure": 3.33, "lora": 3.02, "full": 6.87, "checkpointed": 0.09},
     "zimage": {"pure": 33.6, "lora": 37.6, "full": 55.0, "checkpointed": 1.0},
 }
 SELECTIVE = 0.6  # share that remains when norms, activations and casts are recomputed; an estimate
 NATIVE_WIDTH = 320  # channels of the first block of the published UNets: of other sizes nothing is known
-# Channels of a head, and layers times heads, of SD3.5-medium, FLUX.1-dev, FLUX.2-klein-base-4B and Qwen-Image.
-HEADS = {"sd3": (64, 24 * 24), "flux": (128, (19 + 38) * 24), "flux2": (128, (5 + 20) * 24), "qwen": (128, 60 * 24)}
+# Channels of a head, and layers times heads, of SD3.5-medium, FLUX.1-dev, FLUX.2-klein-base-4B, Lumina-Image 2.0,
+# Qwen-Image and SANA-1.6B.
+HEADS = {
+    "sd3": (64, 24 * 24),
+    "flux": (128, (19 + 38) * 24),
+    "flux2": (128, (5 + 20) * 24),
+    "lumina2": (96, 26 * 24),
+    "qwen": (128, 60 * 24),
+    "sana": (32, 20 * 70),
+}
 NATIVE_ZIMAGE = {"dim": 3840, "n_heads": 30}  # and 30 layers
-# Tokens of text and, at the native resolution, of the picture: both go through all of FLUX and Qwen-Image (a prompt of
-# which is as long as it is). Those of SD3 are counted as if they grew with the picture.
-TOKENS = {"flux": (512, 4096), "flux2": (512, 4096), "qwen": (128, 4096)}
+# Tokens of text and, at the native resolution, of the picture: both go through all of FLUX, Lumina-Image 2.0 and
+# Qwen-Image (of these two a prompt is as long as it is). Those of SD3 and the 300 of SANA are counted as if they grew
+# with the picture.
+TOKENS = {"flux": (512, 4096), "flux2": (512, 4096), "lumina2": (128, 4096), "qwen": (128, 4096)}
 HEADROOM = 0.9  # of a device's memory; the rest goes to workspaces and fragmentation
 # Images of an example that pass with gradient; how long the lists are is only known from the data. Of transitions it
 # depends on the rollout: see `online_costs.images_with_gradient`.
@@ -199,7 +211,8 @@ def _relative_size(counts: Counts) -> float | None:
         return shape["n_layers"] / 30 if NATIVE_ZIMAGE.items() <= dict(shape).items() else None
     channels, native = HEADS[counts.family]
     heads = (shape["num_layers"] + shape.get("num_single_layers", 0)) * shape["num_attention_heads"]
-    return heads / native if shape["attention_head_dim"] == channels else None
+    width = shape.get("attention_head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+    return heads / native if width == channels else None
 
 
 def _images(config: Config) -> int:

@@ -92,7 +92,8 @@ def at(source: str, revision: str | None = None) -> MetaModel:
         known = name if name in models else next(iter(models))
         network = published.random_transformer(known, device="meta")
         origin = f"not read; counted as the published {known}"
-        return MetaModel(network, flow.family, origin, scheduler=published.SHIFTS[flow.family])
+        scale = published.VAE_SCALES.get(flow.family, 8)
+        return MetaModel(network, flow.family, origin, scale, published.SHIFTS[flow.family])
     family = published.MODELS.get(name) or ("sdxl" if "xl" in name.lower() else "sd15")
     origin = f"not read; counted as the published {family}"
     return MetaModel(published.random_unet(family, device="meta"), family, origin)
@@ -158,7 +159,7 @@ def _from_folder(folder: Path, family: type[Backbone], origin: str) -> MetaModel
 
 
 def _scale_factor(folder: Path, family: type[Backbone]) -> int:
-    """Return how many pixels a latent stands for in each direction; the published 8 where no VAE is."""
+    """Return how many pixels a latent stands for in each direction; as published where no VAE is."""
     if not (folder / "config.json").is_file():
-        return 8
+        return published.VAE_SCALES.get(family.family, 8)
     return family.scale_factor_of(family.vae_class.load_config(folder))

@@ -18,7 +18,10 @@ SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=3.0, batch_siz
 SIDES = "--height", 64, "--width", 64
 
 
-@pytest.fixture(scope="module", params=["tiny_sd3", "tiny_klein", "tiny_qwen", "tiny_zimage"])
+MODELS = ["tiny_sd3", "tiny_klein", "tiny_lumina2", "tiny_qwen", "tiny_sana", "tiny_zimage"]
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def model(request):
     """Return the folder of a flow model."""
     return request.getfixturevalue(request.param)

@@ -1,0 +1,44 @@
+"""What SANA and Lumina-Image 2.0 share: Gemma2 as their text encoder, prompts behind an instruction, a mask."""
+
+from typing import Any, ClassVar
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from transformers import Gemma2Model, GemmaTokenizer
+
+from diffalign.backbones.conditioning import MASK
+from diffalign.backbones.flow import FlowBackbone
+
+
+class GemmaBackbone(FlowBackbone):
+    """Adapt pipelines of a transformer, a VAE, a scheduler and Gemma2, whose texts have unequal lengths.
+
+    They are padded with zeros to `text_length` tokens, and a mask says which are the prompt's.
+    """
+
+    required = frozenset({"transformer", "vae", "text_encoder", "tokenizer", "scheduler"})
+    encoder_classes = (Gemma2Model,)
+    tokenizer_classes = (GemmaTokenizer,)
+    text_columns = ("prompt_embeds", MASK)
+    text_length: ClassVar[int]  # tokens, the pipeline's `max_sequence_length`
+
+    def pipeline(self) -> DiffusionPipeline:
+        """Return the family's pipeline over these modules."""
+        return self.pipeline_class(
+            transformer=self.denoiser,
+            vae=self.vae,
+            text_encoder=self.text_encoders[0],
+            tokenizer=self.tokenizers[0],
+            scheduler=type(self.scheduler).from_config(self.scheduler.config),
+        )
+
+    def _read(self, texts: list[str], length: int, **options: Any) -> tuple[Any, Tensor]:
+        """Return what Gemma2 makes of texts, and which of `length` tokens are theirs, bool [N,length]."""
+        tokenizer, encoder = self.tokenizers[0], self.text_encoders[0]
+        tokenizer.padding_side = "right"  # as the pipelines set it; Gemma's own is left
+        tokens = self._tokenize(tokenizer, texts, length).to(encoder.device)
+        return encoder(**tokens, **options), tokens.attention_mask.bool()
+
+    @staticmethod
+    def _columns(states: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        return {"prompt_embeds": states.masked_fill(~mask[..., None], 0.0), MASK: mask}
