@@ -1,5 +1,6 @@
 """What SANA and Lumina-Image 2.0 share: Gemma2 as their text encoder, prompts behind an instruction, a mask."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
@@ -7,7 +8,7 @@ from torch import Tensor
 from transformers import Gemma2Model, GemmaTokenizer
 
 from diffalign.backbones.conditioning import MASK
-from diffalign.backbones.flow import FlowBackbone
+from diffalign.backbones.flow import CHARACTERS, FlowBackbone, about_tokens
 
 
 class GemmaBackbone(FlowBackbone):
@@ -19,8 +20,24 @@ class GemmaBackbone(FlowBackbone):
     required = frozenset({"transformer", "vae", "text_encoder", "tokenizer", "scheduler"})
     encoder_classes = (Gemma2Model,)
     tokenizer_classes = (GemmaTokenizer,)
-    text_columns = ("prompt_embeds", MASK)
+    text_columns = token_columns = ("prompt_embeds", MASK)
     text_length: ClassVar[int]  # tokens, the pipeline's `max_sequence_length`
+    instruction: ClassVar[str]  # before every prompt
+
+    @classmethod
+    def prompt_tokens(cls, tokenizers: Sequence[Any], prompts: list[str]) -> int:
+        """Return how many tokens prompts have with what is kept of the instruction; see Backbone."""
+        if not tokenizers:
+            around = -(-len(cls.instruction) // CHARACTERS)
+            return about_tokens(prompts, around - cls._left_out(around), cls.text_length)
+        left_out = cls._left_out(len(tokenizers[0].encode(cls.instruction)))
+        tokens = tokenizers[0]([cls.instruction + prompt for prompt in prompts]).input_ids
+        return sum(min(cls.text_length, len(ids) - left_out) for ids in tokens)
+
+    @classmethod
+    def _left_out(cls, instruction_tokens: int) -> int:
+        """Return how many of the instruction's tokens the network is not given."""
+        return 0
 
     def pipeline(self) -> DiffusionPipeline:
         """Return the family's pipeline over these modules."""

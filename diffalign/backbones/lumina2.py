@@ -30,7 +30,8 @@ class Lumina2(GemmaBackbone):
     repeated_blocks = ("Lumina2TransformerBlock",)
     lora_targets = (*ATTENTION, "feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
     separate_branches = True
-    text_length = 256
+    text_length = padded_length = 256
+    instruction = INSTRUCTION
 
     @classmethod
     def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:

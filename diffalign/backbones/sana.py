@@ -27,17 +27,17 @@ class Sana(GemmaBackbone):
     pipeline_class, denoiser_class = SanaPipeline, SanaTransformer2DModel
     vae_class = AutoencoderDC
     repeated_blocks = ("SanaTransformerBlock",)
-    text_length = 300
+    text_length = padded_length = 300
+    instruction = INSTRUCTION
+
+    @classmethod
+    def _left_out(cls, instruction_tokens: int) -> int:
+        return instruction_tokens - 2  # the first and the last stay
 
     @classmethod
     def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:
         """Return the numbers of the padded tokens and of their mask."""
         return cls.text_length * (denoiser_config["caption_channels"] + 1)
-
-    @classmethod
-    def guidance_arguments(cls, scale: float, negative_prompt: str, number: int) -> dict[str, Any]:
-        """Return how the pipeline is told to guide: it takes no None."""
-        return {"guidance_scale": scale, "negative_prompt": [negative_prompt] * number}
 
     @classmethod
     def drawing_options(cls, pipeline: SanaPipeline) -> dict[str, Any]:
