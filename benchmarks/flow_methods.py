@@ -25,14 +25,14 @@ COLUMNS = ("method", "beta", "oracle", "gain (95 %)", "win rate (95 %)", "of eac
 COLUMNS += ("tuning: win rate by beta", "seconds")
 # Of every method three betas; DPO's is the weight of the margin, whose size on velocities nothing here is known of.
 BETAS: dict[str, tuple[float, ...]] = {
-    "dpo": (300.0, 1000.0, 3000.0),
-    "ipo": (300.0, 1000.0, 3000.0),
-    "kto": (150.0, 500.0, 1500.0),
+    "dpo": (1000.0, 3000.0, 10000.0),
+    "ipo": (1000.0, 3000.0, 10000.0),
+    "kto": (500.0, 1500.0, 5000.0),
     "mapo": (1.0, 3.0, 10.0),
-    "smpo": (300.0, 1000.0, 3000.0),
-    "linear_dpo": (300.0, 1000.0, 3000.0),
-    "rankdpo": (300.0, 1000.0, 3000.0),
-    "plackett_luce": (300.0, 1000.0, 3000.0),
+    "smpo": (1000.0, 3000.0, 10000.0),
+    "linear_dpo": (1000.0, 3000.0, 10000.0),
+    "rankdpo": (1000.0, 3000.0, 10000.0),
+    "plackett_luce": (1000.0, 3000.0, 10000.0),
 }
 
 
