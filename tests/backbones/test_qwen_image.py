@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,16 +11,14 @@ from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from safetensors.torch import load_file
 
 from diffalign import backbones
-from diffalign import config as configuration
 from diffalign.backbones import Conditioning, adapters, export, inspection, loading, packing
 from diffalign.backbones.conditioning import MASK
 from diffalign.denoising import errors
 from diffalign.denoising.noising import with_noise
 from diffalign.denoising.step import DenoisingOutputs
-from diffalign.errors import ConfigError, ModelError
+from diffalign.errors import ModelError
 from diffalign.evaluation import SamplingSettings, generate
 from diffalign.evaluation.negative_branch import with_negative_branch
-from diffalign.jobs.training import networks
 from tests import golden
 from tests.backbones.drawing import PROMPT, draw, perturb
 
@@ -245,19 +242,6 @@ class TestGuidance:
         with pytest.raises(ModelError, match="The negative branch needs guidance"):
             generate(pipeline, TWO, [0, 1], SamplingSettings(guidance_scale=1.0, **SIZES), progress=False)
         assert generate(pipeline, TWO, [0, 1], SamplingSettings(guidance_scale=3.0, **SIZES), progress=False)
-
-
-def test_all_weights_by_ddp_are_refused_as_some_get_no_gradient(backbone):
-    config = configuration.check(
-        {
-            "model": {"pretrained_model_name_or_path": "x", "tune": "full"},
-            "data": {"train_data_dir": "pairs"},
-            "objective": {"name": "dpo"},
-        }
-    )
-    processes = SimpleNamespace(num_processes=2, device="cpu", mixed_precision="no")
-    with pytest.raises(ConfigError, match=r"none reaches transformer_blocks\.1\.attn\.to_add_out.*Train a LoRA"):
-        networks.prepare_networks(config, backbone, processes)
 
 
 def _with_lora(backbone, rank=4, alpha=8):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from diffalign.backbones import adapters, export, quantization
@@ -23,7 +24,7 @@ from diffalign.backbones.prefix import SharedPrefix
 from diffalign.config import Config
 from diffalign.denoising import FrozenDenoiser, acceleration, kernels
 from diffalign.errors import ConfigError
-from diffalign.training import sharding, zero
+from diffalign.training import sharding
 from diffalign.training.moving_reference import MovingReference
 from diffalign.training.reference_cache import ReferenceCache
 
@@ -65,8 +66,6 @@ def prepare_networks(
     checkpointing: which activations are recomputed, "none", "selective" or "full".
     stored: errors of the reference; once they are complete, no copy is made of what would never run.
     """
-    if config.model.tune == "full":
-        _check_gradients(backbone, accelerator)
     denoiser, performance = place(config, backbone, accelerator.device), config.performance
     kernels.use(performance.kernels)
     acceleration.channels_last(denoiser, performance.channels_last)
@@ -85,6 +84,7 @@ def prepare_networks(
             quantization.keep_from_ddp(denoiser)
     else:
         denoiser.requires_grad_(True)
+        _keep_unread_from_ddp(denoiser)
     checkpoint_activations(denoiser, checkpointing)
     reference = _reference(config, backbone, frozen) if referenced else None
     for network in [denoiser] if frozen is None else [denoiser, frozen]:
@@ -122,14 +122,11 @@ def add_adapters(config: Config, denoiser: nn.Module) -> None:
     )
 
 
-def _check_gradients(backbone: Backbone, accelerator: Accelerator) -> None:
-    """Refuse to train all weights by DDP where some get no gradient, which it would wait for."""
-    alone = accelerator.num_processes == 1 or sharding.wanted(accelerator) or zero.wanted(accelerator)
-    if not alone and (unread := backbone.unread_layers(backbone.denoiser)):
-        raise ConfigError(
-            f"model.tune full by DDP needs a gradient of all weights, and of {backbone.family} none reaches "
-            f"{unread[0]}. Train a LoRA (model.tune: lora), or launch with configs/accelerate/fsdp2.yaml."
-        )
+def _keep_unread_from_ddp(denoiser: nn.Module) -> None:
+    """Let DDP wait for no gradient of weights that none reaches: they stay as every process loaded them."""
+    unread = {layer: denoiser.get_submodule(layer) for layer in kind_of(denoiser).unread_layers(denoiser)}
+    names = [f"{layer}.{name}" for layer, part in unread.items() for name, _ in part.named_parameters()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, names)
 
 
 def _has_a_copy(config: Config) -> bool:
