@@ -15,6 +15,7 @@ from diffalign.denoising import FrozenDenoiser
 from tests.plugged import forget
 from tests.tiny import (
     build_tiny_flux,
+    build_tiny_pixart,
     build_tiny_qwen,
     build_tiny_sd3,
     build_tiny_sd15,
@@ -76,6 +77,18 @@ def tiny_sd3(tmp_path_factory):
 def tiny_flux(tmp_path_factory):
     """Return the folder of a random-weight FLUX.1-dev pipeline; treat it as read-only."""
     return build_tiny_flux(tmp_path_factory.mktemp("models") / "tiny-flux")
+
+
+@pytest.fixture(scope="session")
+def tiny_pixart_alpha(tmp_path_factory):
+    """Return the folder of a random-weight PixArt-alpha pipeline that is told sizes; treat it as read-only."""
+    return build_tiny_pixart(tmp_path_factory.mktemp("models") / "tiny-pixart-alpha", "alpha")
+
+
+@pytest.fixture(scope="session")
+def tiny_pixart_sigma(tmp_path_factory):
+    """Return the folder of a random-weight PixArt-Sigma pipeline; treat it as read-only."""
+    return build_tiny_pixart(tmp_path_factory.mktemp("models") / "tiny-pixart-sigma", "sigma")
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,8 @@ class Backbone(ABC):
     ddim_steps: ClassVar[bool] = True  # it is sampled by DDIM's steps, whose distribution online objectives learn from
     prompt_first: ClassVar[bool] = False  # its pipeline guides with [prompts, empty ones], and not the other way round
     separate_branches: ClassVar[bool] = False  # its pipeline guides with two calls, of the prompts and of empty ones
+    silent_guidance: ClassVar[bool] = False  # its pipeline guides with both, and has no property that says so
+    cuts_text: ClassVar[bool] = False  # its denoiser is given texts cut on the host, each batch to other lengths
     plain_attention: ClassVar[bool] = False  # its attention is that of the UNets, of which kernels can be chosen
 
     def __init__(

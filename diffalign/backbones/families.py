@@ -8,6 +8,7 @@ from torch import nn
 
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.flux import Flux
+from diffalign.backbones.pixart import PixArtAlpha, PixArtSigma
 from diffalign.backbones.qwen_image import QwenImage
 from diffalign.backbones.sd3 import SD3
 from diffalign.backbones.sd15 import SD15
@@ -15,7 +16,10 @@ from diffalign.backbones.sdxl import SDXL
 from diffalign.backbones.z_image import ZImage
 from diffalign.errors import ModelError
 
-FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux, QwenImage, ZImage)
+FAMILIES: tuple[type[Backbone], ...] = (
+    *(SD15, SDXL, SD3, Flux, PixArtAlpha, PixArtSigma),
+    *(QwenImage, ZImage),
+)
 PIPELINES = {family.pipeline_class.__name__: family for family in FAMILIES}
 BY_NAME = {family.family: family for family in FAMILIES}
 # Of pipelines that are not of text to image, in the names of diffusers' classes.
@@ -57,7 +61,9 @@ def pipeline_kind(pipeline: DiffusionPipeline) -> type[Backbone]:
 def has_unconditional_branch(pipeline: DiffusionPipeline) -> bool:
     """Tell whether guidance weighs a prediction without the prompt; a guidance-distilled network is told the scale."""
     # Of a pipeline itself it would ask for a scale.
-    return pipeline_kind(pipeline).separate_branches or hasattr(type(pipeline), "do_classifier_free_guidance")
+    kind = pipeline_kind(pipeline)
+    said = hasattr(type(pipeline), "do_classifier_free_guidance")
+    return said or kind.separate_branches or kind.silent_guidance
 
 
 def family_of(pipeline_class: str, source: str) -> type[Backbone]:

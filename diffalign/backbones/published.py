@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import (
     FluxTransformer2DModel,
+    PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -130,6 +131,7 @@ _SD3 = {"sample_size": 128, "num_layers": 24, "num_attention_heads": 24}
 _SD3 |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 192}
 _SD3 |= {"caption_projection_dim": 1536}
 _SD35 = _SD3 | {"qk_norm": "rms_norm"}
+_SIGMA = {"caption_channels": 4096, "use_additional_conditions": False}
 TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
     "sd3": {
         "stabilityai/stable-diffusion-3-medium-diffusers": _SD3,
@@ -139,6 +141,16 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
         | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432},
     },
     "flux": {"black-forest-labs/FLUX.1-dev": {"guidance_embeds": True}},  # all else is the class's default
+    # scripts/convert_pixart_alpha_to_diffusers.py and convert_pixart_sigma_to_diffusers.py of diffusers.
+    "pixart-alpha": {
+        "PixArt-alpha/PixArt-XL-2-1024-MS": {"caption_channels": 4096},
+        "PixArt-alpha/PixArt-XL-2-512x512": {"caption_channels": 4096, "sample_size": 64},
+    },
+    "pixart-sigma": {
+        "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": _SIGMA,
+        "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": _SIGMA | {"sample_size": 64},
+        "PixArt-alpha/PixArt-Sigma-XL-2-2K-MS": _SIGMA | {"sample_size": 256},
+    },
     "qwen": {"Qwen/Qwen-Image": {}, "Qwen/Qwen-Image-2512": {}},  # the class's defaults
     "zimage": {
         "Tongyi-MAI/Z-Image": {"dim": 3840, "n_layers": 30, "n_heads": 30}
@@ -148,6 +160,8 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
 TRANSFORMER_CLASSES: dict[str, type[nn.Module]] = {
     "sd3": SD3Transformer2DModel,
     "flux": FluxTransformer2DModel,
+    "pixart-alpha": PixArtTransformer2DModel,
+    "pixart-sigma": PixArtTransformer2DModel,
     "qwen": QwenImageTransformer2DModel,
     "zimage": ZImageTransformer2DModel,
 }

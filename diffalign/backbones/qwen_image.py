@@ -72,6 +72,7 @@ class QwenImage(FlowBackbone):
     original_names = ORIGINAL
     packing_side = packing.SIDE
     separate_branches = True
+    cuts_text = True
 
     @property
     def native_resolution(self) -> int:

@@ -60,6 +60,7 @@ class ZImage(FlowBackbone):
     text_columns = ("prompt_embeds", MASK)
     repeated_blocks = ("ZImageTransformerBlock",)
     prompt_first = True
+    cuts_text = True
     lora_targets = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     original_names = ORIGINAL
 

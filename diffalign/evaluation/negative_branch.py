@@ -100,10 +100,9 @@ class NegativeBranch(nn.Module):
             network, mixed = self._branches[self._called == "cond"]
             with mixed():
                 return network(*args, return_dict=return_dict, **options)
-        pipeline = self._pipeline()
-        if pipeline is not None and not pipeline.do_classifier_free_guidance:
-            raise _no_guidance(pipeline.guidance_scale)
-        size = len(next(iter([*args, *options.values()])))
+        latents = next(iter([*args, *options.values()]))
+        self._check_guidance(latents)
+        size = len(latents)
         predictions = []
         for half, (network, mixed) in enumerate(self._branches):
             with mixed():
@@ -112,6 +111,17 @@ class NegativeBranch(nn.Module):
         listed = isinstance(predictions[0], list)
         prediction = [entry for half in predictions for entry in half] if listed else torch.cat(predictions)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+    def _check_guidance(self, latents: Tensor | list[Tensor]) -> None:
+        """Raise ModelError if the pipeline does not guide: it says so, or its latents are not there twice."""
+        pipeline = self._pipeline()
+        if pipeline is None:
+            return
+        if not pipeline_kind(pipeline).silent_guidance:
+            if not pipeline.do_classifier_free_guidance:
+                raise _no_guidance(pipeline.guidance_scale)
+        elif len(latents) % 2 or not torch.equal(*latents.chunk(2)):
+            raise _no_guidance("1 or less")
 
 
 def with_negative_branch(

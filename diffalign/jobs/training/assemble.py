@@ -23,6 +23,7 @@ from diffalign.denoising import (
     Uniform,
 )
 from diffalign.errors import ConfigError
+from diffalign.jobs.training import online_judges
 from diffalign.jobs.training.networks import HALF, Reference, sampling_network
 from diffalign.training.auto_beta import AutoBeta
 from diffalign.training.preference_step import Examples, PreferenceStep
@@ -55,13 +56,18 @@ def load_backbone(config: Config) -> Backbone:
 
 
 def check_online(config: Config) -> None:
-    """Refuse objectives that learn from DDIM steps for families that are sampled otherwise."""
+    """Refuse objectives that learn from DDIM steps for families sampled otherwise, and judges that do not fit."""
     model = config.model
     family = inspection.family_at(model.pretrained_model_name_or_path, model.revision)
     if not family.ddim_steps:
         raise ConfigError(
             f'"{config.objective_name}" learns from DDIM steps, and {family.family} is sampled along a flow, without '
             "noise. Use an objective of given pictures, such as dpo, kto, mapo, smpo or rankdpo (docs/families.md)."
+        )
+    if family.denoiser_name != "unet" and online_judges.latent_reward_place(config) is not None:
+        raise ConfigError(
+            f"rollout.scorer {config.rollout.scorer} is made of a UNet, which {family.family} has none of: its noisy "
+            "latents are others. Use a reward model of pictures, such as pickscore."
         )
 
 

@@ -67,12 +67,12 @@ def at(source: str, revision: str | None = None) -> MetaModel:
         family = inspection.family_at(folder)
         if (folder / family.denoiser_name / "config.json").is_file():
             return _from_folder(folder, family, "from its config in the hub cache")
-    if (flow := inspection.flow_family(name)) is not None:
-        models = published.TRANSFORMERS[flow.family]
+    if (kind := inspection.transformer_family(name)) is not None:
+        models = published.TRANSFORMERS[kind.family]
         known = name if name in models else next(iter(models))
         network = published.random_transformer(known, device="meta")
         origin = f"not read; counted as the published {known}"
-        return MetaModel(network, flow.family, origin, scheduler=published.SHIFTS[flow.family])
+        return MetaModel(network, kind.family, origin, scheduler=published.SHIFTS.get(kind.family, {}))
     family = published.MODELS.get(name) or ("sdxl" if "xl" in name.lower() else "sd15")
     origin = f"not read; counted as the published {family}"
     return MetaModel(published.random_unet(family, device="meta"), family, origin)
