@@ -194,6 +194,11 @@ class Backbone(ABC):
         """
 
     @classmethod
+    def lora_usage(cls, place: str) -> list[str]:
+        """Return the Python that puts the LoRA in the folder or hub id `place` into a stock pipeline `pipe`."""
+        return [f'pipe.load_lora_weights("{place}")']
+
+    @classmethod
     def drawing_options(cls, pipeline: Any) -> dict[str, Any]:
         """Return arguments with which a pipeline draws the same pictures faster, or without which it would not."""
         return {}

@@ -11,6 +11,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 from diffalign.backbones.adapters import ATTENTION
 from diffalign.backbones.conditioning import MASK, Conditioning
 from diffalign.backbones.ddpm import check_ddpm
+from diffalign.backbones.files import LORA_FILE
 from diffalign.backbones.transformer import TransformerBackbone
 from diffalign.denoising.paths import DDPMPath
 from diffalign.errors import ModelError
@@ -110,6 +111,15 @@ class PixArt(TransformerBackbone):
     def guidance_arguments(cls, scale: float, negative_prompt: str, number: int) -> dict[str, Any]:
         """Return how the pipeline is told to guide `number` pictures: it takes no None for a negative prompt."""
         return {"guidance_scale": scale, "negative_prompt": [negative_prompt] * number}
+
+    @classmethod
+    def lora_usage(cls, place: str) -> list[str]:
+        """Return how a stock pipeline takes a LoRA: diffusers gives this transformer no methods for adapters."""
+        return [
+            "class Transformer(diffusers.PixArtTransformer2DModel, diffusers.loaders.PeftAdapterMixin): ...",
+            "pipe.transformer.__class__ = Transformer",
+            f'pipe.transformer.load_lora_adapter("{place}", weight_name="{LORA_FILE}")',
+        ]
 
     @classmethod
     def drawing_options(cls, pipeline: Any) -> dict[str, Any]:

@@ -4,10 +4,11 @@ import copy
 import json
 import shutil
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
-from diffusers.loaders import PeftAdapterMixin
 from safetensors.torch import load_file
 from torch import nn
 
@@ -236,7 +237,8 @@ class TestDrawing:
         branched = with_negative_branch(pipeline, tmp_path, negative_scale=1.0)
         assert _bytes(_drawn(branched)) != _bytes(plain)
         unchanged = with_negative_branch(backbones.load(backbone.source).pipeline(), tmp_path, negative_scale=0.0)
-        assert _bytes(_drawn(unchanged)) == _bytes(plain)
+        for image, expected in zip(_drawn(unchanged), plain, strict=True):  # each half alone: rounding
+            assert np.abs(np.asarray(image, float) - np.asarray(expected)).max() <= 1
         for prompts, seeds in ((TWO, [0, 1]), (TWO[:1], [0])):
             settings = SamplingSettings(guidance_scale=1.0, num_inference_steps=2, **SIDES)
             with pytest.raises(ModelError, match="The negative branch needs guidance"):
@@ -259,13 +261,12 @@ class TestLora:
         assert min(gradient.abs().max().item() for gradient in gradients) > 0
 
     def test_it_draws_the_same_in_the_stock_pipeline(self, stock, backbone, tmp_path):
-        """Which has no loader of LoRAs: the transformer is given diffusers' methods for adapters, as the card says."""
+        """Which has no loader of LoRAs: the transformer is given diffusers' methods for adapters, as cards say."""
         perturb(_with_lora(backbone), scale=0.2)
         file = export.save_lora(backbone.denoiser, tmp_path, "some/base")
         assert all(name.startswith("transformer.transformer_blocks.") for name in load_file(file))
         base = _as_stock_draws(stock)
-        stock.transformer.__class__ = type("PixArtTransformer2DModel", (PixArtTransformer2DModel, PeftAdapterMixin), {})
-        stock.transformer.load_lora_adapter(str(tmp_path), prefix="transformer", weight_name=file.name)
+        exec("\n".join(backbone.lora_usage(str(tmp_path))), {"diffusers": diffusers, "pipe": stock})
         drawn = _as_stock_draws(stock)
         assert drawn == _bytes(_drawn(backbone.pipeline(), guidance_scale=4.5)) != base
         loaded = export.load_adapter_into(loading.load(backbone.source).pipeline(), tmp_path)
@@ -376,6 +377,7 @@ class TestWhatCannotBeTrained:
         flow = shutil.copytree(folder, tmp_path / "flow")
         shutil.rmtree(flow / "scheduler")
         FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(flow / "scheduler")
+        self._change(flow / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
         with pytest.raises(ModelError, match="no DDPM noise schedule"):
             loading.load(flow)
 

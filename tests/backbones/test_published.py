@@ -12,6 +12,7 @@ from diffalign.backbones import published
 from diffalign.backbones.adapters import ATTENTION, add_lora
 from diffalign.backbones.flux import Flux
 from diffalign.backbones.kohya import kohya_metadata, ldm_name
+from diffalign.backbones.pixart import PixArtSigma
 from diffalign.backbones.qwen_image import QwenImage
 from diffalign.backbones.sd3 import SD3
 from diffalign.backbones.z_image import ZImage
@@ -109,6 +110,18 @@ def test_size_of_flux():
     square, mlp_in, both = 2 * 3072, 3072 + 4 * 3072, 5 * 3072 + 3072  # inputs and outputs of a layer
     layers = 19 * 8 * square + 38 * (3 * square + mlp_in + both)
     assert sum(parameter.numel() for parameter in trained) == 16 * layers
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "parameters"),
+    [("PixArt-alpha/PixArt-XL-2-1024-MS", 611_349_152), ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 610_856_096)],
+)
+def test_sizes_of_pixart(hub_id, parameters):
+    """0.61 billion, of alpha with embeddings of sizes; of a LoRA of rank 16 on two attentions and an MLP a block."""
+    network = published.random_transformer(hub_id, device="meta")
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    trained = add_lora(network, 16, target_modules=PixArtSigma.lora_targets)
+    assert sum(parameter.numel() for parameter in trained) == 28 * 16 * (8 * 2 * 1152 + 2 * 5 * 1152)
 
 
 def test_size_of_qwen_image():

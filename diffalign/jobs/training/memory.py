@@ -17,19 +17,23 @@ STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0.1}
 # Saved activations of one image at the native resolution, GiB, counted on meta tensors (docs/performance.md). They grow
 # with the area of the image; float32 doubles what autocast keeps.
 NATIVE = {"sdxl": 1024, "sd15": 512, "sd3": 1024, "flux": 1024, "qwen": 1024, "zimage": 1024}
+NATIVE |= {"pixart-alpha": 1024, "pixart-sigma": 1024}
 ACTIVATIONS = {
     "sdxl": {"pure": 5.28, "lora": 7.25, "full": 8.56, "checkpointed": 0.5},
     "sd15": {"pure": 0.76, "lora": 1.08, "full": 1.35, "checkpointed": 0.14},
     # SD3.5-medium's; half as much for SD3-medium, which has no second attention and no norms of queries and keys.
     "sd3": {"pure": 8.32, "lora": 12.08, "full": 12.08, "checkpointed": 0.34},
     "flux": {"pure": 27.1, "lora": 39.2, "full": 39.2, "checkpointed": 1.5},
+    "pixart-alpha": {"pure": 4.73, "lora": 4.76, "full": 8.32, "checkpointed": 0.26},
+    "pixart-sigma": {"pure": 4.76, "lora": 4.78, "full": 8.35, "checkpointed": 0.26},
     "qwen": {"pure": 32.1, "lora": 38.3, "full": 53.9, "checkpointed": 1.5},
     "zimage": {"pure": 33.6, "lora": 37.6, "full": 55.0, "checkpointed": 1.0},
 }
 SELECTIVE = 0.6  # share that remains when norms, activations and casts are recomputed; an estimate
 NATIVE_WIDTH = 320  # channels of the first block of the published UNets: of other sizes nothing is known
-# Channels of a head, and layers times heads, of SD3.5-medium, FLUX.1-dev and Qwen-Image.
+# Channels of a head, and layers times heads, of SD3.5-medium, FLUX.1-dev, Qwen-Image and both PixArts.
 HEADS = {"sd3": (64, 24 * 24), "flux": (128, (19 + 38) * 24), "qwen": (128, 60 * 24)}
+HEADS |= dict.fromkeys(("pixart-alpha", "pixart-sigma"), (72, 28 * 16))
 NATIVE_ZIMAGE = {"dim": 3840, "n_heads": 30}  # and 30 layers
 # Tokens of text and, at the native resolution, of the picture: both go through all of FLUX.1 and Qwen-Image (a
 # prompt of which is as long as it is). Those of SD3 are counted as if they grew with the picture.
