@@ -1,4 +1,4 @@
-"""Whole runs of the families with texts of unequal lengths, Z-Image and Qwen-Image: the first logit, what is left."""
+"""Whole runs of the families with masked texts, Z-Image, Qwen-Image and PixArt: the first logit, what is left."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ from tests.e2e.test_training import assert_close, assert_same_bits, variant, wei
 FULL = {"model": {"tune": "full"}, "optimizer": {"learning_rate": 1e-4}}
 
 
-@pytest.fixture(params=["tiny_zimage", "tiny_qwen"])
+@pytest.fixture(params=["tiny_zimage", "tiny_qwen", "tiny_pixart_alpha"])
 def model(request):
     """Return the folder of a model."""
     return request.getfixturevalue(request.param)
@@ -63,6 +63,7 @@ def test_a_run_goes_on_where_it_stopped(content, run, tmp_path):
     assert_same_bits(weights(whole), weights(half))
 
 
+@pytest.mark.parametrize("model", ["tiny_zimage", "tiny_qwen"], indirect=True)
 def test_the_lora_of_a_run_draws_in_the_stock_pipeline(content, run, model):
     run(content)
     output = Path(content["train"]["output_dir"])
