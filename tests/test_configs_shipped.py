@@ -24,7 +24,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "accelerate")
 NAMES = [str(path.relative_to(CONFIGS)) for path in SHIPPED]
 PUBLISHED = {"sdxl": 2_567_463_684, "sd15": 859_520_964, "flux": 11_901_408_320, "zimage": 6_154_908_736}
-PUBLISHED |= {"qwen": 20_430_401_088}
+PUBLISHED |= {"pixart": 610_856_096, "qwen": 20_430_401_088}
 SD3 = (2_028_328_000, 2_243_171_520)  # of SD3-medium and of SD3.5-medium
 
 
@@ -56,7 +56,7 @@ def shown(config: configuration.Config) -> str:
 
 
 def test_there_are_recipes_of_every_size():
-    assert {path.parent.name for path in SHIPPED} >= {"tiny", "sd15", "sdxl", "sd3", "flux", "qwen", "zimage"}
+    assert {path.parent.name for path in SHIPPED} >= {"tiny", "sd15", "sdxl", "sd3", "flux", "pixart", "qwen", "zimage"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,7 +71,7 @@ def test_it_loads_and_says_what_it_would_do(name, world, monkeypatch):
 
     text = shown(config)
     recipes = Path(name).parent.name
-    family = {"tiny": "sdxl", "tiny-sd3": "sd3"}.get(recipes, recipes)
+    family = {"tiny": "sdxl", "tiny-sd3": "sd3", "pixart": "pixart-sigma"}.get(recipes, recipes)
     total = int(re.search(rf"model\s+{family}, ([\d,]+) parameters", text)[1].replace(",", ""))
     assert total in (SD3 if recipes == "sd3" else ((PUBLISHED | embedded)[recipes],))
     assert ("from its config" in text) == (recipes in embedded)

@@ -66,8 +66,8 @@ def check_online(config: Config) -> None:
         )
     if family.denoiser_name != "unet" and online_judges.latent_reward_place(config) is not None:
         raise ConfigError(
-            f"rollout.scorer {config.rollout.scorer} is half of a UNet, and {family.family} has none: its noisy latents "
-            "are others. Use a reward model of pictures, such as pickscore."
+            f"rollout.scorer {config.rollout.scorer} is half of a UNet, and {family.family} has none: its noisy "
+            "latents are others. Use a reward model of pictures, such as pickscore."
         )
 
 
