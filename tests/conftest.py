@@ -18,6 +18,7 @@ from tests.tiny import (
     build_tiny_flux2_dev,
     build_tiny_klein,
     build_tiny_lumina2,
+    build_tiny_pixart,
     build_tiny_qwen,
     build_tiny_sana,
     build_tiny_sd3,
@@ -92,6 +93,18 @@ def tiny_flux2_dev(tmp_path_factory):
 def tiny_klein(tmp_path_factory):
     """Return the folder of a random-weight FLUX.2-klein pipeline; treat it as read-only."""
     return build_tiny_klein(tmp_path_factory.mktemp("models") / "tiny-klein")
+
+
+@pytest.fixture(scope="session")
+def tiny_pixart_alpha(tmp_path_factory):
+    """Return the folder of a random-weight PixArt-alpha pipeline that is told sizes; treat it as read-only."""
+    return build_tiny_pixart(tmp_path_factory.mktemp("models") / "tiny-pixart-alpha", "alpha")
+
+
+@pytest.fixture(scope="session")
+def tiny_pixart_sigma(tmp_path_factory):
+    """Return the folder of a random-weight PixArt-Sigma pipeline; treat it as read-only."""
+    return build_tiny_pixart(tmp_path_factory.mktemp("models") / "tiny-pixart-sigma", "sigma")
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "accelerate")
 NAMES = [str(path.relative_to(CONFIGS)) for path in SHIPPED]
 PUBLISHED = {"sdxl": 2_567_463_684, "sd15": 859_520_964, "flux": 11_901_408_320, "zimage": 6_154_908_736}
-PUBLISHED |= {"qwen": 20_430_401_088, "sana": 1_604_462_752, "lumina2": 2_609_769_152}
+PUBLISHED |= {"pixart": 610_856_096, "qwen": 20_430_401_088, "sana": 1_604_462_752, "lumina2": 2_609_769_152}
 SEVERAL = {  # of SD3-medium and of SD3.5-medium; of FLUX.2-klein-base-4B and -dev
     "sd3": (2_028_328_000, 2_243_171_520),
     "flux2": (3_875_544_576, 32_223_281_152),
@@ -74,7 +74,7 @@ def test_it_loads_and_says_what_it_would_do(name, world, monkeypatch):
 
     text = shown(config)
     recipes = Path(name).parent.name
-    family = {"tiny": "sdxl", "tiny-sd3": "sd3"}.get(recipes, recipes)
+    family = {"tiny": "sdxl", "tiny-sd3": "sd3", "pixart": "pixart-sigma"}.get(recipes, recipes)
     total = int(re.search(rf"model\s+{family}, ([\d,]+) parameters", text)[1].replace(",", ""))
     assert total in (SEVERAL[recipes] if recipes in SEVERAL else ((PUBLISHED | embedded)[recipes],))
     assert ("from its config" in text) == (recipes in embedded)

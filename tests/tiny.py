@@ -20,6 +20,9 @@ from diffusers import (
     FluxTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -260,6 +263,41 @@ def build_tiny_flux(directory: str | Path, seed: int = 0, guidance_embeds: bool 
             tokenizer_2=second,
             transformer=tiny_transformer_flux(guidance_embeds),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        )
+    return _save(pipeline, directory)
+
+
+def tiny_transformer_pixart(**settings) -> PixArtTransformer2DModel:
+    """Return PixArt's topology with two blocks of 24 channels."""
+    return PixArtTransformer2DModel(
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=32,
+        cross_attention_dim=24,
+        **settings,
+    )
+
+
+def build_tiny_pixart(directory: str | Path, generation: str, seed: int = 0, **settings) -> Path:
+    """Write a random-weight pipeline of about 0.1 M parameters of PixArt-"alpha" or "sigma" and return its path.
+
+    alpha: of 1024 pixels, told the size of the picture. settings: of the transformer.
+    """
+    kind, sides, factor = {
+        "alpha": (PixArtAlphaPipeline, {"sample_size": 128}, 0.18215),
+        "sigma": (PixArtSigmaPipeline, {"sample_size": LATENT_SIZE}, 0.13025),
+    }[generation]
+    tokenizer = tiny_t5_tokenizer()
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = kind(
+            vae=tiny_vae(factor),
+            text_encoder=T5EncoderModel(T5Config(vocab_size=len(tokenizer), **shape)),
+            tokenizer=tokenizer,
+            transformer=tiny_transformer_pixart(**(sides | settings)),
+            scheduler=DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
         )
     return _save(pipeline, directory)
 

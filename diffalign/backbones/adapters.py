@@ -1,5 +1,6 @@
 """LoRA adapters on a denoiser (Hu et al. 2021, arXiv:2106.09685): add, switch off, collect, freeze."""
 
+import functools
 import math
 import re
 import warnings
@@ -8,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 
 import torch
+from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -61,7 +63,7 @@ def add_lora(
     _check_blocks(denoiser, blocks)
     excluded = _excluded(blocks, [*idle, *_containers(denoiser, targets)])
     _check_targets(denoiser, targets, excluded)
-    freeze(denoiser)
+    freeze(adaptable(denoiser))
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, exclude_modules=excluded
     )
@@ -172,6 +174,13 @@ def has_adapters(module: nn.Module) -> bool:
     return any(isinstance(part, BaseTunerLayer) for part in module.modules())
 
 
+def adaptable(denoiser: nn.Module) -> nn.Module:
+    """Give a network diffusers' methods for adapters, in place, where its class lacks them as PixArt's does."""
+    if not isinstance(denoiser, PeftAdapterMixin):
+        denoiser.__class__ = _with_adapter_methods(type(denoiser))
+    return denoiser
+
+
 def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that require a gradient, in the order of the network."""
     return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
@@ -180,6 +189,12 @@ def trainable_parameters(denoiser: nn.Module) -> list[nn.Parameter]:
 def freeze(module: nn.Module) -> nn.Module:
     """Require no gradient for any parameter of `module`, and return it; train/eval mode stays."""
     return module.requires_grad_(False)
+
+
+@functools.cache
+def _with_adapter_methods(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return a class of the same name, which configurations are saved under."""
+    return type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
 
 
 def _adapter_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:

@@ -55,6 +55,8 @@ class Backbone(ABC):
     separate_branches: ClassVar[bool] = False  # its pipeline guides with two calls, of the prompts and of empty ones
     noise_patches: ClassVar[int] = 1  # side of the patches that its pipeline draws as channels of one place
     noise_dtype: ClassVar[torch.dtype | None] = None  # that its pipeline draws noise in; None: that of encoded prompts
+    silent_guidance: ClassVar[bool] = False  # its pipeline guides with both, and has no property that says so
+    cuts_text: ClassVar[bool] = False  # its denoiser is given texts cut on the host, each batch to other lengths
     plain_attention: ClassVar[bool] = False  # its attention is that of the UNets, of which kernels can be chosen
 
     def __init__(
@@ -218,6 +220,11 @@ class Backbone(ABC):
 
         `denoiser` is passed in because policy, reference and wrapped (DDP, compiled) networks go through this one.
         """
+
+    @classmethod
+    def lora_usage(cls, place: str) -> list[str]:
+        """Return the Python that puts the LoRA in the folder or hub id `place` into a stock pipeline `pipe`."""
+        return [f'pipe.load_lora_weights("{place}")']
 
     @classmethod
     def drawing_options(cls, pipeline: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 MASK = "prompt_embeds_mask"  # bool [N,L]: which tokens are the prompt's, and not padding
 TOKENS = frozenset({"prompt_embeds", MASK})  # [N,L,...], of a prompt alone: images that share it may share these
-EXACT = frozenset({"add_time_ids"})  # numbers that the network is told, in float32
+EXACT = frozenset({"add_time_ids", "resolution", "aspect_ratio"})  # numbers that the network is told, in float32
 
 
 @dataclass(frozen=True, eq=False)

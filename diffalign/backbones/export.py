@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffalign.backbones import lora_layouts
-from diffalign.backbones.adapters import ADAPTER, adapted_layers, count_adapted, free_name, has_adapters
+from diffalign.backbones.adapters import ADAPTER, adaptable, adapted_layers, count_adapted, free_name, has_adapters
 from diffalign.backbones.families import denoiser_name, denoiser_of, family_of, name_of, with_denoiser
 from diffalign.backbones.files import LORA_FILE, load_errors, quiet_diffusers, read_header, write_atomically
 from diffalign.backbones.kohya import kohya_metadata
@@ -25,7 +25,7 @@ from diffalign.errors import ModelError
 
 # Settings in which the denoisers of two families, or of two sizes of one, differ.
 SHAPES = ("cross_attention_dim", "addition_embed_type", "in_channels", "joint_attention_dim")
-SHAPES += ("num_layers", "num_single_layers", "dim", "n_layers")
+SHAPES += ("num_layers", "num_single_layers", "dim", "n_layers", "use_additional_conditions")
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -196,6 +196,14 @@ def load_adapter_into(pipeline: Any, source: str | Path) -> Any:
             raise error from None
 
 
+def unload_adapters(pipeline: Any) -> None:
+    """Take the LoRAs out of a pipeline, so that it is as it was before."""
+    if hasattr(pipeline, "unload_lora_weights"):
+        pipeline.unload_lora_weights()
+    elif has_adapters(denoiser := denoiser_of(pipeline)):
+        denoiser.unload_lora()
+
+
 def _adapter(denoiser: nn.Module, state_dict: dict[str, Tensor] | None, dtype: torch.dtype | None) -> tuple[dict, Any]:
     if not has_adapters(denoiser):
         raise ModelError("This network has no LoRA adapters: export it with save_denoiser.")
@@ -258,7 +266,11 @@ def _load_readable(pipeline: Any, folder: Path | str, name: str, source: str) ->
     adapter = free_name(denoiser)
     # For each text encoder a UNet-only LoRA draws a warning that ends in "open an issue".
     with load_errors("the LoRA", source), quiet_diffusers():
-        pipeline.load_lora_weights(str(folder), weight_name=name, adapter_name=adapter, use_safetensors=True)
+        if hasattr(pipeline, "load_lora_weights"):
+            pipeline.load_lora_weights(str(folder), weight_name=name, adapter_name=adapter, use_safetensors=True)
+        else:  # PixArt's have no loader
+            options = {"weight_name": name, "adapter_name": adapter, "use_safetensors": True}
+            adaptable(denoiser).load_lora_adapter(str(folder), prefix=name_of(denoiser), **options)
     fitting = count_adapted(denoiser, adapter)
     # diffusers only logs what did not fit.
     if fitting == 0 or (expected is not None and fitting != expected):

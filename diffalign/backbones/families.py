@@ -10,6 +10,7 @@ from diffalign.backbones.base import Backbone
 from diffalign.backbones.flux import Flux
 from diffalign.backbones.flux2 import Flux2
 from diffalign.backbones.lumina2 import Lumina2
+from diffalign.backbones.pixart import PixArtAlpha, PixArtSigma
 from diffalign.backbones.qwen_image import QwenImage
 from diffalign.backbones.sana import Sana
 from diffalign.backbones.sd3 import SD3
@@ -18,7 +19,10 @@ from diffalign.backbones.sdxl import SDXL
 from diffalign.backbones.z_image import ZImage
 from diffalign.errors import ModelError
 
-FAMILIES: tuple[type[Backbone], ...] = (SD15, SDXL, SD3, Flux, Flux2, Lumina2, QwenImage, Sana, ZImage)
+FAMILIES: tuple[type[Backbone], ...] = (
+    *(SD15, SDXL, SD3, Flux, Flux2, Lumina2, PixArtAlpha, PixArtSigma),
+    *(QwenImage, Sana, ZImage),
+)
 PIPELINES = {
     pipeline.__name__: family for family in FAMILIES for pipeline in (family.pipeline_class, *family.other_pipelines)
 }
@@ -69,7 +73,8 @@ def has_unconditional_branch(pipeline: DiffusionPipeline) -> bool:
     """Tell whether guidance weighs a prediction without the prompt; a guidance-distilled network is told the scale."""
     kind = pipeline_kind(pipeline)
     guides = hasattr(type(pipeline), "do_classifier_free_guidance")  # of a pipeline it would ask for a scale
-    return kind.separate_branches or (guides and not pipeline.config.get("is_distilled", False))
+    said = guides and not pipeline.config.get("is_distilled", False)
+    return said or kind.separate_branches or kind.silent_guidance
 
 
 def family_of(pipeline_class: str, source: str) -> type[Backbone]:

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import Gemma2Model, GemmaTokenizer
 
 from diffalign.backbones.conditioning import MASK
-from diffalign.backbones.flow import CHARACTERS, FlowBackbone, about_tokens
+from diffalign.backbones.flow import FlowBackbone
+from diffalign.backbones.transformer import CHARACTERS, about_tokens
 
 
 class GemmaBackbone(FlowBackbone):

@@ -9,7 +9,7 @@ from diffalign.backbones import single_file
 from diffalign.backbones.base import TEXT_ENCODERS, Backbone
 from diffalign.backbones.families import BY_NAME, DENOISERS, FAMILIES, PIPELINES, family_of
 from diffalign.backbones.files import LORA_FILE, PICKLE_SUFFIXES, check_weights, load_errors, pickle_message
-from diffalign.backbones.flow import FlowBackbone
+from diffalign.backbones.transformer import TransformerBackbone
 from diffalign.errors import ModelError, suggestion
 from diffalign.places import local, looks_local
 
@@ -62,11 +62,11 @@ def family_at(source: str | Path, revision: str | None = None) -> type[Backbone]
     return family_of(read_index(source, revision)["_class_name"], source)
 
 
-def flow_family(hub_id: str) -> type[FlowBackbone] | None:
-    """Return the family of flow models that a hub id names, None if it names none."""
-    flow = [family for family in FAMILIES if issubclass(family, FlowBackbone)]
-    found = [family for family in flow if family.hub_mark.lower() in hub_id.lower()]
-    return found[0] if found else None
+def transformer_family(hub_id: str) -> type[TransformerBackbone] | None:
+    """Return the family of transformers that a hub id names, None if it names none."""
+    transformers = [family for family in FAMILIES if issubclass(family, TransformerBackbone)]
+    found = [family for family in transformers if family.hub_mark.lower() in hub_id.lower()]
+    return max(found, key=lambda family: len(family.hub_mark), default=None)
 
 
 def check(
@@ -98,7 +98,7 @@ def check(
         for name in (family.denoiser_name, "vae", *TEXT_ENCODERS):
             if name not in replaced and index.get(name, (None,))[0] is not None:
                 check_weights(folder / name, variant)
-    elif (named := flow_family(source)) is not None:
+    elif (named := transformer_family(source)) is not None:
         named.check_name(source)
 
 
@@ -111,7 +111,7 @@ def check_trainable(source: str, family: type[Backbone], resolution: int, revisi
     with load_errors("the configurations", source):
         denoiser = family.denoiser_class.load_config(source, subfolder=family.denoiser_name, revision=revision)
         vae = family.vae_class.load_config(source, subfolder="vae", revision=revision)
-        if issubclass(family, FlowBackbone):
+        if issubclass(family, TransformerBackbone):
             loader = FlowMatchEulerDiscreteScheduler  # of whichever class it is: a dictionary is read
             scheduler = loader.load_config(source, subfolder="scheduler", revision=revision)
             family.check_index(source, read_index(source, revision))

@@ -30,6 +30,7 @@ class Lumina2(GemmaBackbone):
     repeated_blocks = ("Lumina2TransformerBlock",)
     lora_targets = (*ATTENTION, "feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
     separate_branches = True
+    cuts_text = True
     text_length = padded_length = 256
     instruction = INSTRUCTION
 

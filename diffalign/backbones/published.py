@@ -11,6 +11,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Lumina2Transformer2DModel,
+    PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -150,6 +151,7 @@ _KLEIN_4B |= {"joint_attention_dim": 7680, "guidance_embeds": False}
 _KLEIN_9B = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32}
 _KLEIN_9B |= {"joint_attention_dim": 12288, "guidance_embeds": False}
 _SANA15 = {"qk_norm": "rms_norm_across_heads"}
+_SIGMA = {"caption_channels": 4096, "use_additional_conditions": False}
 TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
     "sd3": {
         "stabilityai/stable-diffusion-3-medium-diffusers": _SD3,
@@ -165,6 +167,16 @@ TRANSFORMERS: dict[str, dict[str, dict[str, Any]]] = {
         "black-forest-labs/FLUX.2-dev": {},  # all is the class's default
     },
     "lumina2": {"Alpha-VLLM/Lumina-Image-2.0": {"cap_feat_dim": 2304}},  # the width of Gemma2
+    # scripts/convert_pixart_alpha_to_diffusers.py and convert_pixart_sigma_to_diffusers.py of diffusers.
+    "pixart-alpha": {
+        "PixArt-alpha/PixArt-XL-2-1024-MS": {"caption_channels": 4096},
+        "PixArt-alpha/PixArt-XL-2-512x512": {"caption_channels": 4096, "sample_size": 64},
+    },
+    "pixart-sigma": {
+        "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": _SIGMA,
+        "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": _SIGMA | {"sample_size": 64},
+        "PixArt-alpha/PixArt-Sigma-XL-2-2K-MS": _SIGMA | {"sample_size": 256},
+    },
     "qwen": {"Qwen/Qwen-Image": {}, "Qwen/Qwen-Image-2512": {}},  # the class's defaults
     # Of diffusers' scripts/convert_sana_to_diffusers.py; the class's defaults are the first's.
     "sana": {
@@ -184,6 +196,8 @@ TRANSFORMER_CLASSES: dict[str, type[nn.Module]] = {
     "flux": FluxTransformer2DModel,
     "flux2": Flux2Transformer2DModel,
     "lumina2": Lumina2Transformer2DModel,
+    "pixart-alpha": PixArtTransformer2DModel,
+    "pixart-sigma": PixArtTransformer2DModel,
     "qwen": QwenImageTransformer2DModel,
     "sana": SanaTransformer2DModel,
     "zimage": ZImageTransformer2DModel,

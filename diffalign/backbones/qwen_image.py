@@ -12,8 +12,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from diffalign.backbones import packing
 from diffalign.backbones.conditioning import MASK, Conditioning
-from diffalign.backbones.flow import FlowBackbone, about_tokens
+from diffalign.backbones.flow import FlowBackbone
 from diffalign.backbones.layer_names import LayerNames, same
+from diffalign.backbones.transformer import about_tokens
 from diffalign.errors import ModelError
 
 NATIVE_LATENTS = 128  # the pipeline's `default_sample_size`
@@ -74,6 +75,7 @@ class QwenImage(FlowBackbone):
     original_names = ORIGINAL
     packing_side = packing.SIDE
     separate_branches = True
+    cuts_text = True
 
     @property
     def native_resolution(self) -> int:

@@ -10,6 +10,7 @@ from diffalign.backbones import published
 from diffalign.backbones.attention import shares_text
 from diffalign.backbones.base import CLIP_LENGTH, Backbone
 from diffalign.backbones.conditioning import Conditioning
+from diffalign.backbones.ddpm import check_ddpm
 from diffalign.backbones.kohya import unet_names
 from diffalign.backbones.layer_names import LayerNames
 from diffalign.denoising.paths import DDPMPath
@@ -48,17 +49,7 @@ class UNetBackbone(Backbone):
                 f'The UNet of "{self.source}" takes {channels} channels, the VAE makes {self.latent_channels}. '
                 "Inpainting, depth and edit checkpoints cannot be trained here: use the text-to-image model."
             )
-        schedule = self.scheduler.config
-        if schedule.get("beta_schedule") is None and schedule.get("trained_betas") is None:
-            raise ModelError(
-                f'The {type(self.scheduler).__name__} of "{self.source}" has no DDPM noise schedule (no betas): EDM '
-                "and flow-matching models are not supported yet. Use an SD1.5, SD2.1 or SDXL model."
-            )
-        if getattr(self.vae.config, "latents_mean", None) is not None:
-            raise ModelError(
-                f'The VAE of "{self.source}" normalises each latent channel (latents_mean, as Playground v2.5 does), '
-                "which is not supported. Use an SD1.5, SD2.1 or SDXL model."
-            )
+        check_ddpm(self, "Use an SD1.5, SD2.1 or SDXL model.")
 
     @staticmethod
     def _text(denoiser: nn.Module, cond: Conditioning) -> Tensor:

@@ -11,8 +11,9 @@ from transformers import Qwen2Tokenizer, Qwen3ForCausalLM, Qwen3Model
 from diffalign.backbones.adapters import ATTENTION
 from diffalign.backbones.chats import chats
 from diffalign.backbones.conditioning import MASK, Conditioning
-from diffalign.backbones.flow import FlowBackbone, about_tokens
+from diffalign.backbones.flow import FlowBackbone
 from diffalign.backbones.layer_names import LayerNames, fused, same, under
+from diffalign.backbones.transformer import about_tokens
 from diffalign.errors import ModelError
 
 TEXT_LENGTH = 512  # tokens, the pipeline's `max_sequence_length`
@@ -64,6 +65,7 @@ class ZImage(FlowBackbone):
     prompt_first = True
     token_columns, padded_length, ignores_padding = text_columns, TEXT_LENGTH, True
     noise_dtype = torch.float32
+    cuts_text = True
     lora_targets = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     original_names = ORIGINAL
 

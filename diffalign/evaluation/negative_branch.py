@@ -58,7 +58,8 @@ class NegativeBranch(nn.Module):
         )
         self._branches = branches[::-1] if PIPELINES[type(pipeline).__name__].prompt_first else branches
         self._negative, self._positive = branches
-        self._separate = pipeline_kind(pipeline).separate_branches
+        kind = pipeline_kind(pipeline)
+        self._separate, self._silent = kind.separate_branches, kind.silent_guidance
         self._timestep: Tensor | None = None  # of a call with the prompt, after which one without it is due
         self._pipeline = weakref.ref(pipeline)
         self._context: str | None = None
@@ -104,12 +105,13 @@ class NegativeBranch(nn.Module):
         Raises:
             ModelError: the pipeline does not guide, so that there is no half to be evaluated by the negative network.
         """
-        prompted = self._has_prompt(options.get("timestep"))
+        latents = next(iter([*args, *options.values()]))
+        prompted = self._has_prompt(options.get("timestep"), latents)
         if prompted is not None:
             network, mixed = self._positive if prompted else self._negative
             with mixed():
                 return network(*args, **options, return_dict=return_dict)
-        size = len(next(iter([*args, *options.values()])))
+        size = len(latents)
         predictions = []
         for half, (network, mixed) in enumerate(self._branches):
             with mixed():
@@ -119,24 +121,26 @@ class NegativeBranch(nn.Module):
         prediction = [entry for half in predictions for entry in half] if listed else torch.cat(predictions)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
-    def _has_prompt(self, timestep: Tensor | None) -> bool | None:
+    def _has_prompt(self, timestep: Tensor | None, latents: Tensor | list[Tensor]) -> bool | None:
         """Tell whether a call is of the prompts alone, None if of both branches.
 
         The pipeline says so, or of the two calls at a timestep it is the first.
 
         Raises:
-            ModelError: the pipeline does not guide.
+            ModelError: the pipeline does not guide: it says so, or its latents are not there twice.
         """
         pipeline = self._pipeline()
-        if not getattr(pipeline, "do_classifier_free_guidance", True):  # Qwen-Image's does not tell
+        if not getattr(pipeline, "do_classifier_free_guidance", True):  # Qwen-Image's and PixArt's do not tell
             raise _no_guidance(pipeline.guidance_scale)
         if self._context in ("cond", "uncond"):
             return self._context == "cond"
-        if not self._separate:
-            return None
-        first = timestep is not self._timestep
-        self._timestep = timestep if first else None
-        return first
+        if self._separate:
+            first = timestep is not self._timestep
+            self._timestep = timestep if first else None
+            return first
+        if self._silent and (len(latents) % 2 or not torch.equal(*latents.chunk(2))):
+            raise _no_guidance("1 or less")
+        return None
 
 
 def with_negative_branch(

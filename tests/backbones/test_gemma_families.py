@@ -443,7 +443,7 @@ class TestWhatCannotBeTrained:
 )
 def test_hub_ids(name, family):
     inspection.check(name, 1024)
-    assert inspection.flow_family(name).family == family
+    assert inspection.transformer_family(name).family == family
 
 
 def test_few_step_models_by_their_hub_ids():

@@ -14,6 +14,7 @@ from diffalign.backbones.flux import Flux
 from diffalign.backbones.flux2 import Flux2
 from diffalign.backbones.kohya import kohya_metadata, ldm_name
 from diffalign.backbones.lumina2 import Lumina2
+from diffalign.backbones.pixart import PixArtSigma
 from diffalign.backbones.qwen_image import QwenImage
 from diffalign.backbones.sana import Sana
 from diffalign.backbones.sd3 import SD3
@@ -138,6 +139,18 @@ def test_size_of_lumina2():
     trained = add_lora(network, 32, target_modules=Lumina2.lora_targets, idle=Lumina2.idle_layers(network))
     attention, mlp = 2 * (2304 + 2304) + 2 * (2304 + 768), 3 * (2304 + 9216)
     assert sum(parameter.numel() for parameter in trained) == 30 * 32 * (attention + mlp)
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "parameters"),
+    [("PixArt-alpha/PixArt-XL-2-1024-MS", 611_349_152), ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 610_856_096)],
+)
+def test_sizes_of_pixart(hub_id, parameters):
+    """0.61 billion, of alpha with embeddings of sizes; of a LoRA of rank 16 on two attentions and an MLP a block."""
+    network = published.random_transformer(hub_id, device="meta")
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    trained = add_lora(network, 16, target_modules=PixArtSigma.lora_targets)
+    assert sum(parameter.numel() for parameter in trained) == 28 * 16 * (8 * 2 * 1152 + 2 * 5 * 1152)
 
 
 def test_size_of_qwen_image():

@@ -333,7 +333,7 @@ class TestWhatCannotBeTrained:
     @pytest.mark.parametrize("name", ["Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"])
     def test_the_models_that_can_be(self, name):
         inspection.check(name, 1024)
-        assert inspection.flow_family(name).family == "qwen"
+        assert inspection.transformer_family(name).family == "qwen"
 
     def test_lightning_under_another_name(self, folder):
         same = {"base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}

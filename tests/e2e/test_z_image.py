@@ -1,4 +1,4 @@
-"""Whole runs of the families with texts of unequal lengths, Z-Image and others: the first logit, what is left."""
+"""Whole runs of the families with masked texts, Z-Image and others: the first logit, what is left."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ from tests.e2e.test_training import assert_close, assert_same_bits, variant, wei
 FULL = {"model": {"tune": "full"}, "optimizer": {"learning_rate": 1e-4}}
 
 
-@pytest.fixture(params=["tiny_zimage", "tiny_qwen", "tiny_sana", "tiny_lumina2"])
+@pytest.fixture(params=["tiny_zimage", "tiny_qwen", "tiny_sana", "tiny_lumina2", "tiny_pixart_alpha"])
 def model(request):
     """Return the folder of a model."""
     return request.getfixturevalue(request.param)
@@ -110,6 +110,7 @@ def test_prompts_in_half_precision_are_those_of_no_cache(content, tmp_path):
     assert not encoded[:, cached.shape[1] :].any()
 
 
+@pytest.mark.parametrize("model", ["tiny_zimage", "tiny_qwen", "tiny_sana", "tiny_lumina2"], indirect=True)
 def test_the_lora_of_a_run_draws_in_the_stock_pipeline(content, run, model):
     run(content)
     output = Path(content["train"]["output_dir"])

@@ -72,7 +72,7 @@ def _load_named(
     adapter = adapters.free_name(denoiser)
     named = {name.replace(f".{adapters.ADAPTER}.", "."): tensor for name, tensor in tensors.items()}
     with load_errors("the LoRA", str(folder)), quiet_diffusers():
-        denoiser.load_lora_adapter(named, prefix=None, adapter_name=adapter, metadata=settings)
+        adapters.adaptable(denoiser).load_lora_adapter(named, prefix=None, adapter_name=adapter, metadata=settings)
     fitting = adapters.count_adapted(denoiser, adapter)
     if 2 * fitting != len(tensors):
         raise ModelError(f"Only {fitting} of the {len(tensors) // 2} modules in the LoRA of {folder} fit this model.")

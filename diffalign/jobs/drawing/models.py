@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from diffalign.backbones import inspection, loading
 from diffalign.backbones.base import Backbone
+from diffalign.backbones.export import unload_adapters
 from diffalign.backbones.families import DENOISERS, denoiser_of
 from diffalign.backbones.files import read_header
 from diffalign.backbones.lora_families import check_lora
@@ -119,7 +120,7 @@ class ModelLoader:
     def load(self, model: Model) -> LoadedModel:
         """Return the model; the one returned before must not be used any more."""
         if self._pipeline is not None:
-            self._pipeline.unload_lora_weights()  # leaves the base as it was
+            unload_adapters(self._pipeline)  # leaves the base as it was
         self._pipeline = None
         _check_fits(model)
         backbone = self._loaded_base(model)

@@ -168,6 +168,11 @@ def _diffusion_model(name: str, steps: Steps) -> Backbone:
             f'{name} judges the latents of DDIM steps; "{steps.model}" ({family.family}) is sampled along a flow. Name '
             "a model of SD1.5, SD2.1 or SDXL."
         )
+    if name in JUDGES_OF_LATENTS and family.denoiser_name != "unet":
+        raise UserError(
+            f'{name} is the first half of a UNet, and {family.family} ("{steps.model}") has none. Name a model '
+            "of SD1.5, SD2.1 or SDXL."
+        )
     return loading.load(steps.model)
 
 

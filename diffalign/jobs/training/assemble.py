@@ -25,6 +25,7 @@ from diffalign.denoising import (
 )
 from diffalign.denoising.noising import INVERT_INSTEAD
 from diffalign.errors import ConfigError
+from diffalign.jobs.training import online_judges
 from diffalign.jobs.training.networks import Reference, sampling_network, weights_dtype
 from diffalign.training.auto_beta import AutoBeta
 from diffalign.training.preference_step import Examples, PreferenceStep
@@ -69,7 +70,8 @@ def check_path(config: Config) -> None:
 def check_generating(config: Config) -> None:
     """Refuse families of DDPM: only in a flow is the noise that a picture was drawn from the end of a straight line."""
     source, revision = config.model.pretrained_model_name_or_path, config.model.revision
-    if inspection.flow_family(source) is None and (family := inspection.family_at(source, revision)).ddim_steps:
+    named = inspection.transformer_family(source)
+    if (named is None or named.ddim_steps) and (family := inspection.family_at(source, revision)).ddim_steps:
         raise ConfigError(
             f'"{config.objective_name}" trains on the straight line between a picture and the noise that it was drawn '
             f"from, along which flow models draw; {family.family} is of DDPM. {INVERT_INSTEAD}"
@@ -77,13 +79,18 @@ def check_generating(config: Config) -> None:
 
 
 def check_online(config: Config) -> None:
-    """Refuse objectives that learn from DDIM steps for families that are sampled otherwise."""
+    """Refuse objectives that learn from DDIM steps for families sampled otherwise, and judges that do not fit."""
     model = config.model
     family = inspection.family_at(model.pretrained_model_name_or_path, model.revision)
     if not family.ddim_steps:
         raise ConfigError(
             f'"{config.objective_name}" learns from DDIM steps, and {family.family} is sampled along a flow, without '
             "noise. Use an objective of given pictures, such as dpo, kto, mapo, smpo or rankdpo (docs/families.md)."
+        )
+    if family.denoiser_name != "unet" and online_judges.latent_reward_place(config) is not None:
+        raise ConfigError(
+            f"rollout.scorer {config.rollout.scorer} is half of a UNet, and {family.family} has none: its noisy "
+            "latents are others. Use a reward model of pictures, such as pickscore."
         )
 
 

@@ -131,8 +131,8 @@ def _said(file: LoraFile) -> Target | None:
     base = file.metadata.get("base_model")
     if base is None:
         return None
-    if (flow := inspection.flow_family(base)) is not None:
-        return Target(flow)
+    if (named := inspection.transformer_family(base)) is not None:
+        return Target(named)
     if base in published.MODELS:
         return Target(BY_NAME[published.MODELS[base]])
     try:

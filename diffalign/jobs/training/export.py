@@ -174,7 +174,7 @@ def _usage(written: Path, form: str, trained: Trained) -> str:
     """Say how to load what was written."""
     if form in ONE_FILE:
         return "for the folder models/loras of ComfyUI, models/Lora of A1111"
+    family = inspection.family_at(trained.config.model.pretrained_model_name_or_path)
     if written.name == LORA_FILE:
-        return f'pipe.load_lora_weights("{written.parent}")'
-    network = inspection.family_at(trained.config.model.pretrained_model_name_or_path).denoiser_class.__name__
-    return f'pipe.{written.name} = diffusers.{network}.from_pretrained("{written}")'
+        return "; ".join(family.lora_usage(str(written.parent)))
+    return f'pipe.{written.name} = diffusers.{family.denoiser_class.__name__}.from_pretrained("{written}")'

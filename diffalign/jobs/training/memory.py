@@ -18,6 +18,7 @@ STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0.1}
 # Saved activations of one image at the native resolution, GiB, counted on meta tensors (docs/performance.md). They grow
 # with the area of the image; float32 doubles what autocast keeps.
 NATIVE = dict.fromkeys(("sdxl", "sd3", "flux", "flux2", "lumina2", "qwen", "sana", "zimage"), 1024) | {"sd15": 512}
+NATIVE |= dict.fromkeys(("pixart-alpha", "pixart-sigma"), 1024)
 ACTIVATIONS = {
     "sdxl": {"pure": 5.28, "lora": 7.25, "full": 8.56, "checkpointed": 0.5},
     "sd15": {"pure": 0.76, "lora": 1.08, "full": 1.35, "checkpointed": 0.14},
@@ -27,6 +28,8 @@ ACTIVATIONS = {
     # FLUX.2-klein-base-4B's; those of the larger ones are as much more as they have heads in all layers, within 2 %.
     "flux2": {"pure": 16.4, "lora": 17.8, "full": 22.7, "checkpointed": 0.71},
     "lumina2": {"pure": 21.4, "lora": 21.5, "full": 36.3, "checkpointed": 2.0},
+    "pixart-alpha": {"pure": 4.73, "lora": 4.76, "full": 8.32, "checkpointed": 0.26},
+    "pixart-sigma": {"pure": 4.76, "lora": 4.78, "full": 8.35, "checkpointed": 0.26},
     "qwen": {"pure": 32.1, "lora": 38.3, "full": 53.9, "checkpointed": 1.5},
     # Of all weights, 3.0 of these are their copies in bfloat16, which do not grow.
     "sana": {"pure": 3.33, "lora": 3.02, "full": 6.87, "checkpointed": 0.09},
@@ -34,13 +37,15 @@ ACTIVATIONS = {
 }
 SELECTIVE = 0.6  # share that remains when norms, activations and casts are recomputed; an estimate
 NATIVE_WIDTH = 320  # channels of the first block of the published UNets: of other sizes nothing is known
-# Channels of a head, and layers times heads, of SD3.5-medium, FLUX.1-dev, FLUX.2-klein-base-4B, Lumina-Image 2.0,
-# Qwen-Image and SANA-1.6B.
+# Channels of a head, and layers times heads, of SD3.5-medium, FLUX.1-dev, FLUX.2-klein-base-4B, Lumina-Image 2.0, both
+# PixArts, Qwen-Image and SANA-1.6B.
 HEADS = {
     "sd3": (64, 24 * 24),
     "flux": (128, (19 + 38) * 24),
     "flux2": (128, (5 + 20) * 24),
     "lumina2": (96, 26 * 24),
+    "pixart-alpha": (72, 28 * 16),
+    "pixart-sigma": (72, 28 * 16),
     "qwen": (128, 60 * 24),
     "sana": (32, 20 * 70),
 }

@@ -87,13 +87,13 @@ def at(source: str, revision: str | None = None) -> MetaModel:
         family = inspection.family_at(folder)
         if (folder / family.denoiser_name / "config.json").is_file():
             return _from_folder(folder, family, "from its config in the hub cache")
-    if (flow := inspection.flow_family(name)) is not None:
-        models = published.TRANSFORMERS[flow.family]
+    if (kind := inspection.transformer_family(name)) is not None:
+        models = published.TRANSFORMERS[kind.family]
         known = name if name in models else next(iter(models))
         network = published.random_transformer(known, device="meta")
         origin = f"not read; counted as the published {known}"
-        scale = published.VAE_SCALES.get(flow.family, 8)
-        return MetaModel(network, flow.family, origin, scale, published.SHIFTS[flow.family])
+        scale, scheduler = published.VAE_SCALES.get(kind.family, 8), published.SHIFTS.get(kind.family, {})
+        return MetaModel(network, kind.family, origin, scale, scheduler)
     family = published.MODELS.get(name) or ("sdxl" if "xl" in name.lower() else "sd15")
     origin = f"not read; counted as the published {family}"
     return MetaModel(published.random_unet(family, device="meta"), family, origin)

@@ -132,6 +132,6 @@ def _usage(base: str, family: str, lora: bool, place: str, pipeline: str | None)
     drawer = pipeline or known.pipeline_class.__name__
     lines = ["import diffusers", "", f'pipe = diffusers.{drawer}.from_pretrained("{base}")']
     if lora:
-        return [*lines, f'pipe.load_lora_weights("{place}")']
+        return [*lines, *known.lora_usage(place)]
     name, loader = known.denoiser_name, f"diffusers.{known.denoiser_class.__name__}"
     return [*lines, f'pipe.{name} = {loader}.from_pretrained("{place}", subfolder="{name}")']

@@ -9,7 +9,6 @@ from accelerate.utils import DistributedType
 from rich.console import Console
 from torch import nn
 
-from diffalign.backbones.conditioning import MASK
 from diffalign.backbones.families import kind_of
 from diffalign.config import Config
 from diffalign.training.static_step import CudaGraphs, Recorder, StaticStep
@@ -43,7 +42,7 @@ def _obstacles(config: Config, denoiser: nn.Module, accelerator: Accelerator) ->
         yield f'the passes of a rollout depend on what "{config.objective_name}" draws'
     if config.loss.auto_beta is not None:
         yield "loss.auto_beta gives every step another beta, and a graph holds numbers"
-    if MASK in kind_of(denoiser).text_columns:
+    if kind_of(denoiser).cuts_text:
         yield "prompts of unequal lengths are cut on the host"
     if getattr(denoiser, "is_gradient_checkpointing", False):
         yield "recomputing activations (train.gradient_checkpointing) saves the state of random numbers on the host"

@@ -183,8 +183,8 @@ def _models(config: Config) -> Iterator[Download]:
     if is_hub_id(name):
         parameters = published.PARAMETERS.get(published.MODELS.get(name, ""), {})
         replaced = {part for part, given in (("vae", vae), ("unet", unet)) if given is not None}
-        flow = inspection.flow_family(name)
-        denoiser = "unet" if flow is None else flow.denoiser_name
+        named = inspection.transformer_family(name)
+        denoiser = "unet" if named is None else named.denoiser_name
         folders = [part for part in parameters or (denoiser,) if part not in replaced]
         if not _downloaded(name, model.revision, folders):
             known = sum(count for part, count in parameters.items() if part not in replaced)

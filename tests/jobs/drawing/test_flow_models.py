@@ -1,4 +1,4 @@
-"""The commands that draw and score, on a flow transformer: runs of LoRAs and of all weights, and what is refused."""
+"""The commands that draw and score, on transformers: runs of LoRAs and of all weights, and what is refused."""
 
 import numpy as np
 import pytest
@@ -18,12 +18,12 @@ SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=3.0, batch_siz
 SIDES = "--height", 64, "--width", 64
 
 
-MODELS = ["tiny_sd3", "tiny_klein", "tiny_lumina2", "tiny_qwen", "tiny_sana", "tiny_zimage"]
+MODELS = ["tiny_sd3", "tiny_klein", "tiny_lumina2", "tiny_pixart_alpha", "tiny_qwen", "tiny_sana", "tiny_zimage"]
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request):
-    """Return the folder of a flow model."""
+    """Return the folder of a model with a transformer."""
     return request.getfixturevalue(request.param)
 
 
