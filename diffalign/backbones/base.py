@@ -38,6 +38,8 @@ class Backbone(ABC):
     other_pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = ()  # of its models that have another text encoder
     denoiser_class: ClassVar[type[nn.Module]]
     denoiser_name: ClassVar[str]  # of the denoiser in a pipeline, of its folder and before its keys in a LoRA file
+    # How names of tensors begin in a file of its denoiser alone, by its original code or by diffusers, and of no other.
+    file_marks: ClassVar[tuple[str, ...]]
     vae_class: ClassVar[type[nn.Module]] = AutoencoderKL
     encoder_classes: ClassVar[tuple[type, ...]] = (CLIPTextModel, CLIPTextModelWithProjection)
     tokenizer_classes: ClassVar[tuple[type, ...]] = (CLIPTokenizer,)
