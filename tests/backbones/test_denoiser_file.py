@@ -111,8 +111,7 @@ def test_a_file_in_diffusers_layout(folder_of, tmp_path, family):
     assert _same(backbones.load(folder_of(family), unet_init=file).denoiser, denoiser)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize(("family", "prefix"), [("sd15", ""), ("sdxl", "model.diffusion_model.")])
 def test_the_unet_of_a_checkpoint_or_alone(folder_of, tmp_path, family, prefix):
     folder = folder_of(family)
     file = write_single_file(folder, tmp_path / "model.safetensors")
