@@ -11,7 +11,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffalign.backbones import lora_layouts
+from diffalign.backbones import inspection, lora_layouts, single_file
 from diffalign.backbones.adapters import ADAPTER, adaptable, adapted_layers, count_adapted, free_name, has_adapters
 from diffalign.backbones.families import denoiser_name, denoiser_of, family_of, name_of, with_denoiser
 from diffalign.backbones.files import LORA_FILE, load_errors, quiet_diffusers, read_header, write_atomically
@@ -173,13 +173,15 @@ def save_denoiser(
 def load_adapter_into(pipeline: Any, source: str | Path) -> Any:
     """Return a pipeline with the weights at `source`: `pipeline` itself, or a new one if `source` is a whole pipeline.
 
-    source: a LoRA file or folder (diffusers' or kohya's layout), a folder of a UNet or transformer, one that holds
-    `unet/` or `transformer/`, a pipeline folder, or a hub id of a LoRA, a UNet or a transformer.
+    source: a LoRA file or folder (diffusers' or kohya's layout), a file or folder of a UNet or transformer, a folder
+    that holds `unet/` or `transformer/`, a pipeline folder, or a hub id of a LoRA, a UNet or a transformer.
 
     Raises:
         ModelError: nothing of the kind is there, or it does not fit this pipeline.
     """
     path = Path(source)
+    if path.is_file() and single_file.is_denoiser(path):
+        return _replace_denoiser(pipeline, source)
     if path.is_file() or _is_lora_folder(path):
         return _load_lora(pipeline, path.parent if path.is_file() else path, _lora_name(path), str(source))
     if (path / "model_index.json").is_file():
@@ -294,7 +296,11 @@ def _count_modules(file: Path) -> int:
 
 def _replace_denoiser(pipeline: Any, source: str | Path) -> Any:
     own, name = denoiser_of(pipeline), word_for(denoiser_name(pipeline))
-    network = load_denoiser(source, family_of(type(pipeline).__name__, str(source)), own.dtype)
+    family = family_of(type(pipeline).__name__, str(source))
+    if (file := inspection.denoiser_file(source)) is not None:
+        network = file.load(family, own.config, "this pipeline", own.dtype)
+    else:
+        network = load_denoiser(source, family, own.dtype)
     for key in SHAPES:
         if network.config.get(key) != own.config.get(key):
             raise ModelError(

@@ -69,6 +69,7 @@ class Flux(FlowBackbone):
 
     family = "flux"
     hub_mark = "FLUX.1"
+    file_marks = ("vector_in.", "double_blocks.0.img_mod.", "single_transformer_blocks.0.norm.")
     pipeline_class, denoiser_class = FluxPipeline, FluxTransformer2DModel
     required = frozenset(
         {"transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}

@@ -73,6 +73,7 @@ class Flux2(FlowBackbone):
 
     family = "flux2"
     hub_mark = "FLUX.2"
+    file_marks = ("double_stream_modulation_img.",)
     pipeline_class, other_pipelines = Flux2KleinPipeline, (Flux2Pipeline,)
     denoiser_class, vae_class = Flux2Transformer2DModel, AutoencoderKLFlux2
     required = frozenset({"transformer", "vae", "text_encoder", "tokenizer", "scheduler"})

@@ -5,10 +5,18 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from diffalign.backbones import single_file
+from diffalign.backbones import published, single_file
 from diffalign.backbones.base import TEXT_ENCODERS, Backbone
+from diffalign.backbones.denoiser_file import DenoiserFile
 from diffalign.backbones.families import BY_NAME, DENOISERS, FAMILIES, PIPELINES, family_of
-from diffalign.backbones.files import LORA_FILE, PICKLE_SUFFIXES, check_weights, load_errors, pickle_message
+from diffalign.backbones.files import (
+    LORA_FILE,
+    PICKLE_SUFFIXES,
+    check_weights,
+    load_errors,
+    pickle_message,
+    read_header,
+)
 from diffalign.backbones.transformer import TransformerBackbone
 from diffalign.errors import ModelError, suggestion
 from diffalign.places import local, looks_local
@@ -23,6 +31,11 @@ def located(source: str | Path) -> str:
     path = local(source)
     if path.suffix in PICKLE_SUFFIXES:
         raise ModelError(pickle_message(path) if path.is_file() else f'There is no file "{source}".')
+    if path.is_file() and path.suffix == ".gguf":
+        raise ModelError(
+            f'"{source}" is a GGUF file: quantised weights, which are not read here. Give the .safetensors file in '
+            "bfloat16 or float16; model.quantization then keeps a frozen base in few bits (docs/quantization.md)."
+        )
     if path.is_file() and path.suffix != ".safetensors":
         raise ModelError(f'"{source}" is not a .safetensors file. Give a diffusers folder, a hub id or such a file.')
     if path.exists() or not looks_local(str(source)):
@@ -88,6 +101,10 @@ def check(
         if place is not None:
             located(place)
     folder = Path(located(source))
+    if unet_init is not None and (file := denoiser_file(unet_init)) is not None:
+        if issubclass(file.kind, TransformerBackbone):
+            file.kind.check_name(str(file.path))
+        check_denoiser(file, source)
     if folder.is_file():
         single_file.family_of(folder)
     elif folder.is_dir():
@@ -102,14 +119,57 @@ def check(
         named.check_name(source)
 
 
+def denoiser_config(source: str, family: type[Backbone], revision: str | None = None) -> dict[str, Any]:
+    """Return the configuration of a pipeline's denoiser, of a folder or a hub id."""
+    with load_errors("the configurations", source):
+        return family.denoiser_class.load_config(source, subfolder=family.denoiser_name, revision=revision)
+
+
+def denoiser_file(place: str | Path) -> DenoiserFile | None:
+    """Return the header of the file with a denoiser that `place` names, None if it names no file.
+
+    Raises:
+        ModelError: it is a file without one.
+    """
+    path = Path(located(place))
+    if not path.is_file():
+        return None
+    if (found := DenoiserFile.find(path)) is not None:
+        return found
+    raise ModelError(
+        f'"{path}" holds no UNet or transformer of a supported family; its tensors are named like '
+        f'"{min(read_header(path).keys() - {"__metadata__"}, default="(none)")}". A LoRA is merged, or given to the '
+        "commands that draw; of other networks give the diffusers folder."
+    )
+
+
+def check_denoiser(file: DenoiserFile, source: str) -> None:
+    """Refuse a file that cannot replace the denoiser of `source`, as far as headers and configurations here say.
+
+    Raises:
+        ModelError: it is quantised, or does not fit.
+    """
+    name, config = located(source), None
+    if Path(name).is_dir():
+        family = family_of(read_index(name)["_class_name"], name)
+        config = denoiser_config(name, family)
+    elif (family := transformer_family(name)) is not None:
+        config = published.TRANSFORMERS[family.family].get(name)
+    elif Path(name).is_file():
+        family = family_at(name)
+    else:
+        return file.check_dtypes()  # a UNet's pipeline on the hub
+    file.check(family, config, f'"{name}"')
+
+
 def check_trainable(source: str, family: type[Backbone], resolution: int, revision: str | None = None) -> None:
     """Refuse what the configurations of a folder or a hub id show cannot be trained, without reading weights.
 
     Raises:
         ModelError: such a model or resolution.
     """
+    denoiser = denoiser_config(source, family, revision)
     with load_errors("the configurations", source):
-        denoiser = family.denoiser_class.load_config(source, subfolder=family.denoiser_name, revision=revision)
         vae = family.vae_class.load_config(source, subfolder="vae", revision=revision)
         if issubclass(family, TransformerBackbone):
             loader = FlowMatchEulerDiscreteScheduler  # of whichever class it is: a dictionary is read

@@ -13,7 +13,7 @@ from diffalign.backbones import base, single_file
 from diffalign.backbones.base import Backbone, present
 from diffalign.backbones.families import PIPELINES
 from diffalign.backbones.files import check_weights, load_errors
-from diffalign.backbones.inspection import check_trainable, located, read_index
+from diffalign.backbones.inspection import check_trainable, denoiser_config, denoiser_file, located, read_index
 from diffalign.errors import ModelError
 
 
@@ -35,8 +35,8 @@ def load(
     Args:
         pretrained_model_name_or_path: hub id, diffusers folder or single .safetensors file.
         vae: hub id, folder or file of a VAE to use instead, such as "madebyollin/sdxl-vae-fp16-fix".
-        unet_init: hub id or folder of a UNet or transformer (or of a pipeline with one) to use instead of the model's
-            own.
+        unet_init: hub id, folder or single .safetensors file of a UNet or transformer (or of a pipeline with one) to
+            use instead of the model's own.
         revision: branch, tag or commit of a hub id.
         variant: "fp16" to read `*.fp16.safetensors`; does not apply to `vae` and `unet_init`.
         torch_dtype: dtype of all modules.
@@ -53,9 +53,7 @@ def load(
     source = located(pretrained_model_name_or_path)
     replacements: dict[str, Any] = {}
     if Path(source).is_file():
-        if unet_init is not None:
-            replacements["unet"] = load_denoiser(unet_init, PIPELINES["StableDiffusionPipeline"], torch_dtype)
-        index, modules = _from_file(Path(source), replacements, vae, config, torch_dtype)
+        index, modules = _from_file(Path(source), unet_init, vae, config, torch_dtype)
         hints = single_file.schedule_hints(Path(source))
         prediction_type = prediction_type or hints.get("prediction_type")
         zero_terminal_snr = zero_terminal_snr or hints.get("zero_terminal_snr", False)
@@ -69,7 +67,7 @@ def load(
         if vae is not None:
             replacements["vae"] = load_vae(vae, torch_dtype, config=source, loader=family.vae_class)
         if unet_init is not None:
-            replacements[family.denoiser_name] = load_denoiser(unet_init, family, torch_dtype)
+            replacements[family.denoiser_name] = load_denoiser(unet_init, family, torch_dtype, source, revision)
         modules = _from_folder(source, index, replacements, revision, variant, torch_dtype)
     family = PIPELINES[index["_class_name"]]
     return family(
@@ -83,12 +81,22 @@ def load(
     )
 
 
-def load_denoiser(source: str | Path, family: type[Backbone], torch_dtype: torch.dtype) -> nn.Module:
-    """Load a family's denoiser from its folder, a folder with `unet/` or `transformer/`, or a hub id of either kind.
+def load_denoiser(
+    source: str | Path,
+    family: type[Backbone],
+    torch_dtype: torch.dtype,
+    pipeline: str | None = None,
+    revision: str | None = None,
+) -> nn.Module:
+    """Load a family's denoiser from its folder, a folder with `unet/` or `transformer/`, a hub id or a single file.
+
+    A single file has no configuration: it must fit that of `pipeline`, a folder or a hub id at `revision`.
 
     Raises:
-        ModelError: there is none, it is broken, or it lacks weights of its own configuration.
+        ModelError: there is none, it is broken, lacks weights of its configuration, or is quantised.
     """
+    if pipeline is not None and (file := denoiser_file(source)) is not None:
+        return file.load(family, denoiser_config(pipeline, family, revision), f'"{pipeline}"', torch_dtype)
     source, name, loader = located(source), family.denoiser_name, family.denoiser_class
     folder = Path(source)
     if folder.exists():
@@ -215,14 +223,17 @@ def _component(loader: type, source: str, subfolder: str | None, **options: Any)
 
 def _from_file(
     path: Path,
-    replacements: dict[str, Any],
+    unet_init: str | Path | None,
     vae: str | Path | None,
     config: str | Path | None,
     torch_dtype: torch.dtype,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     with single_file.config_folder(path, config) as folder:
-        index = read_index(str(folder))
+        index, replacements = read_index(str(folder)), {}
         if vae is not None:
             replacements["vae"] = load_vae(vae, torch_dtype, config=str(folder))
+        if unet_init is not None:
+            family = PIPELINES[index["_class_name"]]
+            replacements["unet"] = load_denoiser(unet_init, family, torch_dtype, str(folder))
         class_name = index["_class_name"]
         return index, single_file.load_modules(path, class_name, folder, replacements, torch_dtype)

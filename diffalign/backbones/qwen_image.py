@@ -59,6 +59,7 @@ class QwenImage(FlowBackbone):
 
     family = "qwen"
     hub_mark = "Qwen-Image"
+    file_marks = ("transformer_blocks.0.img_mod.",)
     pipeline_class, denoiser_class = QwenImagePipeline, QwenImageTransformer2DModel
     vae_class = AutoencoderKLQwenImage
     required = frozenset({"transformer", "vae", "text_encoder", "tokenizer", "scheduler"})

@@ -73,6 +73,7 @@ class SD3(FlowBackbone):
 
     family = "sd3"
     hub_mark = "stable-diffusion-3"
+    file_marks = ("joint_blocks.", "pos_embed.pos_embed")
     original_names = ORIGINAL
     pipeline_class, denoiser_class = StableDiffusion3Pipeline, SD3Transformer2DModel
     required = frozenset(

@@ -1,7 +1,7 @@
 """Single-file checkpoints in the original (LDM) layout: recognise the family and load them without a network."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,20 @@ import huggingface_hub
 import torch
 from diffusers import AutoencoderKL
 
+from diffalign.backbones.denoiser_file import DenoiserFile
 from diffalign.backbones.files import load_errors, quiet_diffusers, read_header
 from diffalign.backbones.published import PIPELINE_NAMES, write_config_folder
 from diffalign.errors import ModelError
 
 UNET_PREFIX = "model.diffusion_model."
+# What only the text encoders of a whole checkpoint have in their names.
+MARKERS = {
+    "sdxl": "conditioner.embedders.1.",
+    "sd15": "cond_stage_model.transformer.",
+    "sd2": "cond_stage_model.model.",
+}
 # Tensor-name fragments of what a user may offer instead of an SD1.5 or SDXL checkpoint, and what to say.
 OTHERS = {
-    "joint_blocks.": "an SD3 checkpoint in one file: give its diffusers folder or hub id instead",
-    "double_blocks.": "a Flux checkpoint in one file: give its diffusers folder or hub id instead",
     "lora_": "a LoRA: give its base model here, and the LoRA to evaluation",
     "conditioner.embedders.0.model.": "an SDXL refiner, which cannot be trained here: use the base model",
     "down_blocks.": "a single network in diffusers' layout: put it into a folder with its config.json",
@@ -33,15 +38,16 @@ def family_of(path: Path) -> str:
         ModelError: the file is broken or is something else.
     """
     names = read_header(path).keys()
-    markers = {
-        "sdxl": "conditioner.embedders.1.",
-        "sd15": "cond_stage_model.transformer.",
-        "sd2": "cond_stage_model.model.",
-    }
-    if any(name.startswith(UNET_PREFIX) for name in names):
-        for family, marker in markers.items():
-            if any(name.startswith(marker) for name in names):
-                return family
+    if (family := _whole_family(names)) is not None:
+        return family
+    found = DenoiserFile.find(path)
+    if found is not None and found.kind.denoiser_name != "unet":
+        found.check_dtypes()
+        raise ModelError(
+            f'"{path}" holds a {found.what}, and no whole model that can be read from one file. Give the rest as a '
+            f"diffusers folder or hub id: model.pretrained_model_name_or_path={found.pipeline} model.unet_init={path} "
+            f"(of commands that draw: --base {found.pipeline} beside this file)."
+        )
     for fragment, meaning in OTHERS.items():
         if any(fragment in name for name in names):
             raise ModelError(f'"{path}" is {meaning}.')
@@ -49,6 +55,11 @@ def family_of(path: Path) -> str:
         f'"{path}" is no SD1.5, SD2 or SDXL checkpoint with UNet, VAE and text encoders; its tensors are named like '
         f'"{min(names, default="(none)")}". Give a whole checkpoint or a diffusers folder.'
     )
+
+
+def is_denoiser(path: Path) -> bool:
+    """Tell whether a file is a denoiser to be put into a pipeline, and neither a LoRA nor a whole SD1, SD2 or SDXL."""
+    return _whole_family(read_header(path)) is None and DenoiserFile.find(path) is not None
 
 
 def schedule_hints(path: Path) -> dict[str, Any]:
@@ -117,6 +128,12 @@ def load_vae(path: Path, config: str | None, torch_dtype: torch.dtype) -> Autoen
         vae = AutoencoderKL.from_single_file(str(path), config=config, subfolder="vae", torch_dtype=torch_dtype)
     _check_complete(vae, "vae", path)
     return vae
+
+
+def _whole_family(names: Collection[str]) -> str | None:
+    has_unet = any(name.startswith(UNET_PREFIX) for name in names)
+    found = (family for family, marker in MARKERS.items() if any(name.startswith(marker) for name in names))
+    return next(found, None) if has_unet else None
 
 
 def _check_complete(module: torch.nn.Module, name: str, path: Path) -> None:

@@ -21,6 +21,7 @@ class UNetBackbone(Backbone):
     """Adapt what is made of a UNet2DConditionModel, an AutoencoderKL and CLIP text encoders."""
 
     denoiser_class, denoiser_name = UNet2DConditionModel, "unet"
+    file_marks = ("input_blocks.", "down_blocks.")
     required = frozenset({"unet", "vae", "text_encoder", "tokenizer", "scheduler"})
     repeated_blocks = ("BasicTransformerBlock", "ResnetBlock2D")
     plain_attention = True

@@ -56,6 +56,7 @@ class ZImage(FlowBackbone):
 
     family = "zimage"
     hub_mark = "Z-Image"
+    file_marks = ("x_pad_token",)
     pipeline_class, denoiser_class = ZImagePipeline, ZImageTransformer2DModel
     required = frozenset({"transformer", "vae", "text_encoder", "tokenizer", "scheduler"})
     encoder_classes = (Qwen3Model, Qwen3ForCausalLM)

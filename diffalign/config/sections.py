@@ -13,12 +13,12 @@ class ModelSettings(Settings):
 
     pretrained_model_name_or_path: str
     """A hub id or a diffusers folder of a supported family (docs/families.md), or one .safetensors file of SD1.5 or
-    SDXL."""
+    SDXL; a transformer in one file is given as unet_init."""
     pretrained_vae_model_name_or_path: str | None = None
     """Another VAE, such as madebyollin/sdxl-vae-fp16-fix."""
     unet_init: str | None = None
-    """Start policy and reference from this UNet or transformer (its folder, or one with unet/ or transformer/), e.g. an
-    SFT model."""
+    """Start policy and reference from this UNet or transformer (its folder, one with unet/ or transformer/, or a
+    .safetensors file such as flux1-dev.safetensors), e.g. an SFT model."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None

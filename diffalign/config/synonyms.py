@@ -25,7 +25,7 @@ _NAMES = {
         "pretrained_model_name checkpoint ckpt"
     ),
     "model.pretrained_vae_model_name_or_path": "vae vae_path vae_model pretrained_vae vae_name_or_path",
-    "model.unet_init": "unet unet_path sft_model init_from pretrained_unet",
+    "model.unet_init": "unet unet_path transformer transformer_path sft_model init_from pretrained_unet",
     "lora.rank": "lora_rank lora_r network_dim lora_dim r",
     "lora.lora_alpha": "alpha network_alpha",
     "lora.lora_dropout": "network_dropout",

@@ -16,6 +16,7 @@ from diffalign.backbones.lora_families import in_diffusers_layout
 from diffalign.backbones.lora_files import LoraFile
 from diffalign.errors import ModelError
 from tests.backbones.drawing import PROMPT, draw, perturb
+from tests.backbones.original import original as original_weights
 
 TRANSFORMERS = ("sd3", "flux", "flux2", "qwen", "zimage")
 FIXTURES = {"flux2": "tiny_klein"}  # else tiny_ and the family
@@ -24,19 +25,6 @@ FAMILIES = ("sd15", "sdxl", *TRANSFORMERS)
 CONVERSIONS = {
     "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
     "zimage": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
-}
-NORMS = {  # what is no layer of a LoRA, for these conversions
-    "sd3": {
-        "attn.norm_q": "x_block.attn.ln_q",
-        "attn.norm_k": "x_block.attn.ln_k",
-        "attn.norm_added_q": "context_block.attn.ln_q",
-        "attn.norm_added_k": "context_block.attn.ln_k",
-        "attn2.norm_q": "x_block.attn2.ln_q",
-        "attn2.norm_k": "x_block.attn2.ln_k",
-        "transformer_blocks": "joint_blocks",
-        "pos_embed.pos_embed": "pos_embed",
-    },
-    "zimage": {"norm_q": "q_norm", "norm_k": "k_norm"},
 }
 
 
@@ -194,33 +182,13 @@ class TestDiffusersLoadsIt:
                 torch.testing.assert_close(b @ a, entry.scale * entry.up @ entry.down, rtol=1e-6, atol=1e-5)
 
 
-def _original(family, denoiser):
-    """Return the weights as the original network names and orders them."""
-    names, weights, state = BY_NAME[family].layer_names(), {}, denoiser.state_dict()
-    for key, tensor in state.items():
-        layer, _, kind = key.rpartition(".")
-        if (found := names.find(layer)) is None:
-            for there, here in NORMS[family].items():
-                key = key.replace(there, here)
-            weights[key] = tensor.clone()
-            continue
-        rename, part = found
-        if rename.turned and len(tensor) == 2 * state[f"{layer}.weight"].shape[1]:
-            tensor = torch.cat(tensor.chunk(2)[::-1])
-        weights.setdefault(f"{rename.original}.{kind}", {})[part] = tensor
-    return {
-        key: torch.cat([entry[part] for part in sorted(entry)]) if isinstance(entry, dict) else entry
-        for key, entry in weights.items()
-    }
-
-
 @pytest.mark.parametrize(("family", "layout"), [("sd3", "kohya"), ("sd3", "comfy"), ("zimage", "kohya")])
 def test_merged_into_the_original_weights_it_predicts_the_same(trained, tmp_path, family, layout):
     """What diffusers does not load is proved by its own conversion of original weights, with the update in them."""
     folder, backbone, file = trained(family)
     written = load_file(_convert(file, family, layout, tmp_path / "x.safetensors"))
     network = loading.load(folder).denoiser
-    unchanged, original = CONVERSIONS[family](_original(family, network)), _original(family, network)
+    unchanged, original = CONVERSIONS[family](original_weights(family, network)), original_weights(family, network)
     assert all(torch.equal(unchanged[key], tensor) for key, tensor in network.state_dict().items())
     used = set()
     for key in [key for key in original if key.endswith(".weight")]:

@@ -4,6 +4,7 @@ stabilityai/stable-diffusion-xl-base-1.0, assets/tiny-sdxl, model.safetensors   
 runs/demo                            a training run: its config.yaml names the base model
 runs/demo/checkpoint-300             the weights of a run at one step
 lora.safetensors, lora/, unet/, ...  weights that go on a base model: the one that --base, their run or their file names
+flux1-dev.safetensors                a transformer or UNet alone, which goes on the base model that --base names
 dpo=runs/demo                        any of these, under a name of one's own
 """
 
@@ -19,7 +20,7 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 
-from diffalign.backbones import inspection, loading
+from diffalign.backbones import inspection, loading, single_file
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.export import unload_adapters
 from diffalign.backbones.families import DENOISERS, denoiser_of
@@ -209,7 +210,10 @@ def _is_whole_model(path: Path, spec: str, base: str | None) -> bool:
     if path.is_dir():
         return (path / "model_index.json").is_file()
     if path.is_file():
-        return path.suffix != ".safetensors" or not any("lora" in key for key in read_header(path))
+        is_part = path.suffix == ".safetensors" and (
+            any("lora" in key for key in read_header(path)) or single_file.is_denoiser(path)
+        )
+        return not is_part
     if base is None or spec == base:
         return True
     try:  # weights on the hub, such as mhdang/dpo-sdxl-text2image-v1, have no index of a pipeline
@@ -259,9 +263,11 @@ def _base_in_file(path: Path, spec: str) -> str:
     named = [read_header(file).get("__metadata__", {}).get("base_model") for file in files]
     found = next((name for name in named if name), None)
     if found is None:
+        file = inspection.denoiser_file(path) if path.is_file() and single_file.is_denoiser(path) else None
+        known = "stabilityai/stable-diffusion-xl-base-1.0" if file is None else file.pipeline
         raise ModelError(
-            f'"{spec}" is a LoRA or a UNet and does not say which model it belongs on. Give that model, e.g. '
-            "--base stabilityai/stable-diffusion-xl-base-1.0."
+            f'"{spec}" is a LoRA or {"a UNet" if file is None else f"a {file.what}"} and does not say which model it '
+            f"belongs on. Give that model, e.g. --base {known}."
         )
     return found
 
@@ -277,11 +283,13 @@ def load_base(model: Model, torch_dtype: torch.dtype) -> Backbone:
 
 
 def _check_fits(model: Model) -> None:
-    """Refuse a LoRA of another kind of network than its base has, before the base is read."""
+    """Refuse a LoRA of another kind of network than its base has, or its like in one file, before the base is read."""
     source = Path(inspection.located(model.base.source))
     if model.weights is None or not (source / "model_index.json").is_file():
         return
     place = Path(model.weights)
+    if place.is_file() and single_file.is_denoiser(place):
+        return inspection.check_denoiser(inspection.denoiser_file(place), str(source))
     for file in [place] if place.is_file() else sorted(place.glob("*.safetensors")):
         check_lora(file, inspection.read_index(str(source))["_class_name"])
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,18 @@ def read(config: Config) -> MetaModel:
     """Return the model of a run.
 
     A hub model that is not in the local cache counts as the published model it is named like; a single file does so by
-    the names of its tensors.
+    the names of its tensors. A denoiser in a file is counted in its header.
 
     Raises:
         ModelError: a path that does not exist, or a folder that is no pipeline of a supported family.
     """
-    return at(config.model.pretrained_model_name_or_path, config.model.revision)
+    model, place = at(config.model.pretrained_model_name_or_path, config.model.revision), config.model.unet_init
+    file = None if place is None else inspection.denoiser_file(place)
+    if file is None:
+        return model
+    if not model.is_read and file.kind.denoiser_name != "unet":
+        model = replace(model, denoiser=published.random_transformer(file.pipeline, device="meta"))
+    return replace(model, origin=f"{file.what}, by the header of {file.path.name}")
 
 
 def at(source: str, revision: str | None = None) -> MetaModel:

@@ -182,9 +182,9 @@ def _models(config: Config) -> Iterator[Download]:
     name, vae, unet = model.pretrained_model_name_or_path, model.pretrained_vae_model_name_or_path, model.unet_init
     if is_hub_id(name):
         parameters = published.PARAMETERS.get(published.MODELS.get(name, ""), {})
-        replaced = {part for part, given in (("vae", vae), ("unet", unet)) if given is not None}
         named = inspection.transformer_family(name)
         denoiser = "unet" if named is None else named.denoiser_name
+        replaced = {part for part, given in (("vae", vae), (denoiser, unet)) if given is not None}
         folders = [part for part in parameters or (denoiser,) if part not in replaced]
         if not _downloaded(name, model.revision, folders):
             known = sum(count for part, count in parameters.items() if part not in replaced)
