@@ -27,6 +27,7 @@ from diffalign.backbones.files import load_errors, quiet_diffusers, read_header
 from diffalign.errors import ModelError
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of whole checkpoints, and of files of ComfyUI
+POSITIONS = ("pos_embed", "pos_embed.pos_embed")  # SD3's table of positions, which is fixed
 DTYPES = ("F32", "F16", "BF16")
 # Ends of names that only quantised weights have, of ComfyUI's, bitsandbytes' and other programs.
 QUANTIZED = re.compile(
@@ -63,15 +64,19 @@ class DenoiserFile:
 
     @property
     def parameters(self) -> int:
-        """Return how many numbers the denoiser's tensors hold."""
-        return sum(prod(self.header[key]["shape"]) for key in self.keys.values())
+        """Return how many parameters the denoiser has."""
+        return sum(prod(self.header[key]["shape"]) for name, key in self.keys.items() if name not in POSITIONS)
+
+    @property
+    def dtype(self) -> str:
+        """Return the dtype of most of its tensors, as headers write it."""
+        return Counter(self.header[key]["dtype"] for key in self.keys.values()).most_common(1)[0][0]
 
     @property
     def what(self) -> str:
-        """Say what it is, for messages: family, size and the dtype of most of its tensors."""
-        word = "UNet" if self.kind.denoiser_name == "unet" else f"{self.kind.family} {self.kind.denoiser_name}"
-        dtype = Counter(self.header[key]["dtype"] for key in self.keys.values()).most_common(1)[0][0]
-        return f"{word} of {self.parameters:,} parameters in {dtype}"
+        """Say what it is, for messages."""
+        word = "UNet" if self.kind.denoiser_name == "unet" else f"{self.kind.denoiser_name} of {self.kind.family}"
+        return f"{word} with {self.parameters:,} parameters in {self.dtype}"
 
     @cached_property
     def published_like(self) -> str | None:

@@ -136,9 +136,9 @@ def test_published_sizes_are_told_by_the_header_alone(tmp_path, hub_id, family):
     file = DenoiserFile.find(write_header(tmp_path / "x.safetensors", _shapes(hub_id, family)))
     assert file.kind is BY_NAME[family]
     assert file.published_like == hub_id
-    assert file.what == f"{family} transformer of {file.parameters:,} parameters in BF16"
+    assert file.what == f"transformer of {family} with {file.parameters:,} parameters in BF16"
     network = published.random_transformer(hub_id, device="meta")
-    assert file.parameters == sum(tensor.numel() for tensor in network.state_dict().values())
+    assert file.parameters == sum(parameter.numel() for parameter in network.parameters())
 
 
 def test_flux_norms_under_the_other_name(tmp_path):
@@ -153,7 +153,9 @@ def test_flux_norms_under_the_other_name(tmp_path):
 class TestRefused:
     def test_another_family(self, made, folder_of):
         _, _, file = made("zimage")
-        with pytest.raises(ModelError, match=r'holds a zimage .*is a pipeline of sd3.*"Tongyi-MAI/Z-Image"'):
+        with pytest.raises(
+            ModelError, match=r'holds a transformer of zimage .*is a pipeline of sd3.*"Tongyi-MAI/Z-Image"'
+        ):
             backbones.load(folder_of("sd3"), unet_init=file)
         with pytest.raises(ModelError, match="is a pipeline of sdxl"):
             inspection.check_denoiser(DenoiserFile.find(file), str(folder_of("sdxl")))

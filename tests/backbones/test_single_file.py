@@ -91,8 +91,8 @@ def test_truncated(file, folder):
 @pytest.mark.parametrize(
     ("name", "named"),
     [
-        ("model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias", "sd3 transformer"),
-        ("double_blocks.0.img_mod.lin.weight", "flux transformer"),
+        ("model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias", "transformer of sd3"),
+        ("double_blocks.0.img_mod.lin.weight", "transformer of flux"),
         ("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "a LoRA"),
         ("unet.down_blocks.0.to_q.lora_A.weight", "a LoRA"),
         ("conditioner.embedders.0.model.text_projection", "refiner"),

@@ -76,7 +76,7 @@ def read(config: Config) -> MetaModel:
         return model
     if not model.is_read and file.kind.denoiser_name != "unet":
         model = replace(model, denoiser=published.random_transformer(file.pipeline, device="meta"))
-    return replace(model, origin=f"{file.what}, by the header of {file.path.name}")
+    return replace(model, origin=f"{file.parameters:,} in {file.dtype} by the header of {file.path.name}")
 
 
 def at(source: str, revision: str | None = None) -> MetaModel:
