@@ -2,8 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -15,6 +14,7 @@ from diffalign.backbones.adapters import ATTENTION
 from diffalign.backbones.conditioning import Conditioning
 from diffalign.backbones.digests import tokenizer_identity, update_with_tensors
 from diffalign.backbones.layer_names import LayerNames
+from diffalign.backbones.pictures import Pictures
 from diffalign.backbones.quantization import dtype_of
 from diffalign.denoising.shifts import Shift
 from diffalign.errors import ModelError
@@ -24,7 +24,7 @@ TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-class Backbone(ABC):
+class Backbone(Pictures, ABC):
     """Adapt one model family: encode prompts and images, predict, decode.
 
     The denoiser is the caller's to train; the VAE and the text encoders are frozen here.
@@ -120,16 +120,6 @@ class Backbone(ABC):
         return {"guidance_scale": scale} | ({"negative_prompt": [negative_prompt] * number} if negative_prompt else {})
 
     @classmethod
-    def patch_size(cls, denoiser_config: Mapping[str, Any]) -> int:
-        """Return how many latents one token of the denoiser is high and wide."""
-        return 1
-
-    @classmethod
-    def latent_channels_of(cls, denoiser_config: Mapping[str, Any]) -> int:
-        """Return C of the latents that the denoiser denoises."""
-        return denoiser_config["in_channels"]
-
-    @classmethod
     @abstractmethod
     def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:
         """Return how many numbers the `text_columns` of a prompt hold, for tokenizers of the published lengths."""
@@ -158,16 +148,6 @@ class Backbone(ABC):
         """
         cls._check_side(resolution, resolution, cls.scale_factor_of(vae) * cls.patch_size(denoiser))
 
-    @property
-    def latent_channels(self) -> int:
-        """Return C of the latents."""
-        return self.vae.config.latent_channels
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """Return C, h, w of the latents of pictures of `resolution` pixels a side."""
-        side = resolution // self.vae_scale_factor
-        return self.latent_channels, side, side
-
     def shift_at(self, resolution: int) -> Shift:
         """Return how the scheduler moves levels of noise for pictures of `resolution` pixels a side."""
         side = resolution // (self.vae_scale_factor * self.patch_size(self.denoiser.config))
@@ -182,16 +162,6 @@ class Backbone(ABC):
     def native_resolution(self) -> int:
         """Return how many pixels the pictures are high and wide that the denoiser was made for."""
         return self.denoiser.config.sample_size * self.vae_scale_factor
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Return how many pixels a latent is high and wide."""
-        return self.scale_factor_of(self.vae.config)
-
-    @staticmethod
-    def scale_factor_of(vae_config: Mapping[str, Any]) -> int:
-        """Return how many pixels a latent of the VAE is high and wide."""
-        return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -240,28 +210,6 @@ class Backbone(ABC):
         Weights trained later show in it. It does not switch train/eval mode: call `denoiser.eval()` before sampling.
         """
 
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and std [N,C,h,w] float32 of the scaled latents of `images` [N,3,H,W] in [0,1].
-
-        x0 = mean + std * noise. The VAE's shift and scaling factor are applied to the mean, the factor to the std.
-
-        Raises:
-            ModelError: images of another rank or channel count, or sides the VAE cannot divide.
-        """
-        self._check_images(images)
-        shift, scale = self._shift_and_scale()
-        with self._stable_vae() as vae:
-            mean, std = self._encode(vae, (images * 2 - 1).to(vae.device, vae.dtype))
-        return (mean.float() - shift) * scale, std.float() * scale
-
-    def decode_latents(self, x0: Tensor) -> Tensor:
-        """Return images [N,3,H,W] float32 in [0,1] of scaled latents `x0` [N,C,h,w]; differentiable in `x0`."""
-        shift, scale = self._shift_and_scale()
-        with self._stable_vae() as vae:
-            decoded = self._decode(vae, (x0 / scale + shift).to(vae.device, vae.dtype))
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
-
     def fingerprint(self) -> str:
         """Return a hash of all that decides the latents and embeddings: VAE, text encoders, tokenizers, scaling."""
         if self._fingerprint is None:  # these modules are frozen
@@ -305,33 +253,6 @@ class Backbone(ABC):
         """Return the VAE and the text encoders."""
         return [self.vae, *self.text_encoders]
 
-    def _encode(self, vae: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = vae.encode(pictures).latent_dist
-        return posterior.mean, posterior.std
-
-    def _decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        return vae.decode(latents, return_dict=False)[0]
-
-    def _scaling(self) -> Any:
-        """Return the numbers that latents are shifted and scaled by, as the fingerprint writes them."""
-        return self._shift_and_scale()
-
-    def _shift_and_scale(self) -> tuple[float | Tensor, float | Tensor]:
-        config = self.vae.config
-        return float(getattr(config, "shift_factor", None) or 0.0), float(config.scaling_factor)
-
-    @contextmanager
-    def _stable_vae(self) -> Iterator[nn.Module]:
-        # float16 overflows in VAEs marked force_upcast (SDXL's own): diffusers runs those in float32, so do we.
-        upcast = self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast", False)
-        if upcast:
-            self.vae.float()
-        try:
-            yield self.vae
-        finally:
-            if upcast:
-                self.vae.half()
-
     @abstractmethod
     def _noise_path(self) -> Any:
         """Return the path (of `denoising.paths`) that the model was trained on."""
@@ -339,19 +260,6 @@ class Backbone(ABC):
     @abstractmethod
     def _check_parts(self) -> None:
         """Raise ModelError unless the parts form a model of this family that can be trained."""
-
-    def _check_images(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ModelError(f"Images must have the shape [N,3,H,W], got {list(images.shape)}.")
-        self._check_side(*images.shape[2:], self.vae_scale_factor * self.patch_size(self.denoiser.config))
-
-    @staticmethod
-    def _check_side(height: int, width: int, factor: int) -> None:
-        if height % factor or width % factor:
-            raise ModelError(
-                f"Image sides must be multiples of {factor} for this model, got {height}x{width}. Choose such a "
-                "resolution."
-            )
 
     @staticmethod
     def _tokenize(tokenizer: Any, prompts: list[str], length: int | None = None, marked: bool = False) -> Any:
