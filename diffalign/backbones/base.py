@@ -39,8 +39,9 @@ class Backbone(Pictures, ABC):
     older_pipelines: ClassVar[tuple[str, ...]] = ()  # what diffusers called `pipeline_class`, in folders of that time
     denoiser_class: ClassVar[type[nn.Module]]
     denoiser_name: ClassVar[str]  # of the denoiser in a pipeline, of its folder and before its keys in a LoRA file
-    # How names of tensors begin in a file of its denoiser alone, by its original code or by diffusers, and of no other.
-    file_marks: ClassVar[tuple[str, ...]]
+    # How names of tensors begin in a file of its denoiser alone, by its original code or by diffusers, and of no other;
+    # none: such files are not read.
+    file_marks: ClassVar[tuple[str, ...]] = ()
     vae_class: ClassVar[type[nn.Module]] = AutoencoderKL
     encoder_classes: ClassVar[tuple[type, ...]] = (CLIPTextModel, CLIPTextModelWithProjection)
     tokenizer_classes: ClassVar[tuple[type, ...]] = (CLIPTokenizer,)
