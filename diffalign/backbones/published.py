@@ -116,7 +116,7 @@ PARAMETERS = {
         "text_encoder_2": 694_659_840,
     },
 }
-# Parameters of the text encoders and the VAE of the flow families; a test counts them.
+# Parameters of the text encoders and the VAE of families with a transformer; a test counts them.
 FLOW_ENCODERS = {
     "sd3": {
         "text_encoder": 123_650_304,  # with a projection, which SD1.5's lacks
@@ -125,6 +125,8 @@ FLOW_ENCODERS = {
         "vae": 83_819_683,
     },
     "flux": {"text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656, "vae": 83_819_683},
+    "pixart-alpha": {"text_encoder": 4_762_310_656, "vae": 83_653_863},
+    "pixart-sigma": {"text_encoder": 4_762_310_656, "vae": 83_653_863},
     "zimage": {"text_encoder": 4_022_468_096, "vae": 83_819_683},
 }
 # Hub ids of models that have just these shapes.

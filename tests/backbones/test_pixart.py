@@ -112,6 +112,7 @@ def test_prompts_equal_the_pipeline(stock, backbone):
     kept = mask.sum(1).tolist()
     assert kept[1] < kept[0] < kept[2] == {"pixart-alpha": 120, "pixart-sigma": 300}[backbone.family]
     assert sum(column[0].numel() for column in text.values()) == backbone.prompt_size(backbone.denoiser.config)
+    assert backbone.prompt_tokens(backbone.tokenizers, PROMPTS) == sum(kept)
 
 
 @torch.no_grad()

@@ -84,7 +84,9 @@ def test_objectives_that_draw(online, run, name, generation, request):
     assert max(tensor.abs().max() for tensor in moved) > 1e-4
 
 
-def test_static_steps_hold_its_masks(content, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", ["tiny_pixart_sigma", "tiny_sana"])
+def test_static_steps_hold_masks(content, run, tmp_path, monkeypatch, model, request):
+    content["model"]["pretrained_model_name_or_path"] = str(request.getfixturevalue(model))
     made = []
 
     class Noted(Tape):

@@ -127,14 +127,17 @@ def count(config: Config, denoiser: nn.Module) -> tuple[int, int]:
 
 
 def encoder_bytes(config: Config, model: MetaModel) -> float:
-    """Return how large the VAE, in float32, and the text encoders of a run are, in the precision they are loaded in."""
+    """Return how large the VAE, in float32, and the text encoders of a run are, in the precision they are loaded in.
+
+    Of families whose published encoders are not counted, it is what is here of them.
+    """
     parts = _encoders_at(model.folder, model.kind) if model.folder else {}
     if "vae" not in parts:  # some of it is not here
-        known = published.PARAMETERS.get(model.family) or published.FLOW_ENCODERS[model.family]
+        known = published.PARAMETERS.get(model.family) or published.FLOW_ENCODERS.get(model.family, parts)
         parts = {name: count for name, count in known.items() if name != model.kind.denoiser_name}
     text = sum(count for name, count in parts.items() if name != "vae")
     number = memory.BYTES[config.train.mixed_precision] if config.model.tune == "lora" else 4
-    return number * text + 4 * parts["vae"]
+    return number * text + 4 * parts.get("vae", 0)
 
 
 def _encoders_at(folder: Path, family: type[Backbone]) -> dict[str, int]:

@@ -240,6 +240,7 @@ ENCODERS = {
 }
 FLUX_ENCODERS = {"text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**published._CLIP_L))}
 FLUX_ENCODERS["text_encoder_2"], FLUX_ENCODERS["vae"] = ENCODERS["text_encoder_3"], ENCODERS["vae"]
+PIXART_ENCODERS = {"text_encoder": ENCODERS["text_encoder_3"], "vae": lambda: AutoencoderKL(**published._VAE)}
 T5_XXL = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
 QWEN3_4B = Qwen3Config(
     hidden_size=2560,
@@ -257,10 +258,11 @@ QWEN3_4B = Qwen3Config(
     [
         ("sd3", ENCODERS),
         ("flux", FLUX_ENCODERS),
+        *((f"pixart-{name}", PIXART_ENCODERS) for name in ("alpha", "sigma")),
         ("zimage", {"text_encoder": lambda: Qwen3Model(QWEN3_4B), "vae": ENCODERS["vae"]}),
     ],
 )
-def test_the_encoders_of_flow_models_are_counted(family, parts):
+def test_the_encoders_of_transformers_are_counted(family, parts):
     assert published.FLOW_ENCODERS[family].keys() == parts.keys()
     for part, make in parts.items():
         with torch.device("meta"):
