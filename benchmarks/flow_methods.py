@@ -20,19 +20,19 @@ from diffalign.jobs.training.train import versions
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
-STEPS = 150
+STEPS = 400
 COLUMNS = ("method", "beta", "oracle", "gain (95 %)", "win rate (95 %)", "of each seed", "PickScore", "HPSv2")
 COLUMNS += ("tuning: win rate by beta", "seconds")
 # Of every method three betas; DPO's is the weight of the margin, whose size on velocities nothing here is known of.
 BETAS: dict[str, tuple[float, ...]] = {
-    "dpo": (1000.0, 3000.0, 10000.0),
-    "ipo": (1000.0, 3000.0, 10000.0),
-    "kto": (500.0, 1500.0, 5000.0),
+    "dpo": (500.0, 2000.0, 8000.0),
+    "ipo": (500.0, 2000.0, 8000.0),
+    "kto": (250.0, 1000.0, 4000.0),
     "mapo": (1.0, 3.0, 10.0),
-    "smpo": (1000.0, 3000.0, 10000.0),
-    "linear_dpo": (1000.0, 3000.0, 10000.0),
-    "rankdpo": (1000.0, 3000.0, 10000.0),
-    "plackett_luce": (1000.0, 3000.0, 10000.0),
+    "smpo": (500.0, 2000.0, 8000.0),
+    "linear_dpo": (500.0, 2000.0, 8000.0),
+    "rankdpo": (500.0, 2000.0, 8000.0),
+    "plackett_luce": (500.0, 2000.0, 8000.0),
 }
 
 
