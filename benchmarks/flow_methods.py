@@ -20,7 +20,7 @@ from diffalign.jobs.training.train import versions
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
-STEPS = 400
+STEPS = 250
 COLUMNS = ("method", "beta", "oracle", "gain (95 %)", "win rate (95 %)", "of each seed", "PickScore", "HPSv2")
 COLUMNS += ("tuning: win rate by beta", "seconds")
 # Of every method three betas; DPO's is the weight of the margin, whose size on velocities nothing here is known of.
