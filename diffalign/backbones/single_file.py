@@ -59,6 +59,8 @@ def family_of(path: Path) -> str:
 
 def is_denoiser(path: Path) -> bool:
     """Tell whether a file is a denoiser to be put into a pipeline, and neither a LoRA nor a whole SD1, SD2 or SDXL."""
+    if path.suffix != ".safetensors":
+        return False
     return _whole_family(read_header(path)) is None and DenoiserFile.find(path) is not None
 
 
