@@ -81,7 +81,7 @@ FAULTS = {
         "objectives/pnapo.py", "self.end + (1 - self.end) * ", "", f"{OBJECTIVES}/test_pnapo.py",
     ),
     "the noise of a picture is drawn in another type and cast": (
-        "denoising/initial_noise.py", "generator=generator, dtype=TYPES[self.dtype])[0]", "generator=generator)[0]",
+        "denoising/initial_noise.py", "dtype=TYPES[self.dtype]), side)", "), side)",
         f"{DENOISING}/test_initial_noise.py",
     ),
     "an image of a ranking competes with those above it": (

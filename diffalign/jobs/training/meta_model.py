@@ -18,6 +18,7 @@ from diffalign.backbones.families import BY_NAME
 from diffalign.config import Config
 from diffalign.denoising import Shift, TimestepSampling
 from diffalign.jobs.training import assemble, memory, networks
+from diffalign.places import local
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def read(config: Config) -> MetaModel:
         ModelError: a path that does not exist, or a folder that is no pipeline of a supported family.
     """
     model, place = at(config.model.pretrained_model_name_or_path, config.model.revision), config.model.unet_init
-    file = None if place is None else inspection.denoiser_file(place)
+    # What is not there is refused elsewhere; the shapes of the base are known all the same.
+    file = inspection.denoiser_file(place) if place is not None and local(place).is_file() else None
     if file is None:
         return model
     if not model.is_read and file.kind.denoiser_name != "unet":
