@@ -164,17 +164,8 @@ class Flux2(FlowBackbone):
         )[0]
         return packing.unpacked(tokens, height, width)
 
-    def pipeline(self) -> Flux2KleinPipeline | Flux2Pipeline:
-        """Return the pipeline of these modules' kind over them."""
-        parts = {
-            "transformer": self.denoiser,
-            "vae": self.vae,
-            "text_encoder": self.text_encoders[0],
-            "tokenizer": self.tokenizers[0],
-            "scheduler": type(self.scheduler).from_config(self.scheduler.config),
-        }
-        distilled = {"is_distilled": self.options.get("is_distilled", False)} if self._is_klein else {}
-        return self.own_pipeline(**parts, **distilled)
+    def _pipeline_options(self) -> dict[str, Any]:
+        return {"is_distilled": self.options.get("is_distilled", False)} if self._is_klein else {}
 
     @property
     def _is_klein(self) -> bool:

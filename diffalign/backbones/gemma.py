@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers import Gemma2Model, GemmaTokenizer
 
@@ -15,14 +14,14 @@ from diffalign.backbones.transformer import CHARACTERS, about_tokens
 class GemmaBackbone(FlowBackbone):
     """Adapt pipelines of a transformer, a VAE, a scheduler and Gemma2, whose texts have unequal lengths.
 
-    They are padded with zeros to `text_length` tokens, and a mask says which are the prompt's.
+    They are padded with zeros to `padded_length` tokens, and a mask says which are the prompt's.
     """
 
     required = frozenset({"transformer", "vae", "text_encoder", "tokenizer", "scheduler"})
     encoder_classes = (Gemma2Model,)
     tokenizer_classes = (GemmaTokenizer,)
     text_columns = token_columns = ("prompt_embeds", MASK)
-    text_length: ClassVar[int]  # tokens, the pipeline's `max_sequence_length`
+    padded_length: ClassVar[int]  # tokens, the pipeline's `max_sequence_length`
     instruction: ClassVar[str]  # before every prompt
 
     @classmethod
@@ -30,25 +29,15 @@ class GemmaBackbone(FlowBackbone):
         """Return how many tokens prompts have with what is kept of the instruction; see Backbone."""
         if not tokenizers:
             around = -(-len(cls.instruction) // CHARACTERS)
-            return about_tokens(prompts, around - cls._left_out(around), cls.text_length)
+            return about_tokens(prompts, around - cls._left_out(around), cls.padded_length)
         left_out = cls._left_out(len(tokenizers[0].encode(cls.instruction)))
         tokens = tokenizers[0]([cls.instruction + prompt for prompt in prompts]).input_ids
-        return sum(min(cls.text_length, len(ids) - left_out) for ids in tokens)
+        return sum(min(cls.padded_length, len(ids) - left_out) for ids in tokens)
 
     @classmethod
     def _left_out(cls, instruction_tokens: int) -> int:
         """Return how many of the instruction's tokens the network is not given."""
         return 0
-
-    def pipeline(self) -> DiffusionPipeline:
-        """Return the family's pipeline over these modules."""
-        return self.pipeline_class(
-            transformer=self.denoiser,
-            vae=self.vae,
-            text_encoder=self.text_encoders[0],
-            tokenizer=self.tokenizers[0],
-            scheduler=type(self.scheduler).from_config(self.scheduler.config),
-        )
 
     def _read(self, texts: list[str], length: int, **options: Any) -> tuple[Any, Tensor]:
         """Return what Gemma2 makes of texts, and which of `length` tokens are theirs, bool [N,length]."""

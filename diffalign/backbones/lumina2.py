@@ -31,13 +31,13 @@ class Lumina2(GemmaBackbone):
     lora_targets = (*ATTENTION, "feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
     separate_branches = True
     cuts_text = True
-    text_length = padded_length = 256
+    padded_length = 256
     instruction = INSTRUCTION
 
     @classmethod
     def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:
         """Return the numbers of the padded tokens and of their mask."""
-        return cls.text_length * (denoiser_config["cap_feat_dim"] + 1)
+        return cls.padded_length * (denoiser_config["cap_feat_dim"] + 1)
 
     @classmethod
     def shift(cls, scheduler_config: Mapping[str, Any], tokens: int) -> Shift:
@@ -54,7 +54,7 @@ class Lumina2(GemmaBackbone):
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return Gemma2's last but one hidden states [N,256,D] of each prompt behind the system's, zeros elsewhere."""
         texts = [INSTRUCTION + prompt for prompt in prompts]
-        output, mask = self._read(texts, self.text_length, output_hidden_states=True)
+        output, mask = self._read(texts, self.padded_length, output_hidden_states=True)
         return self._columns(output.hidden_states[-2], mask)
 
     def predict(self, denoiser: nn.Module, xt: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:

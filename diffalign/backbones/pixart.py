@@ -134,16 +134,6 @@ class PixArt(TransformerBackbone):
         """Return what lets the pipeline draw the size it is asked for, and not a near one that is then resized."""
         return {"use_resolution_binning": False, "clean_caption": CLEANS}
 
-    def pipeline(self) -> Any:
-        """Return the family's pipeline over these modules."""
-        return self.pipeline_class(
-            transformer=self.denoiser,
-            vae=self.vae,
-            text_encoder=self.text_encoders[0],
-            tokenizer=self.tokenizers[0],
-            scheduler=type(self.scheduler).from_config(self.scheduler.config),
-        )
-
     @classmethod
     def _tells_sizes(cls, denoiser_config: Mapping[str, Any]) -> bool:
         """Tell whether the pipeline tells such a network the size of the picture."""

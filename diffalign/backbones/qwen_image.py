@@ -203,16 +203,6 @@ class QwenImage(FlowBackbone):
         )[0]
         return packing.unpacked(tokens, height, width)
 
-    def pipeline(self) -> QwenImagePipeline:
-        """Return a QwenImagePipeline over these modules."""
-        return QwenImagePipeline(
-            transformer=self.denoiser,
-            vae=self.vae,
-            text_encoder=self.text_encoders[0],
-            tokenizer=self.tokenizers[0],
-            scheduler=type(self.scheduler).from_config(self.scheduler.config),
-        )
-
     def _scaling(self) -> Any:
         return self.vae.config.latents_mean, self.vae.config.latents_std
 

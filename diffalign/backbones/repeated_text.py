@@ -70,9 +70,9 @@ def allow_repeats(denoiser: nn.Module) -> None:
 
 
 def repeats_text(denoiser: nn.Module) -> bool:
-    """Tell whether all of `denoiser`, wrapped or several networks in one, understands REPEATS."""
-    layers = _layers(denoiser)
-    return bool(layers) and all(isinstance(layer.processor, RepeatedTextAttention) for layer in layers)
+    """Tell whether a network, wrapped or not, understands REPEATS: its first attention tells, as all do or none."""
+    first = next((part for part in denoiser.modules() if isinstance(part, Attention)), None)
+    return first is not None and isinstance(first.processor, RepeatedTextAttention)
 
 
 def _layers(denoiser: nn.Module) -> list[Attention]:

@@ -27,7 +27,8 @@ class Sana(GemmaBackbone):
     pipeline_class, denoiser_class = SanaPipeline, SanaTransformer2DModel
     vae_class = AutoencoderDC
     repeated_blocks = ("SanaTransformerBlock",)
-    text_length = padded_length = 300
+    padded_length = 300
+    noise_dtype = torch.float32  # in half precision, too
     instruction = INSTRUCTION
 
     @classmethod
@@ -37,7 +38,7 @@ class Sana(GemmaBackbone):
     @classmethod
     def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:
         """Return the numbers of the padded tokens and of their mask."""
-        return cls.text_length * (denoiser_config["caption_channels"] + 1)
+        return cls.padded_length * (denoiser_config["caption_channels"] + 1)
 
     @classmethod
     def drawing_options(cls, pipeline: SanaPipeline) -> dict[str, Any]:
@@ -65,8 +66,8 @@ class Sana(GemmaBackbone):
         """
         told = len(self.tokenizers[0].encode(INSTRUCTION))
         texts = [INSTRUCTION + prompt.lower().strip() for prompt in prompts]
-        output, mask = self._read(texts, told + self.text_length - 2)
-        kept = [0, *range(1 - self.text_length, 0)]
+        output, mask = self._read(texts, told + self.padded_length - 2)
+        kept = [0, *range(1 - self.padded_length, 0)]
         return self._columns(output.last_hidden_state[:, kept], mask[:, kept])
 
     def predict(self, denoiser: nn.Module, xt: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:

@@ -151,7 +151,8 @@ class SD3(FlowBackbone):
     @classmethod
     def drawing_options(cls, pipeline: StableDiffusion3Pipeline) -> dict[str, Any]:
         """Return what makes a pipeline without T5 compute one zero in its place, where the transformer can."""
-        if pipeline.text_encoder_3 is not None or not repeats_text(pipeline.transformer):
+        networks = getattr(pipeline.transformer, "networks", [pipeline.transformer])  # of a negative branch two
+        if pipeline.text_encoder_3 is not None or not all(map(repeats_text, networks)):
             return {}
         return {"max_sequence_length": 1, "joint_attention_kwargs": {REPEATS: T5_LENGTH}}
 

@@ -67,6 +67,21 @@ class TransformerBackbone(Backbone):
                 f"{resolution}. Lower it."
             )
 
+    def pipeline(self) -> Any:
+        """Return the pipeline of these modules' kind over them; of one text encoder, unless a family says otherwise."""
+        return self.own_pipeline(
+            transformer=self.denoiser,
+            vae=self.vae,
+            text_encoder=self.text_encoders[0],
+            tokenizer=self.tokenizers[0],
+            scheduler=type(self.scheduler).from_config(self.scheduler.config),
+            **self._pipeline_options(),
+        )
+
+    def _pipeline_options(self) -> dict[str, Any]:
+        """Return arguments of the pipeline's constructor that are no modules."""
+        return {}
+
     def _check_parts(self) -> None:
         channels = self.latent_channels_of(self.denoiser.config)
         if channels != self.latent_channels:

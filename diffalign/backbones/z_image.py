@@ -85,7 +85,7 @@ class ZImage(FlowBackbone):
         """Return how many tokens the chats about prompts are, about as many without Qwen3's tokenizer."""
         if not tokenizers:
             return about_tokens(prompts, CHAT_TOKENS, TEXT_LENGTH)
-        tokens = tokenizers[0](cls._chats(tokenizers[0], prompts), max_length=TEXT_LENGTH, truncation=True)
+        tokens = tokenizers[0](chats(tokenizers[0], prompts, thinking=True), max_length=TEXT_LENGTH, truncation=True)
         return sum(map(len, tokens.input_ids))
 
     @classmethod
@@ -123,26 +123,6 @@ class ZImage(FlowBackbone):
             return_dict=False,
         )[0]
         return -torch.stack(output).squeeze(2)
-
-    def pipeline(self) -> ZImagePipeline:
-        """Return a ZImagePipeline over these modules."""
-        return ZImagePipeline(
-            transformer=self.denoiser,
-            vae=self.vae,
-            text_encoder=self.text_encoders[0],
-            tokenizer=self.tokenizers[0],
-            scheduler=type(self.scheduler).from_config(self.scheduler.config),
-        )
-
-    @staticmethod
-    def _chats(tokenizer: Any, prompts: list[str]) -> list[str]:
-        """Return the chats about prompts, as text."""
-        return [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-            )
-            for prompt in prompts
-        ]
 
     @classmethod
     def _largest(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> int:

@@ -173,7 +173,7 @@ def test_prompts_equal_the_pipeline(case, stock, backbone):
     assert tuple(text) == backbone.text_columns
     assert torch.equal(text[MASK], mask.bool())
     kept = mask.sum(1).tolist()
-    assert kept[1] < kept[0] < kept[2] <= backbone.text_length
+    assert kept[1] < kept[0] < kept[2] <= backbone.padded_length
     assert torch.equal(text["prompt_embeds"], expected * mask[..., None])
     alone = backbone.encode_prompts(PROMPTS[1:2])
     torch.testing.assert_close(alone["prompt_embeds"], text["prompt_embeds"][1:2], rtol=1e-5, atol=1e-6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from diffalign.backbones.families import denoiser_of
+from diffalign.backbones.families import denoiser_of, pipeline_kind
 from diffalign.backbones.packing import packed
 from diffalign.backbones.starting import initial_noise
 from diffalign.denoising import InitialNoise
@@ -13,7 +13,9 @@ FLUX2 = ("tiny_klein", "tiny_flux2_dev")
 PACKED = ("tiny_flux", "tiny_qwen", *FLUX2)
 
 
-@pytest.mark.parametrize("name", ["tiny_sd15", "tiny_sdxl", "tiny_sd3", "tiny_zimage", *PACKED])
+@pytest.mark.parametrize(
+    "name", ["tiny_sd15", "tiny_sdxl", "tiny_sd3", "tiny_zimage", "tiny_lumina2", "tiny_sana", *PACKED]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_stock_pipeline_starts_from_it(name, dtype, request, monkeypatch):
     pipeline = DiffusionPipeline.from_pretrained(request.getfixturevalue(name), torch_dtype=dtype)
@@ -27,14 +29,23 @@ def test_the_stock_pipeline_starts_from_it(name, dtype, request, monkeypatch):
         return result
 
     monkeypatch.setattr(pipeline, "prepare_latents", watched)
+    options = pipeline_kind(pipeline).drawing_options(pipeline)
     for height, width in ((64, 64), (64, 96)):
         generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
         size = {"height": height, "width": width}
-        pipeline(prompt=["a red circle"] * 2, num_inference_steps=2, generator=generators, output_type="latent", **size)
+        pipeline(
+            prompt=["a red circle"] * 2,
+            num_inference_steps=2,
+            generator=generators,
+            output_type="latent",
+            **size,
+            **options,
+        )
         latents = started.pop()
         said = [str(initial_noise(pipeline, seed, height, width)) for seed in (7, 8)]
         noise = torch.stack([InitialNoise.parse(text).draw() for text in said])
-        assert noise.shape[2:] == (height // 4, width // 4)
+        factor = pipeline.vae_scale_factor
+        assert noise.shape[2:] == (height // factor, width // factor)
         assert f"dtype={str(latents.dtype).removeprefix('torch.')}" in said[0]
         scale = pipeline.scheduler.init_noise_sigma if name in ("tiny_sd15", "tiny_sdxl") else 1.0
         expected = packed(noise) if name in PACKED else noise
