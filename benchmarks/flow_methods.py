@@ -99,11 +99,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 {datetime.date.today().isoformat()}; {platform.processor() or platform.machine()}, one thread a run,
 torch {found["torch"]}, diffusers {found["diffusers"]}. Made by `python -m benchmarks flow-methods`: `assets/tiny-sd3`,
-{STEPS} steps of 32 images, of lists 30 (16 pairs; 32 single images; 5 lists of six), LoRA of rank 16, configs/tiny-sd3. Beta is the
-best of three by the oracle's win rate on the 144 tuning prompts; everything else is the same for all methods. Then
-three training seeds, judged on the 256 prompts of the demo, which nobody tuned on, one picture each, from the same
-noise as the base (oracle mean {rows[0]["base"]:.3f}). Intervals are 95 %, over seeds and prompts
-(pigeonhole bootstrap). Other work shared the machine, so seconds are rough.
+{STEPS} steps of 16 pairs, 32 single images or 5 lists of six, LoRA of rank 16, configs/tiny-sd3. Beta is the best of
+three by the oracle's win rate on the 144 tuning prompts; everything else is the same for all methods. Then three
+training seeds, judged on the 256 prompts of the demo, which nobody tuned on, one picture each, from the same noise as
+the base (oracle mean {rows[0]["base"]:.3f}). Intervals are 95 %, over seeds and prompts (pigeonhole bootstrap). Other
+work shared the machine, so seconds are rough.
 
 """
     return head + f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n" + "".join(map(line, rows))
