@@ -20,8 +20,17 @@ from diffalign.backbones.z_image import ZImage
 from diffalign.errors import ModelError
 
 FAMILIES: tuple[type[Backbone], ...] = (
-    *(SD15, SDXL, SD3, Flux, Flux2, Lumina2, PixArtAlpha, PixArtSigma),
-    *(QwenImage, Sana, ZImage),
+    SD15,
+    SDXL,
+    SD3,
+    Flux,
+    Flux2,
+    Lumina2,
+    PixArtAlpha,
+    PixArtSigma,
+    QwenImage,
+    Sana,
+    ZImage,
 )
 PIPELINES = {
     pipeline.__name__: family for family in FAMILIES for pipeline in (family.pipeline_class, *family.other_pipelines)
