@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from diffusers import DiffusionPipeline
 
 from diffalign.shapes import pipeline, sd3
-from diffalign.shapes.pretraining import Pretraining
+from diffalign.shapes.recipe import Pretraining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,6 @@ MODELS = {
     "sdxl": EmbeddedModel(build=pipeline.build_pipeline, recipe=Pretraining()),
     "sd3": EmbeddedModel(
         build=sd3.build_pipeline,
-        recipe=Pretraining(denoiser_steps=3_600, denoiser_cycles=2, denoiser_learning_rate=1e-3),
+        recipe=Pretraining(denoiser_steps=9_000, denoiser_learning_rate=1e-3, denoiser_bf16=False),
     ),
 }

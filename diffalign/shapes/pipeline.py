@@ -1,7 +1,8 @@
 """The embedded pipeline, untrained: a real `StableDiffusionXLPipeline` at 64 x 64 pixels, small in every dimension.
 
-Every class and every conditioning path is SDXL's own (two text encoders, pooled embedding, time ids, epsilon
-prediction, the scaled-linear schedule); only widths and depths differ, so code that runs this runs SDXL.
+Every class and every conditioning path is SDXL's own (two text encoders, pooled embedding, time ids, the scaled-linear
+schedule); only widths and depths differ, so code that runs this runs SDXL. Prediction and schedule are those of its
+fine-tunes with v-prediction and a zero terminal signal-to-noise ratio (`build_scheduler`).
 """
 
 import torch
@@ -12,18 +13,19 @@ from diffalign.shapes.tokenizer import build_tokenizer
 
 RESOLUTION = 64
 PROMPT_LENGTH = 24
+LATENT_CHANNELS = 8  # SDXL has 4; at a quarter of so small a side these lose outlines
 _TEXT_WIDTHS = (64, 96)
 _TIME_ID_WIDTH = 32  # of each of the six time ids
 
 
 def build_vae() -> AutoencoderKL:
-    """Build the image autoencoder: 64 x 64 pixels to 16 x 16 x 4 latents."""
+    """Build the image autoencoder: 64 x 64 pixels to 16 x 16 x 8 latents."""
     return AutoencoderKL(
         block_out_channels=(32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=LATENT_CHANNELS,
         norm_num_groups=16,
         sample_size=RESOLUTION,
     )
@@ -33,6 +35,8 @@ def build_unet() -> UNet2DConditionModel:
     """Build the denoiser with SDXL's block layout: no attention at the top level, more of it further down."""
     return UNet2DConditionModel(
         sample_size=RESOLUTION // 4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         block_out_channels=(64, 96, 128),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -66,14 +70,18 @@ def build_text_encoder(width: int, activation: str, projection: bool, tokenizer)
 
 
 def build_scheduler() -> EulerDiscreteScheduler:
-    """Return SDXL base's scheduler."""
+    """Return SDXL's noise levels, rescaled to end in pure noise, which asks for v-prediction and trailing timesteps.
+
+    SDXL's own last level lets the mean colour through, so that a model of so few pixels draws muddy backgrounds (Lin et
+    al. 2023, 2305.08891). Fine-tunes of SDXL such as NoobAI's are made like this.
+    """
     return EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type="epsilon",
-        timestep_spacing="leading",
-        steps_offset=1,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
     )
 
 

@@ -1,17 +1,18 @@
 """`diffalign shapes build`: make every asset of the embedded world again, from seeds alone.
 
-assets/tiny-sdxl        the base model                          diffalign/shapes/pretraining.py
+assets/tiny-sdxl        the base model                          diffalign/shapes/{autoencoder,pretraining}.py
 assets/prompts          training captions and held-out prompts
-assets/tiny-pairs       preference pairs of the base model's own samples, in Pick-a-Pic v2's columns
+assets/tiny-pairs       preference pairs in Pick-a-Pic v2's columns: samples of the base and of two models that are
+                        not shipped, an early and a stronger one (build/generators)
 assets/tiny-pickscore, assets/tiny-hpsv2    reward models in the official formats, trained on pairs of the world
-assets/tiny-lists       four samples a prompt, each with the scores of three judges
+assets/tiny-lists       four such samples a prompt, each with the scores of three judges
 assets/tiny-step-aware  the tiny PickScore, taught to judge one-step predictions of the base model (SPO)
 assets/tiny-lrm         the base model's encoder, taught to judge its noisy latents (LPO)
 
 The flow model shares the prompts and the reward models (`--model sd3`):
 
 assets/tiny-sd3         a `StableDiffusion3Pipeline`                       diffalign/shapes/sd3.py
-assets/tiny-sd3-pairs, assets/tiny-sd3-lists    pairs and lists of its own samples
+assets/tiny-sd3-pairs, assets/tiny-sd3-lists    pairs and lists of such samples
 """
 
 import json
@@ -37,7 +38,8 @@ from diffalign.rollout import LatentReward
 from diffalign.shapes import render
 from diffalign.shapes.captions import PALETTE, SHAPES, Scene, distinct_captions, scenes
 from diffalign.shapes.models import MODELS
-from diffalign.shapes.pretraining import Pretraining, pretrain
+from diffalign.shapes.pretraining import pretrain
+from diffalign.shapes.recipe import Pretraining
 from diffalign.shapes.tokenizer import world_merges
 from reward_models import tiny, tokenization, training
 
@@ -76,19 +78,21 @@ def build(assets: Path, parts: list[str], world: World, pretraining: Pretraining
 def build_base(assets: Path, world: World, recipe: Pretraining, console: Console) -> None:
     """Train the base model and save it as a diffusers folder in float16."""
     pipeline = MODELS[world.model].build(recipe.seed)
-    console.print(pretrain(pipeline, recipe, console))
-    save_base(pipeline, assets / world.base)
+    errors = pretrain(pipeline, recipe, console, lambda kind: save_base(pipeline, world.model_folder(assets, kind)))
+    console.print(errors)
 
 
 def save_base(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Save in float16 safetensors, under the plain file names, to be loaded in float32 by those who name no dtype.
 
-    diffusers does so for the UNet and the VAE; transformers takes the dtype that the encoder's config names.
+    diffusers does so for the UNet and the VAE; transformers takes the dtype that the encoder's config names. The
+    pipeline goes on as it was saved, in float32.
     """
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
     for file in folder.glob("text_encoder*/config.json"):
         settings = json.loads(file.read_text(encoding="utf8")) | {"dtype": "float32"}
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf8")
+    pipeline.to(torch.float32)
 
 
 def write_prompts(folder: Path, world: World) -> None:

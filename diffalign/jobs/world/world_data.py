@@ -1,4 +1,4 @@
-"""The embedded world's data: samples of its base model, judged by the oracle and by its reward models."""
+"""The embedded world's data: samples of its models, judged by the oracle and by its reward models."""
 
 import io
 import math
@@ -14,13 +14,13 @@ from PIL import Image
 from rich.console import Console
 
 import reward_models
-from diffalign.backbones import loading
 from diffalign.errors import DataError
-from diffalign.evaluation import SamplingSettings, generate
+from diffalign.evaluation import SamplingSettings
+from diffalign.jobs.world.generators import Generator, choose, draw
 from diffalign.shapes.captioner import describe
 from diffalign.shapes.oracle import Oracle
 
-SAMPLING = SamplingSettings(num_inference_steps=16, guidance_scale=5.0, batch_size=64)
+SAMPLING = SamplingSettings(num_inference_steps=16, guidance_scale=2.5, batch_size=64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class World:
     training_captions: int = 2200  # distinct ones, which the worlds of all models share
     pairs: int = 2200  # of as many captions
     held_out_prompts: int = 400
-    candidates: int = 4  # samples a caption, of which the best and the worst become a pair
+    candidates: int = 4  # samples a caption of a list
     tie_gap: float = 0.03  # pairs whose oracle scores are closer become ties
     label_temperature: float = 0.08  # P(label agrees with the oracle) = sigmoid(gap / label_temperature)
     lists: int = 300  # captions whose candidates are kept as a ranked list
@@ -40,20 +40,24 @@ class World:
     reward_steps: int = 600
     step_aware_steps: int = 400
     lrm_steps: int = 200
-    jpeg_quality: int = 95
+    jpeg_quality: int = 90
+    generators: Path = Path("build/generators")  # the models beside the base, which are not shipped
 
     @property
     def base(self) -> str:
         """Return the name of the base model and of its folder."""
         return f"tiny-{self.model}"
 
+    def model_folder(self, assets: Path, kind: str) -> Path:
+        """Return the folder of the "base", the "early" or the "strong" model."""
+        return assets / self.base if kind == "base" else self.generators / f"{self.base}-{kind}"
+
     def folder(self, assets: Path, kind: str) -> Path:
         """Return the folder of this model's "pairs" or "lists"."""
         return assets / (f"tiny-{kind}" if self.model == "sdxl" else f"{self.base}-{kind}")
 
 
-# The smaller flow model's samples of a caption are alike: the best and the worst of six tell more than those of four.
-WORLDS = {"sdxl": World(), "sd3": World(model="sd3", pairs=800, lists=150, candidates=6, jpeg_quality=90)}
+WORLDS = {"sdxl": World(), "sd3": World(model="sd3", pairs=1500, lists=150, candidates=6)}
 
 
 def read_captions(assets: Path) -> list[str]:
@@ -64,66 +68,73 @@ def read_captions(assets: Path) -> list[str]:
     return file.read_text(encoding="utf8").splitlines()
 
 
-def sample(assets: Path, world: World, prompts: list[str], seed: int) -> list[Image.Image]:
-    """Draw prompts with the base model, each from the next seed."""
-    pipeline = loading.load(assets / world.base).pipeline()
-    return generate(pipeline, prompts, [seed + i for i in range(len(prompts))], SAMPLING)
+def sample(
+    assets: Path, world: World, prompts: list[str], seed: int, rng: random.Random
+) -> tuple[list[Image.Image], list[Generator]]:
+    """Draw each prompt from the next seed, by a generator chosen at random; return the pictures and who drew them."""
+    by = choose(len(prompts), rng)
+    folders = {kind: world.model_folder(assets, kind) for kind in ("base", "early", "strong")}
+    return draw(folders, prompts, [seed + i for i in range(len(prompts))], by, SAMPLING), by
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Hold one side of a pair: the picture, what the oracle thinks of it, and who drew it."""
+
+    image: Image.Image
+    score: float
+    by: Generator
 
 
 def write_pairs(assets: Path, world: World, console: Console) -> None:
-    """Sample the base model, let the oracle choose best and worst, label with noise, write Pick-a-Pic v2's columns."""
+    """Draw two pictures a caption, let the noisy annotator choose, write Pick-a-Pic v2's columns."""
     captions = read_captions(assets)[: world.pairs]
-    prompts = [caption for caption in captions for _ in range(world.candidates)]
-    images = sample(assets, world, prompts, 10_000 + world.seed * len(prompts))
-    scores = Oracle().score(images, prompts).view(-1, world.candidates)
+    prompts = [caption for caption in captions for _ in range(2)]
     rng = random.Random(world.seed + 3)
-    rows = []
-    for number, (caption, row) in enumerate(zip(captions, scores, strict=True)):
-        own = images[number * world.candidates : (number + 1) * world.candidates]
-        best, worst = int(row.argmax()), int(row.argmin())
-        rows.append(_labelled(number, caption, own[best], own[worst], float(row[best] - row[worst]), world, rng))
+    images, by = sample(assets, world, prompts, 10_000 + world.seed * len(prompts), rng)
+    scores = Oracle().score(images, prompts).tolist()
+    shown = [Picture(*picture) for picture in zip(images, scores, by, strict=True)]
+    pairs = list(zip(shown[::2], shown[1::2], strict=True))
+    rows = [_labelled(number, captions[number], pair, world, rng) for number, pair in enumerate(pairs)]
     folder = world.folder(assets, "pairs")
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet", row_group_size=256)
-    ties = sum(row["label_0"] == 0.5 for row in rows)
-    wrong = sum(row["label_0"] == (0.0 if row["image_0_uid"].endswith("best") else 1.0) for row in rows)
+    labels = np.array([row["label_0"] for row in rows])
+    gaps = np.array([first.score - second.score for first, second in pairs])
+    wrong = ((labels - 0.5) * gaps < 0).sum()
     console.print(
-        f"{len(rows)} pairs, {ties} ties, {wrong} labels against the oracle; mean oracle score {scores.mean():.3f}"
+        f"{len(rows)} pairs, {(labels == 0.5).sum()} ties, {wrong} labels against the oracle; "
+        f"mean oracle score {np.mean(scores):.3f}"
     )
 
 
 def _labelled(
-    number: int, caption: str, best: Image.Image, worst: Image.Image, gap: float, world: World, rng: random.Random
+    number: int, caption: str, pair: tuple[Picture, Picture], world: World, rng: random.Random
 ) -> dict[str, Any]:
-    """Make a row: the two images in random order, preferred with a probability that grows with the oracle's gap."""
-    prefers_best = rng.random() < 1 / (1 + math.exp(-gap / world.label_temperature))
-    label_best = 0.5 if gap < world.tie_gap else float(prefers_best)
-    best_first = rng.random() < 0.5
-    images, uids = (
-        [_jpeg(image, world.jpeg_quality) for image in (best, worst)],
-        [f"{number:05d}-best", f"{number:05d}-worst"],
-    )
-    if not best_first:
-        images, uids = images[::-1], uids[::-1]
-    label_0 = label_best if best_first else 1 - label_best
-    chosen = {1.0: uids[0], 0.0: uids[1]}.get(label_0, "tie")
-    return {
-        "are_different": label_0 != 0.5,
-        "best_image_uid": chosen,
+    """Make a row: the first image is preferred with a probability that grows with the oracle's gap."""
+    gap = pair[0].score - pair[1].score
+    prefers_first = rng.random() < 1 / (1 + math.exp(-gap / world.label_temperature))
+    label = 0.5 if abs(gap) < world.tie_gap else float(prefers_first)
+    uids = [f"{number:05d}-{side}" for side in "01"]
+    row = {
+        "are_different": label != 0.5,
+        "best_image_uid": {1.0: uids[0], 0.0: uids[1]}.get(label, "tie"),
         "caption": caption,
         "has_label": True,
-        "image_0_uid": uids[0],
-        "image_1_uid": uids[1],
-        "jpg_0": images[0],
-        "jpg_1": images[1],
-        "label_0": label_0,
-        "label_1": 1 - label_0,
-        "model_0": world.base,
-        "model_1": world.base,
+        "label_0": label,
+        "label_1": 1 - label,
         "num_example_per_prompt": 1,
         "ranking_id": number,
         "user_id": 0,
     }
+    for side, picture in enumerate(pair):
+        row |= {
+            f"image_{side}_uid": uids[side],
+            f"jpg_{side}": _jpeg(picture.image, world.jpeg_quality),
+            f"model_{side}": picture.by.model(world.base),
+            f"guidance_{side}": picture.by.guidance,
+        }
+    return row
 
 
 def _jpeg(image: Image.Image, quality: int) -> bytes:
@@ -150,7 +161,7 @@ def write_lists(assets: Path, world: World, console: Console) -> None:
     """
     captions, count = read_captions(assets)[: world.lists], world.candidates
     prompts = [caption for caption in captions for _ in range(count)]
-    images = sample(assets, world, prompts, 5_000_000 + world.seed * len(prompts))
+    images, _ = sample(assets, world, prompts, 5_000_000 + world.seed * len(prompts), random.Random(world.seed + 7))
     # The difference of two Gumbel numbers is logistic: with this noise a comparison agrees as often as the annotator.
     gumbel = np.random.default_rng(world.seed + 6).gumbel(scale=world.label_temperature, size=len(prompts))
     judges = [reward_models.load(name, assets / f"tiny-{name}") for name in ("pickscore", "hpsv2")]
