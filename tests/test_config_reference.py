@@ -67,7 +67,7 @@ class TestShowKey:
         assert output == self.run("train.train_batch_size").output
         assert output.splitlines()[0] == "train.train_batch_size"
         assert "Pairs in one micro-batch on one device." in output
-        assert re.search(r"set to +8 by \S+ddpo\S*, .* and \d+ more", output)
+        assert re.search(r"set to +\d+ by \S+/\S+, .* and \d+ more\n +\d+ by \S+/\S+", output)
 
     def test_of_objectives(self):
         output = reference.describe("objective.beta")
