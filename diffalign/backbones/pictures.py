@@ -50,7 +50,9 @@ class Pictures:
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and std [N,C,h,w] float32 of the scaled latents of `images` [N,3,H,W] in [0,1].
 
-        x0 = mean + std * noise. The VAE's shift and scaling factor are applied to the mean, the factor to the std.
+        x0 = mean + std * noise. The VAE's shift and scaling factor are applied to the mean, the factor to the std. Both
+        are contiguous, whatever the pictures' memory format: the halves of a batch that is channels-last would pass
+        through other kernels than the whole, and policy and reference differ in their last bits before training.
 
         Raises:
             ModelError: images of another rank or channel count, or sides the VAE cannot divide.
@@ -59,7 +61,7 @@ class Pictures:
         shift, scale = self._shift_and_scale()
         with self._stable_vae() as vae:
             mean, std = self._encode(vae, (images * 2 - 1).to(vae.device, vae.dtype))
-        return (mean.float() - shift) * scale, std.float() * scale
+        return ((mean.float() - shift) * scale).contiguous(), (std.float() * scale).contiguous()
 
     def decode_latents(self, x0: Tensor) -> Tensor:
         """Return images [N,3,H,W] float32 in [0,1] of scaled latents `x0` [N,C,h,w]; differentiable in `x0`."""
