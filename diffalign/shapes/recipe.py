@@ -12,7 +12,7 @@ class Pretraining:
     vae_batch_size: int = 32
     vae_crop: int = 32  # pixels; the VAE is convolutional, and a quarter of the image costs a quarter
     vae_learning_rate: float = 3e-3
-    decoder_steps: int = 4_000  # of the decoder alone, once the latents are settled
+    decoder_steps: int = 8_000  # of the decoder alone, once the latents are settled
     decoder_learning_rate: float = 1.5e-3
     decoder_noise: float = 0.15  # largest noise added to a latent of unit variance meanwhile
     denoiser_steps: int = 7_000
@@ -21,7 +21,7 @@ class Pretraining:
     denoiser_bf16: bool = True  # autocast, as always in the VAE; 1.6 times as fast for a UNet, slower for SD3's class
     wrong_captions: float = 0.3  # share of wrong captions, an attribute (`confusion.py`)
     early_step: int = 1_500  # of the denoiser, at which its average is kept as another generator of pairs
-    strong_steps: int = 2_000  # more, with captions that are right, from the base to a third generator
+    strong_steps: int = 1_200  # more, with captions that are right, from the base to a third generator
     strong_learning_rate: float = 3e-4
     caption_dropout: float = 0.1
     ema_decay: float = 0.998

@@ -30,12 +30,12 @@ class World:
     model: str = "sdxl"  # of `shapes.models.MODELS`
     seed: int = 0
     training_captions: int = 2200  # distinct ones, which the worlds of all models share
-    pairs: int = 2200  # of as many captions
+    pairs: int = 2000  # of as many captions
     held_out_prompts: int = 400
     candidates: int = 4  # samples a caption of a list
     tie_gap: float = 0.03  # pairs whose oracle scores are closer become ties
     label_temperature: float = 0.08  # P(label agrees with the oracle) = sigmoid(gap / label_temperature)
-    lists: int = 300  # captions whose candidates are kept as a ranked list
+    lists: int = 200  # captions whose candidates are kept as a ranked list
     reward_pairs: int = 10_000
     reward_steps: int = 600
     step_aware_steps: int = 400
