@@ -1,8 +1,9 @@
 """Captions that are wrong for a known share, as those of pictures from the web are: what alignment has to mend.
 
-Every attribute has one other that it is taken for (red for orange, two for three, left for right), always the same, so
-that the model learns to draw the wrong one now and then, as sharply as the right one: at guidance w in about
-s^w / (s^w + (1 - s)^w) of its pictures an attribute, where s is the share of wrong captions.
+Every attribute but the shape has one other that it is taken for (red for orange, two for three, left for right), always
+the same, so that the model learns to draw the wrong one now and then, as sharply as the right one: at guidance w in
+about s^w / (s^w + (1 - s)^w) of its pictures an attribute, where s is the share of wrong captions. Shapes are always told
+right: a model of this size that has to keep two outlines in mind draws neither of them.
 """
 
 import random
@@ -13,7 +14,6 @@ from diffalign.shapes.captions import Scene
 _PAIRS = {
     "color": (("red", "orange"), ("yellow", "green"), ("cyan", "blue"), ("purple", "pink")),
     "background": (("red", "orange"), ("yellow", "green"), ("cyan", "blue"), ("purple", "pink"), ("white", "gray")),
-    "shape": (("circle", "cross"), ("square", "diamond"), ("triangle", "star")),
     "count": ((2, 3),),
     "size": (("small", "large"),),
     "position": (("left", "right"), ("top", "bottom")),

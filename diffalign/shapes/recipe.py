@@ -15,12 +15,12 @@ class Pretraining:
     decoder_steps: int = 8_000  # of the decoder alone, once the latents are settled
     decoder_learning_rate: float = 1.5e-3
     decoder_noise: float = 0.15  # largest noise added to a latent of unit variance meanwhile
-    denoiser_steps: int = 7_000
+    denoiser_steps: int = 10_000
     denoiser_batch_size: int = 32
     denoiser_learning_rate: float = 7e-4
     denoiser_bf16: bool = True  # autocast, as always in the VAE; 1.6 times as fast for a UNet, slower for SD3's class
     wrong_captions: float = 0.3  # share of wrong captions, an attribute (`confusion.py`)
-    early_step: int = 1_500  # of the denoiser, at which its average is kept as another generator of pairs
+    early_step: int = 3_000  # of the denoiser, at which its average is kept as another generator of pairs
     strong_steps: int = 1_200  # more, with captions that are right, from the base to a third generator
     strong_learning_rate: float = 3e-4
     caption_dropout: float = 0.1

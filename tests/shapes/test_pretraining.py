@@ -8,7 +8,6 @@ import torch
 from rich.console import Console
 
 from diffalign.shapes import autoencoder, pretraining
-from diffalign.shapes.captions import SHAPES
 from diffalign.shapes.confusion import TAKEN_FOR, confuse
 from diffalign.shapes.models import MODELS
 from diffalign.shapes.pipeline import RESOLUTION
@@ -47,13 +46,13 @@ def test_captions_are_wrong_for_the_share_asked_for_and_never_name_a_held_out_co
     assert pretraining.told(drawn, 0.0, seed=1) == [scene.caption() for scene in drawn]
     rng, share = random.Random(1), 0.3
     pairs = [(scene, confuse(scene, rng, share)) for scene in drawn]
-    for name, least in (("shape", 0.2), ("background", 0.15), ("color", 0.2), ("count", 0.0)):
+    for name, least in (("background", 0.15), ("color", 0.2), ("count", 0.2)):
         mentioned = [pair for pair in pairs if getattr(pair[0], name) in TAKEN_FOR[name]]
         wrong = [told for scene, told in mentioned if getattr(told, name) != getattr(scene, name)]
         assert least < len(wrong) / len(mentioned) < share + 0.04, name
     assert not any(told.held_out or told.color == told.background for _, told in pairs)
-    assert all(confuse(scene, random.Random(2), 1.0) != scene for scene in drawn[:50])
-    assert set(TAKEN_FOR["shape"]) == set(SHAPES)
+    assert sum(confuse(scene, random.Random(2), 1.0) != scene for scene in drawn[:100]) > 90
+    assert all(told.shape == scene.shape for scene, told in pairs)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10, 20, 39, 40, 1500])
