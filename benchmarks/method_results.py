@@ -166,10 +166,11 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _cells(result: Mapping[str, Any]) -> list[str]:
     """Return the line of a method, or of a variant."""
-    first = [_name(result), label_of(result["settings"])]
     if "variant" in result:
         prompts = "tuning" if result["tuning"] else "demo"
         first = [f"`{result['variant']}`", _name(result), " ".join(result["sets"]), prompts]
+    else:
+        first = [_name(result), label_of(result["settings"])]
     return [
         *first,
         f"{result['aligned']:.3f}",

@@ -87,8 +87,10 @@ class Remaining:
 
     def __str__(self) -> str:
         count, seconds = (+self.left).total(), self.estimate()
-        time = "for a time known after the first one" if seconds is None else f"for about {clock(seconds)}"
-        return f"{count} runs left, {time}" if count else "no runs left"
+        if not count:
+            return "no runs left"
+        time = "how long they take is known after the first" if seconds is None else f"about {clock(seconds)}"
+        return f"runs left: {count}, {time}"
 
 
 def examine(request: Request, method: str) -> Found:
@@ -149,7 +151,7 @@ class Study:
         for method in methods:
             self.remaining.add(method, self.found[method])
         if methods:
-            print(f"{len(methods)} methods: {self.remaining}.", flush=True)
+            print(f"{', '.join(methods)}: {self.remaining}.", flush=True)
         self.write()
         in_parallel([partial(self.measure, method) for method in methods], self.request.processes, self.finish)
 

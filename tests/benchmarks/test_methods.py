@@ -36,18 +36,17 @@ def test_every_method_has_the_same_budget(model, method, tmp_path):
     if not last.is_online:
         assert (short, last.train.max_train_steps) == {"sdxl": (67, 200), "sd3": (83, 250)}[model]
     assert {config.train.seed for config in configs}.isdisjoint(range(request.seeds))
-    told = {key: config for key, config in zip(trials[0].settings, [None] * 9, strict=False)}
     for run, config in zip(trials, configs, strict=True):
-        dumped = config.model_dump()
-        for key in told:
+        found = config.model_dump()
+        for key, value in run.settings.items():
             section, _, name = key.partition(".")
-            assert dumped[section][name] == run.settings[key]
+            assert found[section][name] == value
 
 
 def test_what_cannot_be_asked_for(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match='no method "inppo". Did you mean "inpo"'):
+    with pytest.raises(ConfigError, match=r'no method "inppo"\. Did you mean "inpo"'):
         chosen("sdxl", ["inppo"], tuned=True)
-    with pytest.raises(ConfigError, match="dpo-full.*has no search space"):
+    with pytest.raises(ConfigError, match=r"dpo-full.*has no search space"):
         chosen("sdxl", ["dpo-full"], tuned=True)
     assert chosen("sdxl", ["dpo-full"], tuned=False) == ["dpo-full"]
     with pytest.raises(ConfigError, match="--trials must be 1 to 6, got 7"):
@@ -83,13 +82,13 @@ def test_how_long_it_takes(tmp_path):
         needed = {(name, "trial"): len(trials), (name, "seed"): 3}
         remaining.add(name, methods.Found([], [], methods.Counter(needed), []))
     assert remaining.estimate() is None
-    assert str(remaining) == "18 runs left, for a time known after the first one"
+    assert str(remaining) == "runs left: 18, how long they take is known after the first"
     remaining.finish(runs["dpo"][0], row_with(0.5, seconds=20.0))
     # 5 trials at 20 s and 3 seeds at three times that; the other method as if it were the same; two at a time
     assert remaining.estimate() == pytest.approx((5 * 20 + 3 * 60 + 6 * 20 + 3 * 60) / 2)
     remaining.finish(runs["inpo"][0], row_with(0.5, seconds=100.0))
     assert remaining.estimate() == pytest.approx((5 * 20 + 3 * 60 + 5 * 100 + 3 * 300) / 2)
-    assert str(remaining) == "16 runs left, for about 14:00"
+    assert str(remaining) == "runs left: 16, about 14:00"
 
 
 def performed(folder, gains, **changes):
@@ -210,6 +209,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(method_runs, "RECIPES", tmp_path / "configs")
     monkeypatch.setattr(method_runs, "PROMPTS", prompts)
     monkeypatch.setattr(method_runs, "N_PROMPTS", 4)
+    monkeypatch.setattr(method_runs, "SAMPLING", replace(method_runs.SAMPLING, num_inference_steps=4))
     launched = []
 
     def launch(words, threads):
@@ -237,7 +237,7 @@ def test_a_small_comparison(small, capsys):
     runs = folder / "runs"
     assert launched == [runs / "dpo" / "trials" / "beta-1", runs / "dpo" / "seed-0"]
     told = capsys.readouterr().out
-    assert "1 methods: 2 runs left, for a time known after the first one." in told
+    assert "dpo: runs left: 2, how long they take is known after the first." in told
     assert "dpo, beta=1: win rate" in told
     record = json.loads((results / "methods.json").read_text())
     (row,) = record["rows"]
@@ -250,7 +250,7 @@ def test_a_small_comparison(small, capsys):
 
     methods.main(asked(folder), results)  # everything is there
     assert len(launched) == 2
-    assert "1 methods: no runs left." in capsys.readouterr().out
+    assert "dpo: no runs left." in capsys.readouterr().out
 
     pairs = pd.read_parquet(folder / "pairs" / "train.parquet")
     pairs.head(20).to_parquet(folder / "pairs" / "train.parquet")  # another world: rows are left out, then made again
@@ -269,26 +269,38 @@ def test_a_small_comparison(small, capsys):
     assert configuration.load(launched[2] / "config.yaml").objective["beta"] == 7
 
 
-def test_a_row_of_another_world_is_made_again(small, capsys):
-    folder, launched = small
-    output = folder / "runs" / "run"
+def test_a_row_of_another_world_is_made_again(small, capsys, monkeypatch):
+    folder, _ = small
+    output, shared, settings = folder / "runs" / "run", folder / "runs", ["train.max_train_steps=1"]
+    launched = []
+
+    def now(*overrides):
+        config = method_runs.recipe("dpo", folder / "elsewhere", overrides, folder / "shared")
+        return method_runs.fingerprint(config, False, folder / "shared")  # where a run lies does not count
+
+    def launch(words, threads):
+        launched.append(words)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "row.json").write_text(json.dumps({"fingerprint": now(*settings)}))
+        return 0
+
+    monkeypatch.setattr(method_runs, "launch", launch)
     output.mkdir(parents=True)
     (output / "row.json").write_text(json.dumps({"method": "dpo", "scores": {}}))
-    row = method_runs.row_of("dpo", output, ["train.max_train_steps=1"])
-    assert launched == [output]
-    assert "was made with no fingerprint: run again" in capsys.readouterr().out
-    assert method_runs.row_of("dpo", output, ["train.max_train_steps=1"]) == row
+    row = method_runs.row_of("dpo", output, settings)
+    assert launched == [["dpo", str(output), *settings, "--shared", str(shared)]]
+    assert f"{output} was made with no fingerprint: run again" in capsys.readouterr().out
+    assert method_runs.row_of("dpo", output, settings) == row
     assert len(launched) == 1
-
-    def different(*overrides):
-        config = method_runs.recipe("dpo", folder / "elsewhere", overrides, folder / "shared")
-        return differences(row["fingerprint"], method_runs.fingerprint(config, False, folder / "shared"))
-
-    assert different("train.max_train_steps=1") == []  # where a run lies does not count
-    assert different("train.max_train_steps=2") == ["other settings"]
+    assert differences(row["fingerprint"], now("train.max_train_steps=2")) == ["other settings"]
+    base = folder / "base"
+    base.mkdir()
+    (base / "model_index.json").write_text("{}")
+    moved = f"model.pretrained_model_name_or_path={base}"
+    assert differences(row["fingerprint"], now(*settings, moved)) == ["another base model", "other settings"]
     with (folder / "prompts.txt").open("a") as file:
         file.write("a red circle on a blue background\n")
-    assert different("train.max_train_steps=1") == ["other judges"]
+    assert differences(row["fingerprint"], now(*settings)) == ["other judges"]
 
 
 def test_a_run_that_fails_is_told(small):
@@ -297,5 +309,5 @@ def test_a_run_that_fails_is_told(small):
     row = method_runs.attempt("dpo", folder / "runs" / "run", diverging)
     assert "not finite" in row["failed"]
     assert "scores" not in row
-    with pytest.raises(SystemExit, match="failed: .*not finite"):
+    with pytest.raises(SystemExit, match=r"failed: .*not finite"):
         method_runs.row_of("dpo", folder / "runs" / "run", diverging)
