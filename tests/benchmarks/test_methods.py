@@ -1,7 +1,9 @@
 """The comparison of methods: its plan, what it says of made-up runs, and one real one of two steps."""
 
+import argparse
 import csv
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import method_results, method_runs, methods
+from benchmarks import method_progress, method_results, method_runs, methods
 from benchmarks.fingerprints import differences
 from benchmarks.method_plan import MODELS, TRIALS, Request, Run, best_settings, chosen, spaces
 from diffalign import config as configuration
@@ -76,11 +78,11 @@ def test_the_best_trial(tmp_path):
 
 
 def test_how_long_it_takes(tmp_path):
-    remaining = methods.Remaining(processes=2)
+    remaining = method_progress.Remaining(processes=2)
     runs = {name: Request(model="sdxl", output=tmp_path).trials_of(name) for name in ("dpo", "inpo")}
     for name, trials in runs.items():
         needed = {(name, "trial"): len(trials), (name, "seed"): 3}
-        remaining.add(name, methods.Found([], [], methods.Counter(needed), []))
+        remaining.add(name, method_progress.Found([], [], Counter(needed), []))
     assert remaining.estimate() is None
     assert str(remaining) == "runs left: 18, how long they take is known after the first"
     remaining.finish(runs["dpo"][0], row_with(0.5, seconds=20.0))
@@ -223,7 +225,7 @@ def small(tmp_path, monkeypatch):
 
 def asked(folder, *words):
     """Return what `python -m benchmarks methods WORDS` asks for, on a few steps."""
-    parser = methods.argparse.ArgumentParser()
+    parser = argparse.ArgumentParser()
     methods.add_arguments(parser)
     return parser.parse_args(
         ["--output", str(folder / "runs"), "--steps", "2", "--seeds", "1", "--trials", "1", *words]
