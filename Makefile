@@ -1,11 +1,14 @@
 # make demo   set up, then align the embedded pipeline and show the result (runs/demo)
 # make test   set up, then run the default tests          make lint    ruff
-# make bench  the optimizer step on this machine         make methods  every objective compared, about two hours
+# make bench  the optimizer step on this machine
+# make methods  all methods: six trials and three seeds each, many hours; goes on where it was (METHODS=dpo,spo SEEDS=3)
 # make label-noise  the study of flipped labels           make filtering-study  DPO on chosen pairs against all
 # make clean  remove everything that can be made again
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+METHODS ?=
+SEEDS ?= 3
 
 .PHONY: setup demo test slow lint bench methods label-noise filtering-study clean
 
@@ -34,7 +37,7 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 methods: setup
-	$(BIN)/python -m benchmarks methods
+	$(BIN)/python -m benchmarks methods --methods "$(METHODS)" --seeds $(SEEDS)
 
 label-noise: setup
 	$(BIN)/python -m benchmarks label-noise
