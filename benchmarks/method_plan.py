@@ -26,8 +26,9 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """Say what is compared on: the recipes' folder, the results' name, and the length of runs that learn from data."""
+    """Say what is compared on, the recipes' folder, the results' name, and the length of runs that learn from data."""
 
+    base: str  # of assets/
     recipes: str
     results: str
     steps: int  # of 16 pairs, or as many images
@@ -35,8 +36,8 @@ class EmbeddedModel:
 
 
 MODELS = {
-    "sdxl": EmbeddedModel("tiny", "methods", 200, "Every method on the embedded SDXL"),
-    "sd3": EmbeddedModel("tiny-sd3", "flow-methods", 250, "Every method on the embedded flow model"),
+    "sdxl": EmbeddedModel("tiny-sdxl", "tiny", "methods", 200, "Every method on the embedded SDXL"),
+    "sd3": EmbeddedModel("tiny-sd3", "tiny-sd3", "flow-methods", 250, "Every method on the embedded flow model"),
 }
 
 

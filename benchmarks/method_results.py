@@ -32,7 +32,6 @@ class Tables:
     """Hold everything that is shown."""
 
     results: list[dict[str, Any]] = field(default_factory=list)  # of `result_of`, the compared methods
-    variants: list[dict[str, Any]] = field(default_factory=list)
     runs: list[Performed] = field(default_factory=list)  # what the results are made of
     trials: list[Performed] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # what is not in the table, and why
@@ -77,7 +76,7 @@ def write(request: Request, tables: Tables, folder: Path) -> None:
     stem = request.known.results + ("" if request.tuned else "-untuned")
     results = sorted(tables.results, key=lambda result: -result["win_rate"])
     record = {"date": datetime.date.today().isoformat(), "versions": versions(), "rows": results}
-    record |= {"variants": tables.variants, "missing": tables.missing}
+    record["missing"] = tables.missing
     _write(folder / f"{stem}.json", json.dumps(record, indent=1) + "\n")
     _write(folder / f"{stem}.md", page(request, results, tables))
     write_csv(tables.runs, folder / f"{stem}.csv")
@@ -88,6 +87,21 @@ def write(request: Request, tables: Tables, folder: Path) -> None:
         ends = ("win_rate", "low", "high")
         rates = [dict(zip(ends, (result["win_rate"], *result["interval"]), strict=True)) for result in results]
         plot_win_rates([_name(result) for result in results], rates, folder / f"{stem}.png", over="seeds and prompts")
+
+
+def write_variants(request: Request, results: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Write the table of recipes with other settings, and its numbers."""
+    stem = f"{request.known.results}-variants"
+    _write(folder / f"{stem}.json", json.dumps(list(results), indent=1) + "\n")
+    text = f"# Variants on `assets/{request.known.base}`\n\n"
+    compared = f"[all methods]({request.known.results}.md)"
+    text += f"""Recipes with other settings, made by `python -m benchmarks methods --label`, judged as {compared}
+are: on the {N_PROMPTS} prompts of the demo, or on the others, which are for tuning. A variant chosen for its numbers on the
+demo's prompts has an advantage over methods that were not.
+
+"""
+    columns = ("variant", "method", "sets", "prompts", *JUDGED, *COSTS)
+    _write(folder / f"{stem}.md", text + _table(columns, [_cells(result) for result in results]))
 
 
 def _write(file: Path, text: str) -> None:
@@ -111,18 +125,12 @@ def _steps(run: Run) -> int:
 
 
 def page(request: Request, results: Sequence[Mapping[str, Any]], tables: Tables) -> str:
-    """Return the table with how it came about, the variants, and what is missing."""
+    """Return the table with how it came about, and what is missing."""
     settings = "best of the trials" if request.tuned else "settings"
     text = f"# {request.known.title}\n\n{head(request, results)}\n"
     text += _table(("method", settings, *JUDGED, *COSTS), [_cells(result) for result in results])
     if tables.missing:
         text += "\nNot in the table:\n\n" + "".join(f"* {line}\n" for line in tables.missing)
-    if tables.variants:
-        text += (
-            "\n## Variants\n\nA recipe with other settings, judged on the demo's prompts or on those for tuning.\n\n"
-        )
-        columns = ("variant", "method", "sets", "prompts", *JUDGED, *COSTS)
-        text += _table(columns, [_cells(result) for result in tables.variants])
     return text
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.method_plan import MODELS, TRIALS, Request, Run, best_settings, chosen, label_of, spaces
 from benchmarks.method_progress import Found, Remaining, examine, unfinished
-from benchmarks.method_results import Tables, result_of, write
+from benchmarks.method_results import Tables, result_of, write, write_variants
 from benchmarks.method_runs import ROOT, ROW, read_recipe
 from diffalign.errors import ConfigError, UserError
 from diffalign.progress import clock
@@ -38,14 +38,12 @@ class Study:
         self.request, self.folder = request, results
         self.found: dict[str, Found] = {}
         self.results: dict[str, dict[str, Any]] = {}
-        self.variants: list[dict[str, Any]] = []
         self.remaining = Remaining(request.processes)
         self.speaking = threading.Lock()
 
     def run(self, methods: Sequence[str]) -> None:
         """Examine all methods, run those named (none for the tables alone), and write the tables after each."""
         listed = list(spaces(self.request.model)) if self.request.tuned else self._measured()
-        self.variants = variants(self.request)
         for method in dict.fromkeys([*listed, *methods]):
             self.take_in(method)
         for line in (line for method, found in self.found.items() if method not in methods for line in found.stale):
@@ -54,7 +52,8 @@ class Study:
             self.remaining.add(method, self.found[method])
         if methods:
             print(f"{', '.join(methods)}: {self.remaining}.", flush=True)
-        self.write()
+        if self.results or not methods:  # else an older table stays until there is something to show
+            self.write()
         in_parallel([partial(self.measure, method) for method in methods], self.request.processes, self.finish)
 
     def _measured(self) -> list[str]:
@@ -98,7 +97,7 @@ class Study:
 
     def write(self) -> None:
         """Write the tables of what is known."""
-        tables = Tables(results=list(self.results.values()), variants=self.variants)
+        tables = Tables(results=list(self.results.values()))
         nothing = [method for method, found in self.found.items() if not found.trials and not found.seeds]
         for method, found in self.found.items():
             tables.trials += found.trials
@@ -160,12 +159,12 @@ def variants(request: Request) -> list[dict[str, Any]]:
 
 
 def run_variant(study: Study, method: str, label: str, sets: Sequence[str], tuning: bool) -> None:
-    """Run one method's recipe with other settings, and write the tables with it."""
+    """Run one method's recipe with other settings, and write the table of all variants."""
     runs = study.request.variants_of(method, label, sets, tuning)
     study.remaining.left[method, "seed"] += len(unfinished(runs))
     print(f"{label}: {study.remaining}.", flush=True)
     in_parallel([partial(study.perform, run) for run in runs], study.request.processes, lambda row: None)
-    study.run([])
+    write_variants(study.request, variants(study.request), study.folder)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

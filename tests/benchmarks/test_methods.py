@@ -155,24 +155,19 @@ def test_what_is_written(tmp_path):
             method_results.result_of(spo, settings={"rollout.threshold": 0.1}, online=True),
             method_results.result_of(kto, settings={"objective.beta": 250}, online=False),
         ],
-        variants=[
-            method_results.result_of(kto, variant="kto-b9", sets=["objective.beta=9"], online=False, tuning=True)
-        ],
         runs=[*kto, *spo],
         trials=[trial],
         missing=["`dpo`: 6 of 6 trials, 1 of 2 seeds"],
     )
     method_results.write(request, tables, tmp_path / "results")
     text = (tmp_path / "results" / "methods.md").read_text()
-    compared, _, further = text.partition("## Variants")
-    lines = [line for line in compared.splitlines() if line.startswith("| `")]
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
     assert [line.split(" | ")[0] for line in lines] == ["| `kto`", "| `spo` (online)"]
     assert "| beta=250 | 0.5" in lines[0]
     assert "| yes | 0.800 0.800 |" in lines[0]
     assert "| 2.0 + 18.0 | 20 | 1:04 |" in lines[0]
     assert "| no | 0.200 0.200 |" in lines[1]
-    assert "* `dpo`: 6 of 6 trials, 1 of 2 seeds" in compared
-    assert "| `kto-b9` | `kto` | objective.beta=9 | tuning |" in further
+    assert "* `dpo`: 6 of 6 trials, 1 of 2 seeds" in text
     record = json.loads((tmp_path / "results" / "methods.json").read_text())
     assert [row["method"] for row in record["rows"]] == ["kto", "spo"]
     (kept,) = json.loads((tmp_path / "results" / "methods-trials.json").read_text())
@@ -182,6 +177,10 @@ def test_what_is_written(tmp_path):
     assert len(rows) == 2 * 2 * 3
     assert {(row["method"], row["seed"], row["scorer"]) for row in rows} >= {("kto", "1", "hpsv2")}
     assert (tmp_path / "results" / "methods.png").stat().st_size > 1000
+    variant = method_results.result_of(kto, variant="kto-b9", sets=["objective.beta=9"], online=False, tuning=True)
+    method_results.write_variants(request, [variant], tmp_path / "results")
+    written = (tmp_path / "results" / "methods-variants.md").read_text()
+    assert "| `kto-b9` | `kto` | objective.beta=9 | tuning | 0.5" in written
     untuned = replace(request, tuned=False)
     method_results.write(untuned, tables, tmp_path / "results")
     assert "Nothing is tuned" in (tmp_path / "results" / "methods-untuned.md").read_text()
@@ -265,7 +264,7 @@ def test_a_small_comparison(small, capsys):
     variant = ["--methods", "dpo", "--set", "objective.beta=7", "--label", "dpo-b7", "--tuning-prompts"]
     methods.main(asked(folder, *variant), results)
     assert launched[2:] == [runs / "variants" / "dpo-b7" / "seed-0"]
-    (found,) = json.loads((results / "methods.json").read_text())["variants"]
+    (found,) = json.loads((results / "methods-variants.json").read_text())
     assert (found["variant"], found["prompts"], found["tuning"]) == ("dpo-b7", 2, True)
     assert "objective.beta=7" in found["sets"]
     assert configuration.load(launched[2] / "config.yaml").objective["beta"] == 7
