@@ -96,8 +96,8 @@ def write_variants(request: Request, results: Sequence[Mapping[str, Any]], folde
     text = f"# Variants on `assets/{request.known.base}`\n\n"
     compared = f"[all methods]({request.known.results}.md)"
     text += f"""Recipes with other settings, made by `python -m benchmarks methods --label`, judged as {compared}
-are: on the {N_PROMPTS} prompts of the demo, or on the others, which are for tuning. A variant chosen for its numbers on the
-demo's prompts has an advantage over methods that were not.
+are: on the {N_PROMPTS} prompts of the demo, or on the others, which are for tuning. A variant chosen for its numbers on
+the demo's prompts has an advantage over methods that were not.
 
 """
     columns = ("variant", "method", "sets", "prompts", *JUDGED, *COSTS)
