@@ -3,8 +3,11 @@
 import argparse
 import csv
 import json
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +94,24 @@ def test_how_long_it_takes(tmp_path):
     remaining.finish(runs["inpo"][0], row_with(0.5, seconds=100.0))
     assert remaining.estimate() == pytest.approx((5 * 20 + 3 * 60 + 5 * 100 + 3 * 300) / 2)
     assert str(remaining) == "runs left: 16, about 14:00"
+
+
+def test_methods_side_by_side():
+    both, done = threading.Barrier(2, timeout=30), []
+
+    def meet():
+        return both.wait()  # returns only if two are at it at the same time
+
+    methods.in_parallel([meet, meet], 2, done.append)
+    assert sorted(done) == [0, 1]
+
+    def fail():
+        raise SystemExit("The run ended with exit code 1")
+
+    started = time.monotonic()
+    with pytest.raises(SystemExit, match="exit code 1"):
+        methods.in_parallel([fail, *[partial(time.sleep, 0.2)] * 20], 1, done.append)
+    assert time.monotonic() - started < 3  # all would take 4 s: those not begun are left
 
 
 def performed(folder, gains, **changes):
@@ -288,11 +309,17 @@ def test_a_row_of_another_world_is_made_again(small, capsys, monkeypatch):
     monkeypatch.setattr(method_runs, "launch", launch)
     output.mkdir(parents=True)
     (output / "row.json").write_text(json.dumps({"method": "dpo", "scores": {}}))
+    (output / "metrics.jsonl").write_text("left behind")
     row = method_runs.row_of("dpo", output, settings)
+    assert not (output / "metrics.jsonl").exists()
     assert launched == [["dpo", str(output), *settings, "--shared", str(shared)]]
     assert f"{output} was made with no fingerprint: run again" in capsys.readouterr().out
     assert method_runs.row_of("dpo", output, settings) == row
     assert len(launched) == 1
+    (output / "row.json").rename(output / "config.yaml")  # what a killed run leaves: no row
+    assert method_runs.row_of("dpo", output, settings) == row
+    assert len(launched) == 2
+    assert not (output / "config.yaml").exists()
     assert differences(row["fingerprint"], now("train.max_train_steps=2")) == ["other settings"]
     base = folder / "base"
     base.mkdir()
