@@ -1,7 +1,7 @@
 # make demo   set up, then align the embedded pipeline and show the result (runs/demo)
 # make test   set up, then run the default tests          make lint    ruff
 # make bench  the optimizer step on this machine
-# make methods  all methods: six trials and three seeds each, many hours; goes on where it was (METHODS=dpo,spo, SEEDS=3)
+# make methods  all methods: six trials and three seeds each, many hours; goes on where it was (METHODS=dpo,spo SEEDS=3)
 # make label-noise  the study of flipped labels           make filtering-study  DPO on chosen pairs against all
 # make clean  remove everything that can be made again
 PYTHON ?= python3

@@ -10,7 +10,6 @@ import torch
 from benchmarks import (
     cpu,
     filtering_study,
-    flow_methods,
     gpu,
     label_noise,
     methods,
@@ -33,13 +32,8 @@ def main() -> None:
     graphics.add_argument("--minutes", type=float, default=25.0, help="stop after the measurement that exceeds this")
     graphics.add_argument("--tiny", action="store_true", help="on the embedded UNet, to see that everything runs")
     graphics.add_argument("--output", type=Path, help="a JSON file; by default under benchmarks/results/")
-    compared = commands.add_parser("methods", help="every objective on the embedded world; hours on two cores")
-    compared.add_argument("names", nargs="*", help="only these objectives")
-    compared.add_argument("--table-only", action="store_true", help="train nothing, tabulate what there is")
-    compared.add_argument("--output", type=Path, default=Path("runs/methods").resolve())
-    flow = commands.add_parser("flow-methods", help="methods on the embedded flow model, three seeds each; hours")
-    flow.add_argument("names", nargs="*", help="only these objectives")
-    flow.add_argument("--output", type=Path, default=Path("runs/flow-methods").resolve())
+    compared = commands.add_parser("methods", help="methods tuned alike, three seeds each; many hours on two cores")
+    methods.add_arguments(compared)
     noise = commands.add_parser("label-noise", help="DPO against robust DPO under flipped labels")
     noise.add_argument("--output", type=Path, default=Path("runs/label-noise").resolve())
     chosen = commands.add_parser("filtering", help="DPO on chosen pairs against DPO on all, with flipped labels")
@@ -56,9 +50,7 @@ def main() -> None:
     scoring.add_argument("--large", action="store_true", help="ViT-H with random weights on a GPU instead")
     asked = parser.parse_args()
     if asked.command == "methods":
-        methods.main(asked.names, asked.output, asked.table_only)
-    elif asked.command == "flow-methods":
-        flow_methods.main(asked.names, asked.output)
+        methods.main(asked)
     elif asked.command == "gpu":
         file = asked.output or RESULTS / f"{datetime.date.today().isoformat()}-gpu{'-tiny' if asked.tiny else ''}.json"
         gpu.run(file, asked.minutes, asked.tiny)

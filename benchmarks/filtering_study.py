@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from benchmarks.method_runs import IMAGES_PER_PROMPT, N_PROMPTS, ROOT, STEPS, row_of
-from benchmarks.methods import gain_of, plot_win_rates
+from benchmarks.method_results import gain_of, plot_win_rates
+from benchmarks.method_runs import IMAGES_PER_PROMPT, ROOT, STEPS, row_of
 from diffalign.data import open_pairs
 from diffalign.data.annotated import flips
 from diffalign.data.fingerprints import digest_files
@@ -25,6 +25,7 @@ from diffalign.evaluation.manifest import atomic_write
 from diffalign.filtering.components import Components
 from diffalign.filtering.importance import ImportanceSettings
 from diffalign.jobs.scoring.filter import TRAIN, Request, filter_pairs
+from diffalign.jobs.world.demo import N_PROMPTS
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAIRS, JUDGE = ROOT / "assets" / "tiny-pairs", ROOT / "assets" / "tiny-pickscore"

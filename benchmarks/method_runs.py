@@ -1,155 +1,205 @@
-"""One method of the comparison: train it, count what it cost, draw and score the held-out prompts.
+"""One run of the comparison: train a method, count what it cost, draw and score held-out prompts.
 
 An example is a pair, an image or a list; of a method that samples while it trains a transition, or a drawn picture.
 
-Run as its own process (`python -m benchmarks.method_runs NAME OUTPUT SETTING=VALUE ...`): the peak of memory is that of
-one method.
+A run is a process of its own (`python -m benchmarks.method_runs NAME OUTPUT SETTING=VALUE ...`): the peak of memory is
+that of one method. It leaves a row in OUTPUT/row.json, with a fingerprint of what it depends on.
 """
 
+import argparse
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from diffusers import AutoencoderKL
 from rich.console import Console
 
+from benchmarks.fingerprints import differences, fingerprint_of
+from benchmarks.network_counts import NetworkCounts
 from diffalign import config as configuration
-from diffalign import objectives
 from diffalign.backbones import loading
 from diffalign.backbones.export import load_adapter_into
-from diffalign.backbones.families import FAMILIES, denoiser_of
+from diffalign.backbones.families import denoiser_of
 from diffalign.config import Config
-from diffalign.evaluation import Manifest, SamplingSettings, generate_to, prompt_plan, with_negative_branch
+from diffalign.errors import ModelError
+from diffalign.evaluation import Manifest, generate_to, prompt_plan, with_negative_branch
+from diffalign.evaluation.manifest import atomic_write
 from diffalign.jobs.drawing.prompts import read_prompts
 from diffalign.jobs.training.train import train
-from diffalign.jobs.world.demo import compare
-from diffalign.training import metrics
+from diffalign.jobs.world.demo import N_PROMPTS, SAMPLING, compare
+from diffalign.training import checkpoint, metrics
+from diffalign.training.trainer import NonFiniteLoss
 
 ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "configs"
 PROMPTS = ROOT / "assets" / "prompts" / "tiny-held-out.txt"
-N_PROMPTS, IMAGES_PER_PROMPT, SEED = 256, 2, 3_000_000
+IMAGES_PER_PROMPT, SEED = 2, 3_000_000
 STEPS = 200  # of methods that learn from data, half of the recipes' own: of 16 pairs, or as many images
-ONLINE_LAYOUTS = ("transition", "reward")  # of objectives that sample while they train
-SETTINGS = {"lpo": "spo", "tailorpo": "spo"}  # methods that are settings of an objective
-TUNING = "--tuning"
-SAMPLING = SamplingSettings(num_inference_steps=20, guidance_scale=5.0, batch_size=64)
+ROW = "row.json"
 
 
-class Evaluations:
-    """Count images that pass through a denoiser, with and without gradient, and latents that are decoded."""
+def row_of(name: str, output: Path, overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:
+    """Return the row of a run with its scores; see `attempt`.
 
-    def __init__(self) -> None:
-        self.with_gradient, self.without, self.decoded = 0, 0, 0
-
-    @contextmanager
-    def counting(self) -> Any:
-        """Count every denoiser and every VAE of this process for the time of the context."""
-        with ExitStack() as stack:
-            for denoiser in {family.denoiser_class for family in FAMILIES}:
-                stack.enter_context(mock.patch.object(denoiser, "forward", self._counted(denoiser.forward)))
-            stack.enter_context(mock.patch.object(AutoencoderKL, "decode", self._decoded(AutoencoderKL.decode)))
-            yield
-
-    def _counted(self, predict: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(predict)
-        def counted(denoiser: Any, *args: Any, **inputs: Any) -> Any:
-            images = len(args[0] if args else inputs.get("hidden_states", inputs.get("sample")))
-            if torch.is_grad_enabled():
-                self.with_gradient += images
-            else:
-                self.without += images
-            return predict(denoiser, *args, **inputs)
-
-        return counted
-
-    def _decoded(self, decode: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(decode)
-        def counted(vae: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.decoded += len(latents)
-            return decode(vae, latents, *args, **kwargs)
-
-        return counted
-
-
-def run(name: str, output: Path, overrides: list[str], tuning: bool = False) -> dict[str, Any]:
-    """Train the recipe of a method, draw and score, and return one row of the table.
-
-    `name` is of configs/tiny, or with the folder another one: "tiny-sd3/dpo".
+    Raises:
+        SystemExit: the run failed; what it printed stands above.
     """
-    config = recipe(name, output, overrides)
-    evaluations, started = Evaluations(), time.perf_counter()
-    with evaluations.counting():
-        train(config, Console(quiet=True))
-    seconds = time.perf_counter() - started
-    lines = metrics.read(output / "metrics.jsonl")
+    row = attempt(name, output, overrides, **options)
+    if "failed" in row:
+        raise SystemExit(f"The run {output} failed: {row['failed']}")
+    return row
+
+
+def attempt(
+    name: str,
+    output: Path,
+    overrides: Sequence[str] = (),
+    *,
+    tuning: bool = False,
+    shared: Path | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Return the row of a run; train and judge in a process of its own unless there is one of this world already.
+
+    A run that was killed starts again, and so does one whose row has another fingerprint. If the loss or the pictures
+    stopped being finite, the row says so under "failed", and has no scores.
+
+    Args:
+        name: of a recipe in configs/tiny, or with the folder another one: "tiny-sd3/dpo".
+        output: the run's folder.
+        overrides: what it sets differently from its recipe, KEY=VALUE.
+        tuning: judge on the held-out prompts that no table shows.
+        shared: where runs keep what they have in common, latents and the base's pictures; by default beside `output`.
+        threads: of the process; by default as many as torch likes.
+
+    Raises:
+        SystemExit: the run ended without a row.
+    """
+    shared = shared or output.parent
+    row, different = read_row(name, output, overrides, tuning=tuning, shared=shared)
+    if row is not None and not different:
+        return row
+    if row is not None:
+        print(f"{output} was made with {' and '.join(different)}: run again.", flush=True)
+    if any((output / file).exists() for file in (ROW, "config.yaml")):  # a run of ours, finished or not
+        shutil.rmtree(output)
+    options = ["--shared", str(shared), *["--tuning"] * tuning]
+    if failed := launch([name, str(output), *overrides, *options], threads):
+        raise SystemExit(f"The run {output} ended with exit code {failed}; what it said stands above.")
+    return json.loads((output / ROW).read_text(encoding="utf8"))
+
+
+def launch(words: Sequence[str], threads: int | None) -> int:
+    """Run this module in a process of its own; return its exit code."""
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    command = [sys.executable, "-m", "benchmarks.method_runs", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
+def read_row(
+    name: str, output: Path, overrides: Sequence[str], *, tuning: bool, shared: Path
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return the row that a run left, None without one, and what is not as it was when the row was made."""
+    file = output / ROW
+    if not file.exists():
+        return None, []
+    row = json.loads(file.read_text(encoding="utf8"))
+    now = fingerprint(recipe(name, output, overrides, shared), tuning, shared)
+    return row, differences(row.get("fingerprint"), now)
+
+
+def fingerprint(config: Config, tuning: bool, shared: Path) -> dict[str, str]:
+    """Return hashes of what decides the row of a run."""
+    drawn = f"{'after' if tuning else 'first'} {N_PROMPTS}, {IMAGES_PER_PROMPT} each from {SEED}"
+    return fingerprint_of(config, PROMPTS, drawn, shared / "digests.sqlite")
+
+
+def run(name: str, output: Path, overrides: Sequence[str], *, tuning: bool, shared: Path) -> dict[str, Any]:
+    """Train a recipe, draw and score, and return the row; see `attempt`."""
+    config, counts, started = recipe(name, output, overrides, shared), NetworkCounts(), time.perf_counter()
+    known = fingerprint(config, tuning, shared)  # before anything is read: files may change under a long run
+    row: dict[str, Any] = {"method": name, "changes": list(overrides), "tuning": tuning, "fingerprint": known}
+    try:
+        with counts.counting():
+            train(config, Console(quiet=True))
+        row |= costs(config, counts, time.perf_counter() - started)
+        row |= judge(config, output, tuning, shared / "images" / f"base-{known['base model']}-{known['judges']}")
+    except NonFiniteLoss as error:
+        row["failed"] = str(error)
+    except ModelError as error:
+        if "train_seconds" not in row:  # no model to train, not one that was ruined
+            raise
+        row["failed"] = str(error)
+    if tuning:
+        for folder in checkpoint.folders(output):  # there are many trials, and nobody looks at theirs
+            shutil.rmtree(folder)
+    return row | {"seconds": time.perf_counter() - started}
+
+
+def costs(config: Config, counts: NetworkCounts, seconds: float) -> dict[str, Any]:
+    """Return what a finished training took."""
+    lines = metrics.read(Path(config.train.output_dir) / "metrics.jsonl")
     examples = config.train.max_train_steps * config.train.train_batch_size * config.train.gradient_accumulation_steps
     rate = examples / seconds if config.is_online else statistics.median(line["pairs_per_second"] for line in lines)
-    row = {
-        "method": name,
+    return {
         "examples": examples,
-        "images_with_gradient": evaluations.with_gradient / examples,
-        "images_without_gradient": evaluations.without / examples,
-        "decoded": evaluations.decoded / examples,
+        "pairs": examples * pairs_per_example(config, counts.with_gradient / examples),
+        "images_with_gradient": counts.with_gradient / examples,
+        "images_without_gradient": counts.without / examples,
+        "decoded": counts.decoded / examples,
         "examples_per_second": rate,
         "train_seconds": seconds,
+        "threads": torch.get_num_threads(),
         "peak_memory_gib": lines[-1]["peak_memory_gib"],
         "objective": dict(config.objective),
         "learning_rate": config.optimizer.learning_rate,
         "final": {key: value for key, value in lines[-1].items() if key != "step"},
     }
-    return row | judge(config, name, output, tuning)
 
 
-def row_of(name: str, output: Path, overrides: list[str] | None = None, *, tuning: bool = False) -> dict[str, Any]:
-    """Return the row of a run in `output`; train and judge in a process of its own unless it is there already.
+def pairs_per_example(config: Config, predicted: float) -> float:
+    """Return how many pairs of given images an example holds; of what is drawn while training, examples are counted.
 
-    With `tuning` it is judged on the held-out prompts that no table shows.
+    predicted: images that pass through the policy per example, which is the length of a list.
     """
-    file = output / "row.json"
-    if not file.exists():
-        print(f"{output.name} ...", flush=True)
-        command = [sys.executable, "-m", "benchmarks.method_runs", name, str(output), *(overrides or [])]
-        command += [TUNING] * tuning
-        subprocess.run(command, check=True, cwd=ROOT)
-    return json.loads(file.read_text(encoding="utf8"))
+    layout, winner = config.entry.layout, config.entry.chosen_only
+    return {"single": 1.0 if winner else 0.5, "list": predicted / 2}.get(layout, 1.0)
 
 
-def recipe(name: str, output: Path, overrides: list[str]) -> Config:
+def recipe(name: str, output: Path, overrides: Sequence[str], shared: Path) -> Config:
     """Return the method's recipe for this comparison: with `STEPS` steps, of online methods with its own number."""
-    return configuration.load(
-        ROOT / "configs" / (f"{name}.yaml" if "/" in name else f"tiny/{name}.yaml"),
+    own = read_recipe(name)
+    return configuration.change(
+        own,
         [
             f"train.output_dir={output}",
-            f"data.cache_dir={output.parent / 'cache'}",
+            f"data.cache_dir={shared / 'cache'}",
             "logging.report_to=[]",
-            *([] if is_online(name) else [f"train.max_train_steps={STEPS}"]),
+            *([] if own.is_online else [f"train.max_train_steps={STEPS}"]),
             *overrides,
         ],
     )
 
 
-def is_online(name: str) -> bool:
-    """Tell whether a method learns from what the policy samples while it trains."""
-    method = name.rsplit("/", 1)[-1]
-    return objectives.objective_class(SETTINGS.get(method, method)).layout in ONLINE_LAYOUTS
+def read_recipe(name: str) -> Config:
+    """Return a method's recipe as it is: of configs/tiny, or with the folder another one."""
+    return configuration.load(RECIPES / (f"{name}.yaml" if "/" in name else f"tiny/{name}.yaml"))
 
 
-def judge(config: Config, name: str, output: Path, tuning: bool) -> dict[str, Any]:
+def judge(config: Config, output: Path, tuning: bool, base_images: Path) -> dict[str, Any]:
     """Draw held-out prompts with base and aligned model, and compare them by every scorer."""
-    prompts, flow = read_prompts(PROMPTS), "/" in name
+    prompts = read_prompts(PROMPTS)
     chosen = prompts[N_PROMPTS:] if tuning else prompts[:N_PROMPTS]
-    ids, texts, seeds = prompt_plan(chosen, 1 if flow else IMAGES_PER_PROMPT, SEED)
-    base = draw(config, None, "base", output.parent / "images" / "base", (ids, texts, seeds))
-    aligned = draw(config, output, name, output / "images", (ids, texts, seeds))
+    plan = prompt_plan(chosen, IMAGES_PER_PROMPT, SEED)
+    base = draw(config, None, "base", base_images, plan)
+    aligned = draw(config, output, output.name, output / "images", plan)
     comparison = compare(base, aligned)
     comparison.write(output, {})
     return {
@@ -183,7 +233,20 @@ def draw(config: Config, weights: Path | None, name: str, folder: Path, plan: tu
     return generate_to(folder, pipeline, texts, seeds, SAMPLING, identity=identity, prompt_ids=ids, progress=False)
 
 
+def main(words: Sequence[str] | None = None) -> None:
+    """Run one method and write its row."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.method_runs", description=__doc__)
+    parser.add_argument("name", help="of a recipe in configs/tiny, or with the folder another one")
+    parser.add_argument("output", type=Path, help="the run's folder")
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE")
+    parser.add_argument("--shared", type=Path, help="for latents and the base's pictures; by default beside OUTPUT")
+    parser.add_argument("--tuning", action="store_true", help="judge on the held-out prompts that no table shows")
+    asked = parser.parse_args(words)
+    shared = asked.shared or asked.output.parent
+    row = run(asked.name, asked.output, asked.overrides, tuning=asked.tuning, shared=shared)
+    with atomic_write(asked.output / ROW) as file:
+        file.write_text(json.dumps(row, indent=1) + "\n", encoding="utf8")
+
+
 if __name__ == "__main__":
-    method, folder, *changes = sys.argv[1:]
-    result = run(method, Path(folder), [change for change in changes if change != TUNING], TUNING in changes)
-    (Path(folder) / "row.json").write_text(json.dumps(result, indent=1), encoding="utf8")
+    main()

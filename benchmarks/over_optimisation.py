@@ -17,19 +17,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.method_runs import N_PROMPTS, PROMPTS, ROOT
+from benchmarks.method_runs import PROMPTS, ROOT
 from diffalign import config as configuration
 from diffalign.config import Config
-from diffalign.evaluation import Manifest, SamplingSettings, generate_to, prompt_plan
+from diffalign.evaluation import Manifest, generate_to, prompt_plan
 from diffalign.jobs.drawing import models
 from diffalign.jobs.drawing.prompts import read_prompts
 from diffalign.jobs.scoring import scorers
+from diffalign.jobs.world.demo import N_PROMPTS, SAMPLING
 from diffalign.shapes.oracle import Oracle
 from diffalign.training import checkpoint
 
 RESULTS = ROOT / "benchmarks" / "results"
 DRAWN, SEED = 64, 5_000_000
-SAMPLING = SamplingSettings(num_inference_steps=20, guidance_scale=5.0, batch_size=64)
 
 
 @dataclass(frozen=True, kw_only=True)
