@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pandas as pd
 from rich.console import Console
 
+from diffalign.data.pairs import ImageRef, RowError
 from diffalign.errors import DataError, UserError
 from diffalign.evaluation.arena import Arena
 from diffalign.evaluation.manifest import noises_of
@@ -166,9 +167,9 @@ def _pair(row: dict[str, Any], per_prompt: int) -> dict[str, Any]:
 
 def _bytes(file: str) -> bytes:
     try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise DataError(f"Cannot read {file} ({error.strerror}). Put the pictures back.") from error
+        return ImageRef(path=Path(file)).decodable
+    except RowError as error:
+        raise DataError(f"{error.detail[:1].upper()}{error.detail[1:]}. Put the pictures back.") from error
 
 
 def _of_models(a: str, b: str, votes: pd.DataFrame) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from diffalign.data import win_rate_labels
+from diffalign.data import RowError, win_rate_labels
+from diffalign.data.pairs import ImageRef
 from diffalign.errors import DataError, suggestion
 from diffalign.evaluation.manifest import NOISE, atomic_write
 from diffalign.jobs import skipped
@@ -160,8 +161,8 @@ def _pair_row(group: Scored) -> dict[str, Any]:
 
 def _bytes(file: str) -> bytes:
     try:
-        return Path(file).read_bytes()
-    except OSError as error:
+        return ImageRef(path=Path(file)).decodable
+    except RowError as error:
         raise DataError(
-            f"Cannot read the picture {file} ({error.strerror}). Run this where the pictures were scored."
+            f"{error.detail[:1].upper()}{error.detail[1:]}. Run this where the pictures were scored."
         ) from error

@@ -1,0 +1,68 @@
+"""Copies of encoded pictures that hold nothing but pixels: what stands beside them must not make them unreadable."""
+
+import struct
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_KEPT = (b"tRNS", b"eXIf")  # of the chunks a reader may skip: transparency, and which way is up
+_JPEG = b"\xff\xd8"
+_JPEG_KEPT = (0xE0, 0xEE)  # of the application markers: JFIF, and Adobe's, which says what the colours are
+_TIFF = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True), b"MM\0+": (">", True)}
+# The tags that say how pixels are stored (TIFF 6.0, technical notes 1 and 2), and the orientation (274).
+_TIFF_KEPT = frozenset(
+    (254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325)
+    + (332, 334, 336, 338, 339, 340, 341, 347, *range(512, 522), 529, 530, 531, 532)
+)
+
+
+def bare(content: bytes) -> bytes | None:
+    """Return a PNG, JPEG or TIFF without texts, profiles, resolutions and further pages; None for other files."""
+    if content.startswith(_PNG):
+        return _bare_png(content)
+    if content.startswith(_JPEG):
+        return _bare_jpeg(content)
+    if content[:4] in _TIFF:
+        return _bare_tiff(content, *_TIFF[content[:4]])
+    return None
+
+
+def _bare_png(content: bytes) -> bytes:
+    parts, at = [_PNG], len(_PNG)
+    while at + 8 <= len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        kind = content[at + 4 : at + 8]
+        if kind[0:1].isupper() or kind in _PNG_KEPT:
+            parts.append(content[at:end])
+        at = end
+    return b"".join(parts)
+
+
+def _bare_jpeg(content: bytes) -> bytes:
+    parts, at = [_JPEG], len(_JPEG)
+    while at + 4 <= len(content) and content[at] == 0xFF:
+        marker = content[at + 1]
+        if marker == 0xFF:  # padding
+            at += 1
+            continue
+        if marker == 0xDA:  # the pixels start
+            break
+        end = at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+        if marker in _JPEG_KEPT or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            parts.append(content[at:end])
+        at = end
+    return b"".join([*parts, content[at:]])
+
+
+def _bare_tiff(content: bytes, order: str, big: bool) -> bytes | None:
+    """Shorten the first directory to the tags that matter, where it stands: all other offsets stay right."""
+    count, size, word = ("Q", 20, "Q") if big else ("H", 12, "I")
+    try:
+        (first,) = struct.unpack_from(order + word, content, 8 if big else 4)
+        (entries,) = struct.unpack_from(order + count, content, first)
+        start = first + struct.calcsize(count)
+        table = content[start : start + size * min(entries, 65536)]
+        tags = [table[at : at + size] for at in range(0, len(table) - size + 1, size)]
+        kept = b"".join(tag for tag in tags if struct.unpack_from(order + "H", tag)[0] in _TIFF_KEPT)
+        directory = struct.pack(order + count, len(kept) // size) + kept + struct.pack(order + word, 0)
+    except struct.error:
+        return None
+    return b"".join([content[:first], directory, content[first + len(directory) :]])
