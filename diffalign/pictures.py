@@ -110,7 +110,7 @@ def is_picture(name: str | PurePath) -> bool:
 
 def is_hidden(path: PurePath) -> bool:
     """Tell whether a relative path names a hidden file, or one in a hidden folder or in that of macOS's archives."""
-    return any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in path.parts)
+    return any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in path.parts)
 
 
 def natural(path: PurePath) -> tuple[list[tuple[int, int | str]], str]:

@@ -41,7 +41,7 @@ _READERS = {
     "JXL": ("pillow_jxl", None),
 }
 PIXELS, BYTES = "DIFFALIGN_MAX_PIXELS", "DIFFALIGN_MAX_PICTURE_BYTES"
-# Pillow's own warning threshold (a gibibyte / 12 pixels), and what such a picture takes in 8-bit RGB without compression.
+# Pillow's own warning threshold, and what such a picture takes as RGB without compression.
 LIMITS = {PIXELS: 89_478_485, BYTES: 268_435_456}
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 _TURNS = {

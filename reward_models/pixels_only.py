@@ -9,9 +9,12 @@ _JPEG_KEPT = (0xE0, 0xEE)  # of the application markers: JFIF, and Adobe's, whic
 _TIFF = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True), b"MM\0+": (">", True)}
 # The tags that say how pixels are stored (TIFF 6.0, technical notes 1 and 2), and the orientation (274).
 _TIFF_KEPT = frozenset(
-    (254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325)
-    + (332, 334, 336, 338, 339, 340, 341, 347, *range(512, 522), 529, 530, 531, 532)
-)
+    number
+    for first, last in [(254, 259), (262, 262), (266, 266), (273, 274), (277, 279), (284, 284), (292, 293), (317, 317),
+                        (320, 320), (322, 325), (332, 332), (334, 334), (336, 336), (338, 341), (347, 347), (512, 521),
+                        (529, 532)]
+    for number in range(first, last + 1)
+)  # fmt: skip
 
 
 def bare(content: bytes) -> bytes | None:

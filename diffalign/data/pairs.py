@@ -80,7 +80,7 @@ class ImageRef:
         return self.digest.hex()
 
     def size(self) -> tuple[int, int]:
-        """Return width and height of the upright image, reading the header only. Raises RowError when that is broken."""
+        """Return width and height of the upright image from its header. Raises RowError when that is broken."""
         try:
             return size(self.path if self.data is None and self.path else self.content)
         except OSError as error:
