@@ -227,7 +227,7 @@ def _why(error: Exception, content: bytes) -> str:
         return " ".join(str(error).split())[:200] or type(error).__name__
     if content[:4] in (b"II*\0", b"MM\0*"):
         return "it is a TIFF of a kind that is not read: 8 or 16 bits a colour, or grey of any depth, are"
-    return "it is no picture of a known format"
+    return "it is not a picture"
 
 
 def _rgba(image: Image.Image) -> Image.Image:

@@ -1,12 +1,15 @@
 """Copies of encoded pictures that hold nothing but pixels: what stands beside them must not make them unreadable."""
 
+import re
 import struct
+import zlib
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = (b"tRNS", b"eXIf")  # of the chunks a reader may skip: transparency, and which way is up
 _JPEG = b"\xff\xd8"
 _JPEG_KEPT = (0xE0, 0xEE)  # of the application markers: JFIF, and Adobe's, which says what the colours are
 _TIFF = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True), b"MM\0+": (">", True)}
+_HEIF_EXIF = re.compile(rb"(infe.{8})Exif", re.DOTALL)
 # The tags that say how pixels are stored (TIFF 6.0, technical notes 1 and 2), and the orientation (274).
 _TIFF_KEPT = frozenset(
     number
@@ -18,13 +21,15 @@ _TIFF_KEPT = frozenset(
 
 
 def bare(content: bytes) -> bytes | None:
-    """Return a PNG, JPEG or TIFF without texts, profiles, resolutions and further pages; None for other files."""
+    """Return a PNG, JPEG, TIFF, AVIF or HEIC without texts, profiles, resolutions, further pages; None for others."""
     if content.startswith(_PNG):
         return _bare_png(content)
     if content.startswith(_JPEG):
         return _bare_jpeg(content)
     if content[:4] in _TIFF:
         return _bare_tiff(content, *_TIFF[content[:4]])
+    if content[4:8] == b"ftyp":
+        return _HEIF_EXIF.sub(rb"\1none", content, count=1)  # readers skip items of a type they do not know
     return None
 
 
@@ -32,8 +37,9 @@ def _bare_png(content: bytes) -> bytes:
     parts, at = [_PNG], len(_PNG)
     while at + 8 <= len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
-        kind = content[at + 4 : at + 8]
-        if kind[0:1].isupper() or kind in _PNG_KEPT:
+        kind, check = content[at + 4 : at + 8], content[end - 4 : end]
+        intact = kind in _PNG_KEPT and zlib.crc32(content[at + 4 : end - 4]).to_bytes(4, "big") == check
+        if kind[0:1].isupper() or intact:
             parts.append(content[at:end])
         at = end
     return b"".join(parts)

@@ -80,10 +80,9 @@ def open_folders(
         raise UserError(f'Two folders are named "{twice[0]}". Name them apart: first=FOLDER second=FOLDER.')
     if all(folder.has_manifest for folder in folders):
         return {folder.name: Manifest.read(folder.path) for folder in folders}
-    wider = () if root is None else (root,)
-    found = {folder.name: _by_stem(folder.path, wider) for folder in folders}
+    found = {folder.name: _by_stem(folder.path) for folder in folders}
     stems = list(dict.fromkeys(stem for files in found.values() for stem in files))
-    faults = {stem: fault for stem in stems if (fault := _fault(stem, folders, found))}
+    faults = {stem: fault for stem in stems if (fault := _fault(stem, folders, found, root))}
     _tell(faults, len(stems), unusable, console)
     common = [stem for stem in stems if stem not in faults]
     if not common:
@@ -123,15 +122,15 @@ def compared_as_they_are(
     return PromptSet("own pictures", prompts), parts
 
 
-def _by_stem(folder: Path, wider: tuple[Path, ...]) -> dict[str, list[Path]]:
+def _by_stem(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
-    for path in listed(folder, Reach(folder, wider)):
+    for path in listed(folder, Reach(folder, (Path(folder.absolute().anchor),))):  # what leads out is told by name
         found.setdefault(nfc(path.stem), []).append(path)
     return found
 
 
 def _fault(
-    stem: str, folders: Sequence[Folder], found: Mapping[str, Mapping[str, list[Path]]]
+    stem: str, folders: Sequence[Folder], found: Mapping[str, Mapping[str, list[Path]]], root: Path | None
 ) -> tuple[str, str] | None:
     """Return a reason and what exactly is wrong with the pictures of a name, or None."""
     for folder in folders:
@@ -139,8 +138,11 @@ def _fault(
         if len(files) != 1:
             return ("no partner", f"{folder.path} has none") if not files else ("several of one name", str(files[1]))
     for folder in folders:
+        file = found[folder.name][stem][0]
+        if not Reach(folder.path, () if root is None else (root,)).holds(file):
+            return "outside the folder", f"{file} leads out of {folder.path}"
         try:
-            ImageRef(path=found[folder.name][stem][0]).load()
+            ImageRef(path=file).load()
         except RowError as error:
             return error.reason, error.detail
     return None
