@@ -144,6 +144,24 @@ class TestReach:
         assert len(open_pairs(str(folder), root=folder.parent)) == 1
 
 
+def test_no_list_or_caption_is_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pairs.jsonl")
+    with pytest.raises(DataError, match="no regular file"):
+        open_pairs(str(tmp_path / "pairs.jsonl"))
+    for side in "wl":
+        draw(tmp_path / side / "a.png")
+    os.mkfifo(tmp_path / "w" / "a.txt")
+    os.mkfifo(tmp_path / "captions.json")
+    with pytest.raises(DataError, match=r"expected a\.txt beside it"):
+        open_pairs(str(tmp_path))
+
+
+def test_a_caption_as_long_as_a_book_is_one_rejected_row(tmp_path):
+    draw(tmp_path / "a.png"), draw(tmp_path / "b.png")
+    pairs = pairs_of(tmp_path, {"chosen": "a.png", "prompt": "x" * 100_001}, {"chosen": "a.png"}, on_error="skip")
+    assert (len(pairs), pairs.counts.skipped) == (1, {"caption length": 1})
+
+
 def test_deep_nesting_is_one_rejected_row(tmp_path):
     draw(tmp_path / "a.png"), draw(tmp_path / "b.png")
     file = tmp_path / "pairs.jsonl"

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ class ParquetPairs(PairSource):
             types = [field.type for field in parquet.schema_arrow if field.name in self.schema.image_columns]
         if not any(pa.types.is_string(t.value_type if pa.types.is_list(t) else t) for t in types):
             return {}
-        rows = [[image.path for image in row.images if image.path and image.path.is_file()] for row in self.iterate()]
+        rows = [[image.path for image in row.images if image.path and isfile(image.path)] for row in self.iterate()]
         return {"images": digest_images(rows, memo)}
 
     def _describe(self, memo: Path | None) -> dict[str, Any]:

@@ -127,6 +127,8 @@ def open_pairs(source: str | Path | Sequence[str | Path], **how: Any) -> PairSou
         return FolderPairs(_existing(source), **settings)
     if container == "jsonl":
         file = _existing(source)
+        if not file.is_file():
+            raise DataError(f"{file} is no regular file, which a list of pairs must be: it is read more than once.")
         return JsonlPairs(file, reading.of_lines(file), **settings)
     if is_hub_id(source):
         return _open_hub(str(source), reading, **settings)
@@ -173,7 +175,7 @@ def _first_keys(file: Path) -> list[str]:
         for line in lines:
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
                 return list(record)

@@ -15,6 +15,7 @@ from diffalign.errors import DataError, suggestion
 from diffalign.pictures import OutsideError, Reach
 
 TIE, UNLABELLED, INVALID = -1, -2, -3
+MOST_CHARACTERS = 100_000  # of a caption; encoders read a few hundred
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,12 @@ class Scan:
 
 
 def check_caption(caption: Any, place: Place) -> str:
-    """Return the caption as it is; raise RowError when it is no text or empty."""
+    """Return the caption as it is; raise RowError when it is no text, empty, or as long as a book."""
     if not isinstance(caption, str) or not caption.strip():
         raise RowError(place, "empty caption", f"the caption is {caption!r}")
+    if len(caption) > MOST_CHARACTERS:
+        detail = f"the caption has {len(caption)} characters, more than {MOST_CHARACTERS}"
+        raise RowError(place, "caption length", detail)
     return caption
 
 

@@ -115,9 +115,9 @@ def _contents(name: str) -> list[str]:
     if path.is_dir() and not (path / FILE_NAME).is_file():
         if (path / METADATA).is_file():
             return [str(path / METADATA)]
-        entries = sorted(path.iterdir())
-        if not any(is_picture(entry) and not is_hidden(PurePath(entry.name)) for entry in entries):
-            return [str(entry) for entry in entries if _container(str(entry))] or [name]
+        seen = [entry for entry in sorted(path.iterdir()) if not is_hidden(PurePath(entry.name))]
+        if not any(map(is_picture, seen)):
+            return [str(entry) for entry in seen if _container(str(entry))] or [name]
     if glob.has_magic(name) and not path.exists() and path.suffix.lower() in CONTAINERS:
         found = sorted(glob.glob(str(path), recursive=True))
         if not found:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from diffalign.data import RowError
 from diffalign.data.pairs import Place
 from diffalign.data.parquet import READ_ERRORS, open_parquet
-from diffalign.data.schema import image_ref
+from diffalign.data.schema import MOST_CHARACTERS, image_ref
 from diffalign.errors import DataError, suggestion
 from diffalign.jobs.scoring.items import Item, PictureSource
 from diffalign.jobs.scoring.tars import CAPTIONS, NO_CAPTION
@@ -69,6 +69,8 @@ class _Rows(PictureSource):
         found = located(value, Place(self.name, self.numbers[row], self.unit), self.reach)
         if self.with_prompts and not self.prompts[row]:
             found = {"fault": NO_CAPTION}
+        elif self.with_prompts and len(self.prompts[row]) > MOST_CHARACTERS:
+            found = {"fault": f"its caption has {len(self.prompts[row])} characters, more than {MOST_CHARACTERS}"}
         return Item(row, f"{self.name}:{self.numbers[row]}", self.prompts[row] or "", **found)
 
 

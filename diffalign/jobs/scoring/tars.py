@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from diffalign.data.schema import MOST_CHARACTERS
 from diffalign.errors import DataError
 from diffalign.jobs.scoring.items import Item, PictureSource, Span
 from diffalign.pictures import SUFFIXES, is_hidden, tell
@@ -17,7 +18,7 @@ from reward_models.pictures import open_regular
 TEXTS = (".txt", ".caption", ".prompt")
 CAPTIONS = ("caption", "prompt", "text")  # what a JSON object or a column may call it
 NO_CAPTION = "it has no caption"
-MOST_TEXT = 1 << 20  # bytes of a caption; larger ones, and sparse ones that would be, are none
+MOST_TEXT = 4 * MOST_CHARACTERS  # bytes of a caption; larger ones, and sparse ones that would be, are none
 
 
 class _Member(NamedTuple):
