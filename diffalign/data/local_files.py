@@ -169,9 +169,7 @@ class FolderPairs(FilePairs):
         chosen, rejected = winners[stem][0], losers[stem][0]
         beside = Path(chosen.parent.name, f"{chosen.stem}.txt")
         try:
-            caption = (
-                captions[stem] if stem in captions else self._reach.file(beside).read_text(encoding="utf-8").strip()
-            )
+            caption = captions[stem] if stem in captions else _text(self._reach.file(beside))
             prompt = check_caption(caption, place)
         except FileNotFoundError:
             return RowError(place, "missing caption", f'expected {beside.name} beside it, or "{stem}" in captions.json')
@@ -200,7 +198,7 @@ class FolderPairs(FilePairs):
 
 def read_captions(file: Path) -> dict[str, Any]:
     """Return the captions by file name without its end that a captions.json holds; none if there is no such file."""
-    if not file.exists():
+    if not file.is_file():
         return {}
     try:
         captions = json.loads(file.read_text(encoding="utf-8"))
@@ -219,6 +217,12 @@ def _images(folder: Path, reach: Reach) -> dict[str, list[Path]]:
     for path in listed(reach.file(folder.name), reach):
         found.setdefault(nfc(path.stem), []).append(path)
     return found
+
+
+def _text(file: Path) -> str:
+    if not file.is_file():  # a FIFO would be waited for
+        raise FileNotFoundError(file)
+    return file.read_text(encoding="utf-8").strip()
 
 
 def _check_files(row: Example) -> None:
