@@ -77,7 +77,7 @@ def _available() -> frozenset[str]:
 
 FORMATS = _available()
 SUFFIXES = tuple(sorted(suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS))
-# It would be printed before the error that `_check_size` raises.
+# It would be printed before the error that `_seen` raises.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -150,6 +150,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     turn = _turn(image)
     image = _eight_bit(image)
     image = image if turn is None else image.transpose(turn)
+    if image.mode == "LAB":
+        raise PictureError("its colours are of the mode LAB, which has no RGB here; write it as RGB")
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     # convert("RGB") alone would show the arbitrary colours that hide under transparent pixels.

@@ -93,7 +93,7 @@ def _named(image: Image.Image, origin: str) -> Image.Image:
     """Return `pictures.to_rgb` of an image in memory; name it where that fails."""
     try:
         return pictures.to_rgb(image)
-    except PictureError as error:
+    except (PictureError, OSError, SyntaxError) as error:  # a picture of Pillow may still have to be read
         raise ScorerError(f"{origin} cannot be read as RGB: {error}.") from None
 
 

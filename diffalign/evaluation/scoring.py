@@ -118,7 +118,7 @@ def open_image(image: ImageLike) -> Image.Image:
         raise DataError(
             f"The picture {image} does not exist. Draw it again, or point to where it was moved."
         ) from error
-    except (OSError, PictureError) as error:
+    except (OSError, SyntaxError, PictureError) as error:
         raise DataError(f"The picture {image} cannot be read ({error}). Delete it and draw again.") from error
 
 

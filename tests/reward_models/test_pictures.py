@@ -302,6 +302,7 @@ def test_what_is_wrong_is_said():
         (raw_tiff(GREY.astype(np.float64)), "a TIFF of a kind that is not read"),
         (grey_tiff(np.full((4, 4), 5.0, np.float32)), "floats from 5 to 5.*range is unknown"),
         (grey_tiff(np.full((4, 4), np.nan, np.float32)), "floats from nan to nan"),
+        (encoded(Image.frombytes("LAB", (4, 4), bytes(48)), "TIFF"), "the mode LAB"),
         (grey_tiff(np.full((4, 4), -3, np.int32)), "numbers from -3 to -3"),
     ):
         with pytest.raises(PictureError, match=reason):
