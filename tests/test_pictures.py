@@ -169,3 +169,11 @@ def test_deep_nesting_is_one_rejected_row(tmp_path):
     file.write_text(good + "\n" + "[" * 200_000 + "\n" + good + "\n")
     pairs = open_pairs(str(file), on_error="skip")
     assert (len(pairs), pairs.counts.skipped) == (2, {"malformed line": 1})
+
+
+def test_pictures_are_opened_in_one_place():
+    """But for the bytes that the embedded world has just encoded itself."""
+    root = Path(__file__).parent.parent
+    files = [file for package in ("diffalign", "reward_models") for file in (root / package).rglob("*.py")]
+    found = {file.relative_to(root).as_posix() for file in files if "Image.open(" in file.read_text(encoding="utf-8")}
+    assert found - {"diffalign/jobs/world/world_data.py"} == {"reward_models/pictures.py"}
