@@ -49,9 +49,11 @@ class Reach:
     def file(self, name: str | Path) -> Path:
         """Return the file that `name` is; raise OutsideError where it leads out, or can be no name of a file."""
         try:
+            if b"\0" in os.fsencode(name):
+                raise ValueError("it holds a NUL")
             path = _as_on_disk(self.folder / name)
             inside = self.holds(path)
-        except ValueError as error:  # a NUL, or a lone surrogate
+        except ValueError as error:  # a lone surrogate cannot be encoded
             raise OutsideError(f"{str(name)[:80]!r} can be no file name ({error})") from None
         if not inside:
             raise OutsideError(

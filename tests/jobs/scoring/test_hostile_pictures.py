@@ -20,11 +20,11 @@ from diffalign.jobs.scoring.places import open_places
 from diffalign.jobs.scoring.rank import _bytes
 from tests.jobs.material import png
 from tests.jobs.scoring.test_score_sources import write_tar
-from tests.reward_models.test_pictures import encoded
+from tests.reward_models.test_pictures import black_png, encoded
 
 GOOD = png(90, 1)
 POSTSCRIPT = encoded(Image.new("RGB", (8, 8)), "EPS")
-BOMB = encoded(Image.new("1", (10_000, 10_000)))
+BOMB = black_png(10_000, 10_000)
 NOT_PICTURES = {"eps": POSTSCRIPT, "bomb": BOMB, "half": GOOD[: len(GOOD) // 2], "nothing": b"", "text": b"secret"}
 
 
