@@ -108,6 +108,13 @@ def read(file: str | os.PathLike, offset: int = 0, size: int | None = None) -> b
     return content
 
 
+def whole(file: str | os.PathLike) -> bytes:
+    """Return the bytes of a file that is a picture, to be copied or sent; raise OSError or PictureError."""
+    content = read(file)
+    decode(content)
+    return content
+
+
 def open_regular(file: str | os.PathLike) -> BinaryIO:
     """Open a file for reading; raise OSError, or PictureError where it is a folder, a FIFO or a device."""
     if not stat.S_ISREG(os.stat(file).st_mode):

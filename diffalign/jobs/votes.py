@@ -9,7 +9,6 @@ from typing import Any, Literal
 import pandas as pd
 from rich.console import Console
 
-from diffalign.data.pairs import ImageRef, RowError
 from diffalign.errors import DataError, UserError
 from diffalign.evaluation.arena import Arena
 from diffalign.evaluation.manifest import noises_of
@@ -18,6 +17,7 @@ from diffalign.evaluation.verdict import Evidence, p_text
 from diffalign.jobs.evaluating import arena
 from diffalign.jobs.scoring import tables
 from diffalign.labelling import agreement_of, read_votes
+from reward_models.pictures import PictureError, whole
 
 Layout = Literal["majority", "share", "votes", "lists"]
 LAYOUTS = ("majority", "share", "votes", "lists")
@@ -167,9 +167,10 @@ def _pair(row: dict[str, Any], per_prompt: int) -> dict[str, Any]:
 
 def _bytes(file: str) -> bytes:
     try:
-        return ImageRef(path=Path(file)).decodable
-    except RowError as error:
-        raise DataError(f"{error.detail[:1].upper()}{error.detail[1:]}. Put the pictures back.") from error
+        return whole(file)
+    except (OSError, PictureError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"Cannot read the picture {file} ({why}). Put the pictures back.") from error
 
 
 def _of_models(a: str, b: str, votes: pd.DataFrame) -> dict[str, Any]:

@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from diffalign.data import RowError, win_rate_labels
-from diffalign.data.pairs import ImageRef
+from diffalign.data import win_rate_labels
 from diffalign.errors import DataError, suggestion
 from diffalign.evaluation.manifest import NOISE, atomic_write
 from diffalign.jobs import skipped
 from diffalign.jobs.scoring.tables import write_rows
+from reward_models.pictures import PictureError, whole
 
 NEEDED = ("file", "prompt", "scorer", "score")
 
@@ -161,8 +161,7 @@ def _pair_row(group: Scored) -> dict[str, Any]:
 
 def _bytes(file: str) -> bytes:
     try:
-        return ImageRef(path=Path(file)).decodable
-    except RowError as error:
-        raise DataError(
-            f"{error.detail[:1].upper()}{error.detail[1:]}. Run this where the pictures were scored."
-        ) from error
+        return whole(file)
+    except (OSError, PictureError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"Cannot read the picture {file} ({why}). Run this where the pictures were scored.") from error
