@@ -4,7 +4,6 @@ Scorers with the same backbone use different preprocessors, and mixing them shif
 function here, named after the table in section 3.3 of the project's reward reference.
 """
 
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from reward_models import pictures
 from reward_models.errors import ScorerError
+from reward_models.pictures import PictureError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -61,18 +62,18 @@ def to_rgb(image: ImageLike) -> Image.Image:
     """Return an 8-bit RGB PIL image from a path, encoded bytes, a PIL image, an array or a tensor.
 
     Arrays are [H, W], [H, W, 1 | 3 | 4], tensors [1 | 3, H, W]; uint8, or floats in [0, 1], which are rounded to
-    8 bits as saving a PNG would. Transparency is dropped, not composited, as the official scorers do with
-    `convert("RGB")`. Unlike them, EXIF rotation is applied: people judged the picture upright.
+    8 bits as saving a PNG would. Unlike the official scorers' `convert("RGB")`, transparency is laid on white and
+    EXIF rotation is applied: people judged what a browser shows (see `pictures.to_rgb`).
     Raises ScorerError for unreadable files, other shapes and values outside the range.
     """
     if isinstance(image, Image.Image):
-        return _pil_to_rgb(image, "the image")
+        return _named(image, "the image")
     if isinstance(image, np.ndarray):
-        return _pil_to_rgb(Image.fromarray(_to_uint8(image, channels_last=True)), "the array")
+        return _named(Image.fromarray(_to_uint8(image, channels_last=True)), "the array")
     if isinstance(image, Tensor):
         array = image.detach().cpu()
         array = _to_uint8((array.float() if array.is_floating_point() else array).numpy(), channels_last=False)
-        return _pil_to_rgb(Image.fromarray(array), "the tensor")
+        return _named(Image.fromarray(array), "the tensor")
     if not isinstance(image, str | os.PathLike | bytes | bytearray):
         raise ScorerError(
             f"An image cannot be a {type(image).__name__}: give a path, encoded bytes, a PIL image, "
@@ -81,24 +82,19 @@ def to_rgb(image: ImageLike) -> Image.Image:
     is_encoded = isinstance(image, bytes | bytearray)
     origin = f"the {len(image)} encoded bytes" if is_encoded else str(image)
     try:
-        with Image.open(io.BytesIO(image) if is_encoded else image) as opened:
-            return _pil_to_rgb(opened, origin)
+        return pictures.decode(bytes(image) if is_encoded else pictures.read(image))
     except FileNotFoundError:
         raise ScorerError(f"There is no image file {origin}. Check the path.") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL reports broken PNGs as SyntaxError
+    except (OSError, ValueError) as error:  # PictureError is a ValueError, and so is what a NUL in a name raises
         raise ScorerError(f"Cannot read {origin} as an image ({error}). It may be truncated; write it again.") from None
 
 
-def _pil_to_rgb(image: Image.Image, origin: str) -> Image.Image:
-    image.load()
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies an upright picture too
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # convert("RGB") clips 16 bits to 255, which turns such a picture white
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ScorerError(f"{origin} has PIL mode {image.mode}, whose range is unknown. Convert it to 8-bit RGB first.")
-    return image if image.mode == "RGB" else image.convert("RGB")
+def _named(image: Image.Image, origin: str) -> Image.Image:
+    """Return `pictures.to_rgb` of an image in memory; name it where that fails."""
+    try:
+        return pictures.to_rgb(image)
+    except (PictureError, OSError, SyntaxError) as error:  # a picture of Pillow may still have to be read
+        raise ScorerError(f"{origin} cannot be read as RGB: {error}.") from None
 
 
 def _to_uint8(array: np.ndarray, *, channels_last: bool) -> np.ndarray:

@@ -39,6 +39,7 @@ def score(
     tie_threshold: float = 0.0,
     image_column: str | None = None,
     caption_column: str | None = None,
+    root: PathLike | None = None,
     strict: bool = False,
     fresh: bool = False,
     workers: int | None = None,
@@ -61,6 +62,7 @@ def score(
         tie_rule: what equal scores of a pair count as: "half", "wrong", "right", "exclude" or "pickscore".
         tie_threshold: of "pickscore": |P - (1 - P)| up to which a pair is a tie.
         image_column: where tables have the picture, and `caption_column` where they have the prompt.
+        root: a folder in which pictures that data names, or links lead to, may lie too.
         strict: stop at the first broken picture instead of leaving broken ones out with a warning.
         fresh: forget what OUT.parts knows.
         workers: processes that decode; by default what the CPUs give.
@@ -78,16 +80,17 @@ def score(
     """
     wanted = listed(scorers)
     options = job.Options(strict=strict, fresh=fresh, workers=workers, batch_size=batch_size, device=device)
+    reach = {"root": None if root is None else Path(root)}
     of_pairs = {"split": split, "limit": limit, "rule": job.TieRule(tie_rule, tie_threshold)}
     _check(images, prompts, pairs, of_pairs)
     if pairs is not None:
-        run = partial(job.score_pairs, os.fspath(pairs), **of_pairs)
+        run = partial(job.score_pairs, os.fspath(pairs), **of_pairs, **reach)
     elif held := _hold(images, prompts):
         return _score_held(held, wanted, options, out, quiet)
     else:
         places = [images] if isinstance(images, str | os.PathLike) else images
         columns = {"image_column": image_column, "caption_column": caption_column}
-        run = partial(job.score_images, list(map(os.fspath, places)), **columns, **_captions(prompts))
+        run = partial(job.score_images, list(map(os.fspath, places)), **columns, **reach, **_captions(prompts))
     return _stored(partial(run, wanted=wanted, options=options), out, quiet)
 
 

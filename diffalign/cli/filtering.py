@@ -60,6 +60,7 @@ class Pool:
     seed: Annotated[int, typer.Option(help="Of random, of diverse without scores, and of the validation split.")] = 0
     split: options.PairSplit = "train"
     limit: options.PairLimit = None
+    root: options.Root = None
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out broken rows.")] = False
 
 

@@ -25,6 +25,7 @@ def label(
     rank: Annotated[int | None, typer.Option(help="Rank so many pictures at a time, each by another model.")] = None,
     split: options.PairSplit = "train",
     limit: options.PairLimit = None,
+    root: options.Root = None,
     votes: Annotated[Path, typer.Option(help="The SQLite file of votes; made if missing.")] = Path("votes.sqlite"),
     host: Annotated[str, typer.Option(help="Where to listen. 0.0.0.0 lets others on the network in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes any free one.")] = 8000,
@@ -64,7 +65,7 @@ def label(
     if export:
         said.export(votes, export, layout, console)
     if not export and not results:
-        wanted = job.Wanted(places=folders or [], rank=rank, split=split, limit=limit)
+        wanted = job.Wanted(places=folders or [], rank=rank, split=split, limit=limit, root=root)
         job.label(wanted, votes, host=host, port=port, console=console)
 
 

@@ -19,6 +19,9 @@ PromptTexts = Annotated[list[str] | None, typer.Option("--prompt", help="A promp
 Seeds = Annotated[str, typer.Option(help="Seeds of every prompt: 0, 0,3,7 or 0-3 (both ends included).")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first so many.")]
 PairLimit = Annotated[int | None, typer.Option(min=1, help="Use only the first so many pairs.")]
+Root = Annotated[
+    Path | None, typer.Option(help="Pictures that data names, or links lead to, may lie in this folder too.")
+]
 PairSplit = Annotated[str, typer.Option(help="Split of the pairs.")]
 Scorers = Annotated[list[str] | None, typer.Option("--with", help=SCORERS_HELP)]
 Base = Annotated[str | None, typer.Option(help="The model that LoRAs and UNets go on, if not the one they name.")]

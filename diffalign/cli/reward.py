@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from diffalign.cli import options
+
 reward = typer.Typer(help="Train and convert reward models.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(metavar="SCORER", help="As in `diffalign list scorers`; or lrm, lrm_sdxl.")]
@@ -36,6 +38,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out broken rows.")] = False,
+    root: options.Root = None,
     seed: Annotated[int | None, typer.Option(help="Order of the pairs, and which prompts are held out.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Run the towers in bfloat16.")] = False,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1 or mps.")] = "auto",
@@ -62,7 +65,7 @@ def train(
     changes = {key: value for key, value in given.items() if value is not None}
     steps = Steps(model=model, guidance_scale=guidance_scale, draws=draws, keep=keep)
     run(name, data, out, init=init, recipe=recipe, changes=changes, validation=validation, device=device,
-        console=Console(), steps=steps, resume=resume, dry_run=dry_run, skip_broken=skip_broken)  # fmt: skip
+        console=Console(), steps=steps, resume=resume, dry_run=dry_run, skip_broken=skip_broken, root=root)  # fmt: skip
 
 
 @reward.command()

@@ -38,10 +38,11 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Where tables have pictures and prompts."""
+    """Where tables have pictures and prompts, and where the pictures may be."""
 
     image_column: Annotated[str | None, typer.Option(help="Where parquet and JSON lines have the picture.")] = None
     caption_column: Annotated[str | None, typer.Option(help="Where they have the prompt.")] = None
+    root: options.Root = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def score(
     _check(images, captions, pairs, work)
     if pairs.pairs:
         rule = job.TieRule(pairs.tie_rule, pairs.tie_threshold)
-        which = {"split": pairs.split, "limit": pairs.limit, "rule": rule}
+        which = {"split": pairs.split, "limit": pairs.limit, "rule": rule, "root": columns.root}
         job.score_pairs(pairs.pairs, out, scorers or [], work.settings(), **which, console=Console())
         return
     given = {"prompts_file": captions.prompts, "prompt": captions.prompt, **vars(columns)}

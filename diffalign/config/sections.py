@@ -61,6 +61,8 @@ class DataSettings(Settings):
     """A parquet file, a folder of them, a .jsonl file, or a folder with w/ and l/."""
     prompts_file: str | None = None
     """Prompts, one a line or a table, for objectives that draw the images themselves (such as spo)."""
+    root: str | None = None
+    """Images that the data names by path may lie in this folder too; null: only beside the data."""
     dataset_config_name: str | None = None
     """Which configuration of the data set, where it has several."""
     dataset_split_name: str = "train"

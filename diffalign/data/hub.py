@@ -13,6 +13,7 @@ from diffalign.data.rejects import Rejects
 from diffalign.data.schema import TIE, Scan, TableSchema
 from diffalign.data.source import PairSource
 from diffalign.errors import DataError
+from diffalign.pictures import Reach
 
 if TYPE_CHECKING:
     import datasets
@@ -56,6 +57,15 @@ def hub_revision(name: str, revision: str | None) -> str:
         raise DataError(f'Cannot ask the Hugging Face hub for the commit of "{name}": {error}') from error
 
 
+def cache_reach(wider: tuple[Path, ...] = ()) -> Reach:
+    """Return which files the rows of a data set may name: what `datasets` keeps on this machine, and `wider`."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    homes = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
+    return Reach(Path(config.HF_DATASETS_CACHE), (*wider, *map(Path, homes)))
+
+
 class HubPairs(PairSource):
     """Read a `datasets.Dataset`: memory-mapped Arrow files, fast to jump about in."""
 
@@ -67,10 +77,11 @@ class HubPairs(PairSource):
         name: str = "dataset",
         max_samples: int | None = None,
         rejects: Rejects | None = None,
+        wider: tuple[Path, ...] = (),
     ):
         self.schema = schema or Columns()
         super().__init__(rejects, self.schema)
-        self.name, self.max_samples = name, max_samples
+        self.name, self.max_samples, self._reach = name, max_samples, cache_reach(wider)
         self.schema.require(dataset.column_names, name)
         self._fingerprint = dataset._fingerprint  # the hash under which datasets itself caches: origin and processing
         self._dataset = undecoded(dataset, self.schema).with_format(None)
@@ -98,7 +109,7 @@ class HubPairs(PairSource):
             record = self._dataset[row]
         except (pa.ArrowException, OSError) as error:
             raise RowError(place, "unreadable row", f"cannot be read ({error})") from error
-        return self.schema.read(record, index, place)
+        return self.schema.read(record, index, place, self._reach)
 
     def captions(self) -> Iterator[str]:
         """Yield the captions of the examples, reading no other column."""
@@ -138,6 +149,8 @@ class StreamingPairs(PairSource):
         describe: Callable[[Path | None], dict[str, Any]],
         max_samples: int | None = None,
         rejects: Rejects | None = None,
+        wider: tuple[Path, ...] = (),
+        reach: Reach | None = None,
         window: int = 256,
     ):
         self.schema = schema or Columns()
@@ -145,6 +158,7 @@ class StreamingPairs(PairSource):
         self.has_preference = None if self.schema.unit == "pairs" else False
         self.name, self.max_samples, self.window = name, max_samples, window
         self._dataset, self._origin = undecoded(dataset, self.schema), describe
+        self._reach = reach or cache_reach(wider)
         self._counted = 0  # rows counted so far: a second pass counts nothing twice
         self._restart()
 
@@ -204,7 +218,7 @@ class StreamingPairs(PairSource):
             self.schema.require(record, self.name)
         self.counts.rows += fresh
         try:
-            row = self.fitting(self.schema.read(record, index, place), place)
+            row = self.fitting(self.schema.read(record, index, place, self._reach), place)
         except RowError as error:
             self.rejects.add(error)
             return None

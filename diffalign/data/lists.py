@@ -4,7 +4,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +21,7 @@ from diffalign.data.schema import (
     noise_text,
 )
 from diffalign.errors import DataError, suggestion
+from diffalign.pictures import Reach
 
 LABELS = ("win_rate", "as_is")
 
@@ -70,7 +70,7 @@ class ListSchema(TableSchema):
         self.mark_empty_captions(table, file, verdicts)
         return verdicts
 
-    def read(self, record: Mapping[str, Any], index: int, place: Place, folder: Path | None = None) -> ListRow | int:
+    def read(self, record: Mapping[str, Any], index: int, place: Place, reach: Reach) -> ListRow | int:
         """Return the images of a row, best first, or TIE or UNLABELLED."""
         labels = self.labels(record, place)
         if isinstance(labels, int):
@@ -79,7 +79,7 @@ class ListSchema(TableSchema):
         if not isinstance(images, Sequence) or isinstance(images, str | bytes) or len(images) != len(labels):
             found = len(images) if isinstance(images, list | tuple) else repr(images)[:80]
             raise RowError(place, "list length", f"there are {len(labels)} scores, but the images are {found}")
-        refs = [image_ref(image, place, folder) for image in images]
+        refs = [image_ref(image, place, reach) for image in images]
         prompt = check_caption(record[self.caption], place)
         return ListRow.ranked(index, prompt, refs, labels, self.extra(record), self._noises(record, len(refs)))
 

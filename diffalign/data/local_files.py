@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -9,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from diffalign.data.fingerprints import digest_files, digest_images
-from diffalign.data.pairs import Example, PairRow, Place, RowError
+from diffalign.data.pairs import Example, ImageRef, PairRow, Place, RowError
 from diffalign.data.rejects import Rejects
-from diffalign.data.schema import TIE, Schema, check_caption, image_ref
+from diffalign.data.schema import TIE, Schema, check_caption
 from diffalign.data.source import PairSource
 from diffalign.errors import DataError
+from diffalign.pictures import OutsideError, Reach, listed, nfc
 
 CAPTIONS_FILE = "captions.json"
 
@@ -65,8 +66,17 @@ class JsonlPairs(FilePairs):
     is kept in memory.
     """
 
-    def __init__(self, file: Path, schema: Schema, *, max_samples: int | None = None, rejects: Rejects | None = None):
+    def __init__(
+        self,
+        file: Path,
+        schema: Schema,
+        *,
+        max_samples: int | None = None,
+        rejects: Rejects | None = None,
+        wider: tuple[Path, ...] = (),
+    ):
         super().__init__(rejects, schema)
+        self._reach = Reach(file.parent, wider)
         self.name, self.file, self.schema, self.lists = str(file), file, schema, [file]
         self._mapped: mmap.mmap | None = None
         if file.stat().st_size == 0:
@@ -96,11 +106,11 @@ class JsonlPairs(FilePairs):
         place = Place(str(self.file), number, "line")
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(place, "malformed line", f"not valid JSON ({error})") from error
         if not isinstance(record, dict):
             raise RowError(place, "malformed line", f"expected a JSON object, got {type(record).__name__}")
-        return self.schema.of_line(record, place).read(record, index, place, self.file.parent)
+        return self.schema.of_line(record, place).read(record, index, place, self._reach)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -129,11 +139,19 @@ class FolderPairs(FilePairs):
     The caption stands in a .txt beside the winner, or in captions.json {stem: caption} beside the two folders.
     """
 
-    def __init__(self, folder: Path, *, max_samples: int | None = None, rejects: Rejects | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_samples: int | None = None,
+        rejects: Rejects | None = None,
+        wider: tuple[Path, ...] = (),
+    ):
         super().__init__(rejects)
+        self._reach = Reach(folder, wider)
         self.name, self.folder, self.lists = str(folder), folder, []
         captions = read_captions(folder / CAPTIONS_FILE)
-        winners, losers = _images(folder / "w"), _images(folder / "l")
+        winners, losers = (_images(folder / side, self._reach) for side in "wl")
         rows = (self._pair(stem, winners, losers, captions) for stem in sorted({*winners, *losers}))
         self._pairs = [(r.prompt, r.chosen.path, r.rejected.path) for r in self._admit(rows, max_samples)]
         self._check_usable()
@@ -149,15 +167,17 @@ class FolderPairs(FilePairs):
                 detail = f'expected one image "{stem}" in {self.folder / side}, got {names}'
                 return RowError(place, "no partner", detail)
         chosen, rejected = winners[stem][0], losers[stem][0]
-        beside = chosen.with_suffix(".txt")
+        beside = Path(chosen.parent.name, f"{chosen.stem}.txt")
         try:
-            caption = captions[stem] if stem in captions else beside.read_text(encoding="utf-8").strip()
+            caption = captions[stem] if stem in captions else _text(self._reach.file(beside))
             prompt = check_caption(caption, place)
         except FileNotFoundError:
             return RowError(place, "missing caption", f'expected {beside.name} beside it, or "{stem}" in captions.json')
+        except OutsideError as error:
+            return RowError(place, "outside the folder", str(error))
         except RowError as error:
             return error
-        images = (image_ref(str(path), place, None) for path in (chosen, rejected))
+        images = (ImageRef(path=path, place=place) for path in (chosen, rejected))
         return PairRow(self.counts.pairs, prompt, *images)
 
     def __len__(self) -> int:
@@ -165,7 +185,7 @@ class FolderPairs(FilePairs):
 
     def _fetch(self, index: int) -> PairRow:
         prompt, chosen, rejected = self._pairs[index]
-        images = (image_ref(str(path), Place(str(path), index, "pair"), None) for path in (chosen, rejected))
+        images = (ImageRef(path=path, place=Place(str(path), index, "pair")) for path in (chosen, rejected))
         return PairRow(index, prompt, *images)
 
     def _paths(self, index: int) -> tuple[Path, Path]:
@@ -178,30 +198,34 @@ class FolderPairs(FilePairs):
 
 def read_captions(file: Path) -> dict[str, Any]:
     """Return the captions by file name without its end that a captions.json holds; none if there is no such file."""
-    if not file.exists():
+    if not file.is_file():
         return {}
     try:
         captions = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON ({error}).") from error
     if not isinstance(captions, dict):
         raise DataError(f"{file} must map file names without extension to captions, got {type(captions).__name__}.")
-    return captions
+    return {nfc(name): caption for name, caption in captions.items()}
 
 
-def _images(folder: Path) -> dict[str, list[Path]]:
+def _images(folder: Path, reach: Reach) -> dict[str, list[Path]]:
     """Return the images of a folder by stem."""
     if not folder.is_dir():
         raise DataError(f'{folder} does not exist. The format "folders" needs w/ (winners) and l/ (losers) in it.')
-    known = Image.registered_extensions()
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in known and not path.name.startswith("."):
-            found.setdefault(path.stem, []).append(path)
+    for path in listed(reach.file(folder.name), reach):
+        found.setdefault(nfc(path.stem), []).append(path)
     return found
+
+
+def _text(file: Path) -> str:
+    if not file.is_file():  # a FIFO would be waited for
+        raise FileNotFoundError(file)
+    return file.read_text(encoding="utf-8").strip()
 
 
 def _check_files(row: Example) -> None:
     for image in row.images:
-        if image.path is not None and not image.path.is_file():
+        if image.path is not None and not os.path.isfile(image.path):  # of a name that is too long, too
             raise RowError(image.place, "missing image", f"there is no file {image.path}")

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +21,7 @@ from diffalign.data.schema import (
     noise_text,
 )
 from diffalign.errors import DataError
+from diffalign.pictures import Reach
 
 
 def judge(label_0: np.ndarray, label_1: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -59,12 +59,12 @@ class PairSchema(Schema):
         record: Mapping[str, Any],
         index: int,
         place: Place,
-        folder: Path | None,
+        reach: Reach,
         winner: int,
         preference: float | None,
     ) -> PairRow:
         """Make a PairRow, winner first."""
-        images = [image_ref(record[name], place, folder) for name in self.image_columns]
+        images = [image_ref(record[name], place, reach) for name in self.image_columns]
         captions = [check_caption(record[name], place) for name in self.caption_columns]
         chosen, rejected = captions[winner % len(captions)], captions[(1 - winner) % len(captions)]
         other = rejected if rejected != chosen else None
@@ -116,7 +116,7 @@ class Columns(PairSchema, TableSchema):
         self.mark_empty_captions(table, file, verdicts)
         return verdicts
 
-    def read(self, record: Mapping[str, Any], index: int, place: Place, folder: Path | None = None) -> PairRow | int:
+    def read(self, record: Mapping[str, Any], index: int, place: Place, reach: Reach) -> PairRow | int:
         """Return the pair of a row, winner first, or TIE or UNLABELLED."""
         labels = [_number(record.get(name)) for name in self.labels]
         winner, preference = (float(values[0]) for values in judge(np.array(labels[:1]), np.array(labels[1:])))
@@ -124,7 +124,7 @@ class Columns(PairSchema, TableSchema):
             raise RowError(place, "label", f"the labels are {[record.get(name) for name in self.labels]}")
         if winner < 0:
             return int(winner)
-        return self.pair(record, index, place, folder, int(winner), None if np.isnan(preference) else preference)
+        return self.pair(record, index, place, reach, int(winner), None if np.isnan(preference) else preference)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class ChosenColumns(PairSchema):
         """Return the columns that must be there."""
         return (*self.image_columns, *self.caption_columns)
 
-    def read(self, record: Mapping[str, Any], index: int, place: Place, folder: Path | None = None) -> PairRow | int:
+    def read(self, record: Mapping[str, Any], index: int, place: Place, reach: Reach) -> PairRow | int:
         """Return the pair of a line, or TIE for a preference of 0.5."""
         value = record.get("preference")
         if value is not None and (
@@ -155,7 +155,7 @@ class ChosenColumns(PairSchema):
             raise RowError(place, "preference", f"preference is {value!r}, expected P(chosen preferred) in [0.5, 1]")
         if value == 0.5:
             return TIE
-        return self.pair(record, index, place, folder, 0, None if value in (None, 1) else value)
+        return self.pair(record, index, place, reach, 0, None if value in (None, 1) else value)
 
 
 @dataclass(frozen=True)

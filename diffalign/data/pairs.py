@@ -1,23 +1,19 @@
 """What was judged: a pair of images, a list of them, or one, with its prompt."""
 
-import io
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from diffalign.data.fingerprints import digest_bytes, stable_id
 from diffalign.errors import DataError
+from reward_models.pictures import PictureError, decode, read, size
 
 # Beyond this ratio of the sides a picture is a strip: resizing its short side would need gigabytes.
 MAX_ASPECT_RATIO = 32
-
-# Everything Pillow's decoders are known to raise on damaged or hostile files.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class Place(NamedTuple):
@@ -67,9 +63,11 @@ class ImageRef:
         if self.path is None:
             raise RowError(self.place, "missing image", "the image is empty (null)")
         try:
-            return self.path.read_bytes()
+            return read(self.path)
         except OSError as error:
             raise RowError(self.place, "missing image", f"cannot read {self.path} ({error.strerror})") from error
+        except PictureError as error:
+            raise RowError(self.place, "broken image", f"cannot read {self.path} ({error})") from error
 
     @cached_property
     def digest(self) -> bytes:
@@ -82,37 +80,31 @@ class ImageRef:
         return self.digest.hex()
 
     def size(self) -> tuple[int, int]:
-        """Return width and height as stored, reading the header only. Raises RowError when that is broken."""
+        """Return width and height of the upright image from its header. Raises RowError when that is broken."""
         try:
-            with Image.open(self.path if self.data is None and self.path else io.BytesIO(self.content)) as image:
-                return image.size
-        except DECODE_ERRORS as error:
+            return size(self.path if self.data is None and self.path else self.content)
+        except OSError as error:
+            raise RowError(self.place, "missing image", f"cannot read {self.path} ({error.strerror})") from error
+        except PictureError as error:
             raise RowError(self.place, "broken image", f"cannot read the header of an image ({error})") from error
 
     def load(self) -> Image.Image:
         """Decode to an upright RGB image; transparency is laid on white. Raises RowError when the image is broken."""
         name = self.path or "the image"
         try:
-            with Image.open(io.BytesIO(self.content)) as image:
-                rgb = _to_rgb(ImageOps.exif_transpose(image))
-        except RowError:
-            raise
-        except DECODE_ERRORS as error:
-            # Pillow's own words for this case hold a memory address: no two runs would report the same.
-            why = "no known image format" if isinstance(error, UnidentifiedImageError) else error
-            raise RowError(self.place, "broken image", f"cannot decode {name} ({why})") from error
+            rgb = decode(self.content)
+        except PictureError as error:
+            raise RowError(self.place, "broken image", f"cannot decode {name} ({error})") from error
         if max(rgb.size) > MAX_ASPECT_RATIO * min(rgb.size):
             width, height = rgb.size
             raise RowError(self.place, "aspect ratio", f"{name} is {width}x{height}, too thin to be cropped")
         return rgb
 
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.has_transparency_data:
-        # convert("RGB") alone would show the arbitrary colours that hide under transparent pixels.
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    @property
+    def decodable(self) -> bytes:
+        """Return the encoded bytes of what is a picture: no other file is copied or served. Raises RowError."""
+        self.load()
+        return self.content
 
 
 class Example:

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffalign.data.rejects import Rejects
 from diffalign.data.schema import Scan, TableSchema
 from diffalign.data.source import PairSource
 from diffalign.errors import DataError
+from diffalign.pictures import Reach
 
 # Decompressed row groups kept for the next access, in bytes; at least one is always kept.
 KEPT_BYTES = 512 << 20
@@ -38,8 +40,9 @@ class ParquetPairs(PairSource):
         name: str | None = None,
         max_samples: int | None = None,
         rejects: Rejects | None = None,
+        wider: tuple[Path, ...] = (),
     ):
-        self.schema = schema or Columns()
+        self.schema, self.wider = schema or Columns(), wider
         super().__init__(rejects, self.schema)
         self.name = name or str(files[0] if len(files) == 1 else files[0].parent)
         self.max_samples = max_samples
@@ -57,6 +60,7 @@ class ParquetPairs(PairSource):
         self._file_of = np.repeat(np.arange(len(rows), dtype=np.int32), [len(kept) for kept in rows])
         self._groups: OrderedDict[tuple[int, int], pa.Table | str] = OrderedDict()
         self._starts: dict[int, np.ndarray] = {}
+        self._reaches: dict[Path, Reach] = {}
         self._check_usable()
 
     def _scans(self, files: Sequence[Path]) -> Iterator[tuple[Path, Scan]]:
@@ -81,7 +85,12 @@ class ParquetPairs(PairSource):
         if isinstance(table, str):
             raise RowError(place, "unreadable row group", table)
         record = {name: table.column(name)[at].as_py() for name in table.column_names}
-        return self.schema.read(record, index, place, self.files[file].parent)
+        return self.schema.read(record, index, place, self._reach(self.files[file].parent))
+
+    def _reach(self, folder: Path) -> Reach:
+        if folder not in self._reaches:
+            self._reaches[folder] = Reach(folder, self.wider)
+        return self._reaches[folder]
 
     def _group(self, file: int, group: int) -> pa.Table | str:
         """Return a row group, or the error met when reading it."""
@@ -120,7 +129,7 @@ class ParquetPairs(PairSource):
             types = [field.type for field in parquet.schema_arrow if field.name in self.schema.image_columns]
         if not any(pa.types.is_string(t.value_type if pa.types.is_list(t) else t) for t in types):
             return {}
-        rows = [[image.path for image in row.images if image.path and image.path.is_file()] for row in self.iterate()]
+        rows = [[image.path for image in row.images if image.path and isfile(image.path)] for row in self.iterate()]
         return {"images": digest_images(rows, memo)}
 
     def _describe(self, memo: Path | None) -> dict[str, Any]:

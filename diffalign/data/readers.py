@@ -19,6 +19,7 @@ from diffalign.data.schema import TableSchema
 from diffalign.data.shards import Shards, downloaded_snapshot, files_of
 from diffalign.data.source import PairSource
 from diffalign.errors import DataError, suggestion
+from diffalign.pictures import Reach
 from diffalign.places import find, is_hub_id
 
 PARQUET = ".parquet"
@@ -50,6 +51,7 @@ class Reading:
     error_log: str | Path | None = None  # JSONL file for the unusable rows
     config_name: str | None = None  # configuration of a hub data set
     revision: str | None = None  # branch, tag or commit of a hub data set
+    root: str | Path | None = None  # images may be files in this folder too, and not only beside the data
 
     def __post_init__(self) -> None:
         if self.max_samples is not None and self.max_samples < 1:
@@ -57,6 +59,8 @@ class Reading:
         if self.format is not None and self.format not in FORMATS:
             hint = suggestion(self.format, FORMATS)
             raise DataError(f'Unknown format "{self.format}".{hint} Available: {", ".join(FORMATS)}.')
+        if self.root is not None and not Path(self.root).is_dir():
+            raise DataError(f"root must be a folder that holds the images, got {self.root}.")
 
     def of_table(self, found: Iterable[str]) -> TableSchema:
         """Return the schema of parquet or of the hub: as the format says, or by the columns there are."""
@@ -107,6 +111,7 @@ def open_pairs(source: str | Path | Sequence[str | Path], **how: Any) -> PairSou
     """
     reading = Reading(**how)
     settings = {"max_samples": reading.max_samples, "rejects": Rejects(reading.on_error, reading.error_log)}
+    settings["wider"] = () if reading.root is None else (Path(reading.root),)
     if isinstance(source, Mapping):
         if reading.split not in source:
             raise DataError(f'The data set has no split "{reading.split}"; it has {", ".join(source)}.')
@@ -122,6 +127,8 @@ def open_pairs(source: str | Path | Sequence[str | Path], **how: Any) -> PairSou
         return FolderPairs(_existing(source), **settings)
     if container == "jsonl":
         file = _existing(source)
+        if not file.is_file():
+            raise DataError(f"{file} is no regular file, which a list of pairs must be: it is read more than once.")
         return JsonlPairs(file, reading.of_lines(file), **settings)
     if is_hub_id(source):
         return _open_hub(str(source), reading, **settings)
@@ -168,7 +175,7 @@ def _first_keys(file: Path) -> list[str]:
         for line in lines:
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
                 return list(record)
@@ -187,7 +194,8 @@ def _stream_files(files: list[Path], schema: TableSchema, **settings) -> Streami
     def describe(memo: Path | None) -> dict:
         return {"files": [[f.name, digest] for f, digest in zip(files, digest_files(files, memo), strict=True)]}
 
-    return StreamingPairs(stream, schema, name=str(files[0].parent), describe=describe, **settings)
+    reach = Reach(files[0].parent, settings["wider"])
+    return StreamingPairs(stream, schema, name=str(files[0].parent), describe=describe, reach=reach, **settings)
 
 
 def parquet_files(source: str | Path | Sequence[str | Path], split: str) -> list[Path]:

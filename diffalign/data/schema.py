@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -13,8 +12,10 @@ import pyarrow.compute as pc
 from diffalign.data.pairs import Example, ImageRef, Place, RowError
 from diffalign.data.rejects import Counts, Rejects, length_error
 from diffalign.errors import DataError, suggestion
+from diffalign.pictures import OutsideError, Reach
 
 TIE, UNLABELLED, INVALID = -1, -2, -3
+MOST_CHARACTERS = 100_000  # of a caption; encoders read a few hundred
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Schema(ABC):
         return (self.caption,)
 
     @abstractmethod
-    def read(self, record: Mapping[str, Any], index: int, place: Place, folder: Path | None = None) -> Example | int:
-        """Return the example of a row, or TIE or UNLABELLED. Relative image paths start at `folder`.
+    def read(self, record: Mapping[str, Any], index: int, place: Place, reach: Reach) -> Example | int:
+        """Return the example of a row, or TIE or UNLABELLED; its images are bytes, or files in `reach`.
 
         Raises:
             RowError: the row is unusable.
@@ -182,20 +183,30 @@ class Scan:
 
 
 def check_caption(caption: Any, place: Place) -> str:
-    """Return the caption as it is; raise RowError when it is no text or empty."""
+    """Return the caption as it is; raise RowError when it is no text, empty, or as long as a book."""
     if not isinstance(caption, str) or not caption.strip():
         raise RowError(place, "empty caption", f"the caption is {caption!r}")
+    if len(caption) > MOST_CHARACTERS:
+        detail = f"the caption has {len(caption)} characters, more than {MOST_CHARACTERS}"
+        raise RowError(place, "caption length", detail)
     return caption
 
 
-def image_ref(value: Any, place: Place, folder: Path | None) -> ImageRef:
-    """Return a reference to an image given as bytes, as a path, or as datasets' {"bytes", "path"}."""
+def image_ref(value: Any, place: Place, reach: Reach) -> ImageRef:
+    """Return a reference to an image given as bytes, as a path, or as datasets' {"bytes", "path"}.
+
+    Raises:
+        RowError: it is none of these, or a path that leads out of `reach`.
+    """
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes) and value:
         return ImageRef(data=value, place=place)
     if isinstance(value, str) and value:
-        return ImageRef(path=(folder or Path()) / value, place=place)
+        try:
+            return ImageRef(path=reach.file(value), place=place)
+        except OutsideError as error:
+            raise RowError(place, "outside the folder", str(error)) from error
     raise RowError(place, "missing image", f"an image is {value!r}, expected its bytes or a path")
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffalign.errors import DataError
+from diffalign.pictures import OutsideError, Reach, tell
 
 FILE_NAME = "manifest.parquet"
 _METADATA_KEY = b"diffalign"
@@ -91,7 +93,7 @@ class Manifest:
             raise DataError(
                 f"{file} is not a manifest written by diffalign ({error}). Draw into a new folder."
             ) from error
-        return cls(Path(directory), table, record["settings"], record["identity"])
+        return cls(Path(directory), _within(Path(directory), table), record["settings"], record["identity"])
 
     @property
     def prompts(self) -> list[str]:
@@ -160,6 +162,18 @@ class Manifest:
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), _METADATA_KEY: record.encode()})
         with atomic_write(self.directory / FILE_NAME) as temporary:
             pq.write_table(table, temporary)
+
+
+def _within(directory: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows whose files lie in the folder; tell of others, which diffalign does not write."""
+    reach, kept = Reach(directory), []
+    for name in table["file"]:
+        try:
+            kept.append(bool(reach.file(str(name))))
+        except OutsideError:
+            kept.append(False)
+    tell(directory / FILE_NAME, Counter({"leading out of the folder": kept.count(False)} if not all(kept) else {}))
+    return table if all(kept) else table[kept].reset_index(drop=True)
 
 
 def _columns(table: pd.DataFrame) -> pd.DataFrame:

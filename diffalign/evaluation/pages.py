@@ -21,6 +21,7 @@ from diffalign.evaluation.grid import (
 )
 from diffalign.evaluation.scoring import ImageLike
 from diffalign.evaluation.typesetting import Layout
+from reward_models.pictures import PictureError, size
 
 PAGE_PIXELS = 48_000_000  # of one page: what is in memory at a time, at 3 bytes each
 _PAPER = 2**0.5  # height over width of a PDF's page
@@ -136,8 +137,7 @@ def _sizes(line: Sequence[ImageLike]) -> list[tuple[int, int]]:
             sizes.append(image.size)
             continue
         try:
-            with Image.open(image) as opened:
-                sizes.append(opened.size)
-        except OSError as error:
+            sizes.append(size(image))
+        except (OSError, PictureError) as error:
             raise DataError(f"The picture {image} cannot be read ({error}). Draw it again.") from error
     return sizes

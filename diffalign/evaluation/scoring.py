@@ -7,10 +7,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from diffalign.errors import DataError, UserError
 from diffalign.progress import progress_bar
+from reward_models.pictures import PictureError, decode, read, to_rgb
 
 ImageLike = Image.Image | str | Path
 
@@ -111,16 +112,13 @@ def format_score(value: float, largest: float | None = None) -> str:
 
 def open_image(image: ImageLike) -> Image.Image:
     """Return an RGB picture from a picture or file; raise DataError naming a file that cannot be read."""
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
     try:
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
+        return to_rgb(image) if isinstance(image, Image.Image) else decode(read(image))
     except FileNotFoundError as error:
         raise DataError(
             f"The picture {image} does not exist. Draw it again, or point to where it was moved."
         ) from error
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, SyntaxError, PictureError) as error:
         raise DataError(f"The picture {image} cannot be read ({error}). Delete it and draw again.") from error
 
 

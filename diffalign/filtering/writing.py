@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data import PairRow, PairSource
+from diffalign.data import PairRow, PairSource, RowError
 from diffalign.errors import DataError
 
 PICKAPIC = pa.schema(
@@ -90,16 +90,26 @@ def _write_pickapic(source: PairSource, part: pd.DataFrame, path: Path, advance:
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, len(part), ROWS):
             rows = source.rows(part["index"].iloc[start : start + ROWS].tolist())
-            writer.write_table(pa.Table.from_pylist([_record(row) for row in rows], schema=schema))
+            records = [record for row in rows if (record := _whole(source, row))]
+            writer.write_table(pa.Table.from_pylist(records, schema=schema))
             advance(len(rows))
+
+
+def _whole(source: PairSource, row: PairRow) -> dict[str, Any] | None:
+    """Return the record of a pair whose images are pictures: no other file's bytes are copied."""
+    try:
+        return _record(row)
+    except RowError as error:
+        source.rejects.add(error)
+        return None
 
 
 def _record(row: PairRow) -> dict[str, Any]:
     """Return a pair as a row of Pick-a-Pic: image 0 won."""
     preference = 1.0 if row.preference is None else row.preference
     return {
-        "jpg_0": row.chosen.content,
-        "jpg_1": row.rejected.content,
+        "jpg_0": row.chosen.decodable,
+        "jpg_1": row.rejected.decodable,
         "label_0": preference,
         "label_1": 1.0 - preference,
         "caption": row.prompt,

@@ -30,12 +30,14 @@ class Wanted:
     rank: k pictures to rank, each by another model; None for two to choose from.
     split: of a source of pairs.
     limit: use only the first so many pairs or lists.
+    root: pictures that pairs name, or links in folders lead to, may lie in it too.
     """
 
     places: Sequence[str] = ()
     rank: int | None = None
     split: str = "train"
     limit: int | None = None
+    root: Path | None = None
 
 
 def label(wanted: Wanted, file: Path, *, host: str, port: int, console: Console) -> None:
@@ -71,16 +73,18 @@ def _tasks(wanted: Wanted, file: Path, console: Console) -> list[Any]:
     """Return what there is to judge: of folders, or of one source of pairs."""
     kept = file.with_name(f"{file.stem}.pictures")
     if len(wanted.places) == 1 and Folder.of(wanted.places[0]) is None:
-        return own_pairs.tasks_of(wanted.places[0], kept, wanted.split, wanted.limit, console)
-    named = named_pictures(wanted.places, file.with_name(f"{file.stem}.{skipped.FILE}"), console)
+        return own_pairs.tasks_of(wanted.places[0], kept, wanted.split, wanted.limit, console, wanted.root)
+    named = named_pictures(wanted.places, file.with_name(f"{file.stem}.{skipped.FILE}"), console, wanted.root)
     return (list_tasks(named, wanted.rank) if wanted.rank else pair_tasks(named))[: wanted.limit]
 
 
-def named_pictures(specs: Sequence[str], listed: Path, console: Console) -> list[tuple[str, pd.DataFrame]]:
+def named_pictures(
+    specs: Sequence[str], listed: Path, console: Console, root: Path | None = None
+) -> list[tuple[str, pd.DataFrame]]:
     """Return name and pictures (with absolute files) of every folder; all show the same prompts.
 
     Of one drawn folder every seed counts as a folder of its own. What is left out of folders without manifests is
-    listed in the file `listed`.
+    listed in the file `listed`. Links may lead to `root`, too.
     """
     folders = [Folder.of(spec) for spec in specs]
     if wrong := next((spec for spec, folder in zip(specs, folders, strict=True) if folder is None), None):
@@ -92,7 +96,7 @@ def named_pictures(specs: Sequence[str], listed: Path, console: Console) -> list
         return _by_seed(folders[0])
     named = [
         (name, manifest.table.assign(file=[str(path.resolve()) for path in manifest.paths]))
-        for name, manifest in open_folders(folders, listed, console).items()
+        for name, manifest in open_folders(folders, listed, console, root).items()
     ]
     for name, table in named[1:]:
         both = named[0][1].merge(table, on=["prompt_id", "seed"])

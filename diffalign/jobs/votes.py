@@ -17,6 +17,7 @@ from diffalign.evaluation.verdict import Evidence, p_text
 from diffalign.jobs.evaluating import arena
 from diffalign.jobs.scoring import tables
 from diffalign.labelling import agreement_of, read_votes
+from reward_models.pictures import PictureError, whole
 
 Layout = Literal["majority", "share", "votes", "lists"]
 LAYOUTS = ("majority", "share", "votes", "lists")
@@ -166,9 +167,10 @@ def _pair(row: dict[str, Any], per_prompt: int) -> dict[str, Any]:
 
 def _bytes(file: str) -> bytes:
     try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise DataError(f"Cannot read {file} ({error.strerror}). Put the pictures back.") from error
+        return whole(file)
+    except (OSError, PictureError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"Cannot read the picture {file} ({why}). Put the pictures back.") from error
 
 
 def _of_models(a: str, b: str, votes: pd.DataFrame) -> dict[str, Any]:

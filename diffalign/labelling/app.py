@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from diffalign.data.pairs import ImageRef
 from diffalign.errors import DataError, UserError
 from diffalign.labelling.agreement import agreement_of
 from diffalign.labelling.database import Database
 from diffalign.labelling.rankings import MOST, Rankings, as_votes
 from diffalign.labelling.store import Votes
+from reward_models.pictures import PictureError, decode, format_of, read
 
 PAGE = Path(__file__).with_name("page.html")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif"}
+_SHOWN = ("PNG", "JPEG", "WEBP", "GIF")  # formats that every browser shows
 
 
 def create_app(votes: Votes | Rankings, allowed_hosts: Sequence[str] = ("127.0.0.1", "localhost", "[::1]")) -> Any:
@@ -105,10 +105,10 @@ def _add_progress(app: Any, votes: Votes | Rankings) -> None:
 def _add_pairs(app: Any, votes: Votes) -> None:
     """Add the addresses of two pictures to choose from."""
     from fastapi import Body, Request
-    from fastapi.responses import FileResponse
+    from fastapi.responses import Response
 
     @app.get("/api/image/{number}/{side}")
-    def image(number: int, side: Literal["left", "right"], rater: str) -> FileResponse:
+    def image(number: int, side: Literal["left", "right"], rater: str) -> Response:
         return _picture(votes.file_of(number, rater, side), number)
 
     @app.post("/api/vote")
@@ -127,10 +127,10 @@ def _add_pairs(app: Any, votes: Votes) -> None:
 def _add_lists(app: Any, rankings: Rankings) -> None:
     """Add the addresses of k pictures to rank."""
     from fastapi import Body, Request
-    from fastapi.responses import FileResponse
+    from fastapi.responses import Response
 
     @app.get("/api/image/{number}/{place}")
-    def image(number: int, place: int, rater: str) -> FileResponse:
+    def image(number: int, place: int, rater: str) -> Response:
         return _picture(rankings.file_of(number, rater, place), number)
 
     @app.post("/api/rank")
@@ -147,17 +147,21 @@ def _add_lists(app: Any, rankings: Rankings) -> None:
 
 
 def _picture(file: Path, number: int) -> Any:
-    """Return a picture; of kinds that browsers do not show, as PNG."""
-    from fastapi.responses import FileResponse, Response
+    """Return a picture, by what it is and not by its name; of kinds that browsers do not show, as PNG."""
+    from fastapi.responses import Response
 
-    if not file.is_file():
-        raise DataError(f"The picture of task {number} is gone: it was moved or deleted.")
+    try:
+        content = read(file)
+        picture, kind = decode(content), format_of(content)
+    except (OSError, PictureError) as error:
+        why = "is gone: it was moved or deleted" if isinstance(error, FileNotFoundError) else "cannot be shown"
+        raise DataError(f"The picture of task {number} {why}.") from error
+    if kind not in _SHOWN:
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        content, kind = stream.getvalue(), "PNG"
     headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-    if (kind := _TYPES.get(file.suffix.lower())) is not None:
-        return FileResponse(file, media_type=kind, headers=headers)
-    stream = io.BytesIO()
-    ImageRef(path=file).load().save(stream, "PNG")
-    return Response(stream.getvalue(), media_type="image/png", headers=headers)
+    return Response(content, media_type=f"image/{kind.lower()}", headers=headers)
 
 
 def _state(votes: Database, rater: str, again: int | None = None) -> dict[str, Any]:

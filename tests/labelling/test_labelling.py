@@ -163,6 +163,24 @@ def test_kinds_that_browsers_do_not_show_are_sent_as_png(client, votes, folders)
     assert Image.open(io.BytesIO(answer.content)).size == (16, 16)
 
 
+def test_only_pictures_are_served_and_exported(client, votes, tmp_path):
+    votes.vote(1, "ann", "left")
+    for file in (votes.task(1).file_a, votes.task(1).file_b):
+        Path(file).write_text("root:x:0:0")  # whatever its name says
+    answer = client.get("/api/image/1/left", params={"rater": "ann"})
+    assert (answer.status_code, answer.json()["detail"]) == (404, "The picture of task 1 cannot be shown.")
+    assert "root" not in answer.text
+    with pytest.raises(DataError, match=r"it is not a picture\)\. Put the pictures back"):
+        counted.export(votes.file, tmp_path / "out.parquet", "majority", Console(quiet=True))
+
+
+def test_a_picture_is_served_as_what_it_is(client, votes):
+    file = votes.file_of(1, "ann", "left")
+    Image.open(file).save(file, "WEBP")  # it is still called .png
+    answer = client.get("/api/image/1/left", params={"rater": "ann"})
+    assert answer.headers["content-type"] == "image/webp"
+
+
 def test_tasks_with_few_votes_come_first(client, votes):
     choose_brighter(client, "ann", count=3)
     judged = set(votes.table()["task"])

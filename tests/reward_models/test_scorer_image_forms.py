@@ -35,7 +35,7 @@ def assert_same(image, expected=PICTURE):
         lambda: torch.from_numpy(ARRAY.copy()).permute(2, 0, 1),
         lambda: torch.from_numpy(ARRAY.copy()).permute(2, 0, 1).double() / 255,
         lambda: PICTURE.convert("RGBA"),
-        lambda: np.dstack([ARRAY, np.full(ARRAY.shape[:2], 9, np.uint8)]),
+        lambda: np.dstack([ARRAY, np.full(ARRAY.shape[:2], 255, np.uint8)]),
     ],
     ids=["pil", "bytes", "bytearray", "uint8", "float", "tensor uint8", "tensor double", "RGBA", "array RGBA"],
 )
@@ -55,13 +55,15 @@ def test_other_modes_are_converted_as_pil_does(mode):
     assert_same(to_rgb(image), image.convert("RGB"))
 
 
-def test_transparency_is_dropped_not_composited():
+def test_transparency_is_laid_on_white():
     transparent = PICTURE.convert("RGBA")
     transparent.putalpha(0)
-    assert_same(to_rgb(encoded(transparent)))
+    white = Image.new("RGB", PICTURE.size, "white")
+    assert_same(to_rgb(encoded(transparent)), white)
+    assert_same(to_rgb(np.asarray(transparent)), white)
     palette = PICTURE.quantize(16)
-    expected = palette.convert("RGB")
-    palette.info["transparency"] = 0
+    expected = np.asarray(palette.convert("RGB")).copy()
+    expected[np.asarray(palette) == 0] = 255
     assert_same(to_rgb(encoded(palette, transparency=0)), expected)
 
 
@@ -110,7 +112,8 @@ def test_the_given_image_is_left_alone():
         (np.full((4, 4, 3), np.nan), "values in .0, 1. only"),
         (torch.full((3, 4, 4), 1.5), "values in .0, 1. only"),
         (np.zeros((4, 4, 3), np.int64), "uint8 or floating point"),
-        (Image.new("F", (4, 4)), "mode F"),
+        (Image.new("F", (4, 4), 7.0), "mode F.*range is unknown"),
+        (Image.new("I", (4, 4), -1), "mode I.*range is unknown"),
     ],
 )
 def test_unusable_images_are_named(image, message):

@@ -1,8 +1,8 @@
 """Find out which picture files a command line means, and which prompt belongs to each."""
 
 import glob
-import re
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import pandas as pd
@@ -11,23 +11,23 @@ from diffalign.errors import DataError, suggestion
 from diffalign.evaluation import Manifest
 from diffalign.evaluation.manifest import FILE_NAME
 from diffalign.jobs.drawing.prompts import read_prompts
+from diffalign.pictures import SUFFIXES, Reach, listed, natural, pick
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-
-def find(places: Sequence[str]) -> list[Path]:
+def find(places: Sequence[str], root: Path | None = None) -> list[Path]:
     """Return the picture files of files, folders and glob patterns.
 
     A folder of `diffalign generate` gives the pictures of its manifest. Folders and patterns are in natural order
     (2 before 10). Files that a shell has put into alphabetical order are put into natural order too: a list of prompts
-    goes with the numbers in their names. Any other order of files is kept.
+    goes with the numbers in their names. Any other order of files is kept. In folders, links must not lead out of the
+    folder or of `root`; hidden files are no pictures (see `diffalign.pictures.listed`).
 
     Raises:
         DataError: a place does not exist or holds no picture, or a picture is named twice.
     """
     files: list[Path] = []
     for place in places:
-        files += _expand(place)
+        files += _expand(place, root)
     explicit = all(Path(place).is_file() for place in places)
     if explicit and [str(file) for file in files] == sorted(str(file) for file in files):
         files = sorted(files, key=natural)
@@ -63,34 +63,29 @@ def with_prompts(files: Sequence[Path], prompts_file: Path | None, prompt: str |
     return table.assign(prompt_id=pd.factorize(pd.Series(prompts))[0], prompt=prompts, seed=0)
 
 
-def _expand(place: str) -> list[Path]:
+def _expand(place: str, root: Path | None) -> list[Path]:
     path = Path(place).expanduser()
     if path.is_dir():
-        return _in_folder(path)
+        return _in_folder(path, root)
     if path.exists():
         return [path]
     if glob.has_magic(place):
-        found = sorted((Path(name) for name in glob.glob(str(path), recursive=True)), key=natural)
-        if found := [file for file in found if file.suffix.lower() in SUFFIXES]:
+        folder = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+        reach = Reach(folder, () if root is None else (root,))
+        if found := pick(folder, map(Path, glob.glob(str(path), recursive=True)), reach):
             return found
         raise DataError(f'No picture matches "{place}".')
     near = [str(entry) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     raise DataError(f'There is no picture or folder "{place}".{suggestion(str(path), near)}')
 
 
-def _in_folder(folder: Path) -> list[Path]:
+def _in_folder(folder: Path, root: Path | None) -> list[Path]:
     if (folder / FILE_NAME).is_file():
         return Manifest.read(folder).paths
-    files = sorted((file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES), key=natural)
+    files = listed(folder, Reach(folder, () if root is None else (root,)))
     if not files:
         raise DataError(f'"{folder}" holds no picture ({", ".join(SUFFIXES)}).')
     return files
-
-
-def natural(path: Path) -> list[tuple[int, int | str]]:
-    """Return a key that sorts 2 before 10."""
-    parts = re.split(r"(\d+)", str(path))
-    return [(0, int(part)) if index % 2 else (1, part.lower()) for index, part in enumerate(parts)]
 
 
 def _from_manifests(files: Sequence[Path]) -> pd.DataFrame:

@@ -60,6 +60,7 @@ def train(
     resume: bool = False,
     dry_run: bool = False,
     skip_broken: bool = False,
+    root: Path | None = None,
 ) -> training.TrainingResult | None:
     """Fine-tune a scorer on preference pairs; the best weights by validation end in `out`, with a log and the recipe.
 
@@ -74,6 +75,7 @@ def train(
         steps: for models that judge steps.
         resume: go on from the state in `out`.
         skip_broken: leave out unusable rows (which decodes every picture once more); otherwise stop at the first.
+        root: images that the pairs name may lie in it too.
 
     Raises:
         UserError: a scorer that cannot be trained here, or an unknown recipe.
@@ -81,9 +83,10 @@ def train(
     wanted = replace(_recipe(recipe or name), **changes)
     where, first = _place(device)
     with skipped.skippable():
-        pairs = _pairs(data, out / skipped.FILE, skip_broken, console if first else None)
+        told = console if first else None
+        pairs = _pairs(data, out / skipped.FILE, skip_broken, told, root)
         listed = out / f"validation_{skipped.FILE}"
-        held_out = _pairs(validation, listed, skip_broken, console if first else None) if validation else None
+        held_out = _pairs(validation, listed, skip_broken, told, root) if validation else None
     scorer, pictures = _start(name, init, pairs, steps or Steps(), wanted, out)
     scorer.to(where)
     if pictures is not None:
@@ -224,12 +227,15 @@ def _conclude(console: Console, name: str, out: Path, result: training.TrainingR
     console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
-def _pairs(source: str, listed: Path, skip_broken: bool, console: Console | None) -> list[RewardPair]:
+def _pairs(
+    source: str, listed: Path, skip_broken: bool, console: Console | None, root: Path | None
+) -> list[RewardPair]:
     """Return the pairs of a source, the chosen picture first; ties are dropped by the reader.
 
     Unusable rows raise RowError, or are left out and told to the console, if one is given.
     """
-    found = open_pairs(source, on_error="skip" if skip_broken else "raise", error_log=listed if console else None)
+    how = {"on_error": "skip" if skip_broken else "raise", "error_log": listed if console else None}
+    found = open_pairs(source, root=root, **how)
     if found.images_per_example != 2:
         raise DataError(f"{source} holds lists or single images; a reward model learns from pairs.")
     pairs = []

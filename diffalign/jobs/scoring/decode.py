@@ -1,7 +1,5 @@
 """What worker processes do: read, hash and decode pictures, and make the pixels that scorers still want."""
 
-import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.data.fingerprints import digest_bytes
-from diffalign.data.pairs import DECODE_ERRORS, MAX_ASPECT_RATIO
+from diffalign.data.pairs import MAX_ASPECT_RATIO
 from diffalign.jobs.scoring.items import Item, Span
-from reward_models.preprocess import to_rgb
+from reward_models import pictures
 
 KEY = "S32"  # hash of the encoded picture, hash of the prompt; 16 bytes each
 Recipe = Callable[[Image.Image], Tensor] | None  # None: the scorer wants the picture itself
@@ -58,7 +56,7 @@ class Decoder:
                 try:
                     contents[row] = read(item)
                     keys[row] = digest_bytes(contents[row]) + digest_bytes(item.prompt.encode())
-                except OSError as error:
+                except (OSError, pictures.PictureError) as error:
                     faults[row] = "it does not exist" if isinstance(error, FileNotFoundError) else str(error)
         wanted = np.stack([~contains(known, keys) for known in self.known], axis=1)
         wanted[list(faults)] = False
@@ -82,26 +80,18 @@ class Decoder:
 
 
 def read(item: Item) -> bytes:
-    """Return the encoded picture; raise OSError."""
+    """Return the encoded picture; raise OSError or PictureError."""
     if isinstance(item.data, bytes):
         return item.data
-    file, offset, size = item.data if isinstance(item.data, Span) else (item.data, 0, -1)
-    with open(file, "rb") as opened:
-        opened.seek(offset)
-        content = opened.read(size)
-    if size > len(content):
-        raise OSError(f"{file} ends in the middle of it")
-    return content
+    return pictures.read(*item.data) if isinstance(item.data, Span) else pictures.read(item.data)
 
 
 def decode(content: bytes) -> Image.Image | str:
     """Return an upright RGB picture, or why it cannot be decoded."""
     try:
-        with Image.open(io.BytesIO(content)) as opened:
-            image = to_rgb(opened)
-    except DECODE_ERRORS as error:
-        # Pillow's own words hold a memory address
-        return re.sub(r"^cannot identify image file.*", "it is not a picture", str(error) or type(error).__name__)
+        image = pictures.decode(content)
+    except pictures.PictureError as error:
+        return str(error)
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         return f"it is {image.width}x{image.height}, too thin to be resized"
     return image

@@ -50,6 +50,7 @@ class Request:
     seed: int = 0
     split: str = "train"
     limit: int | None = None
+    root: Path | None = None
     skip_broken: bool = False
     batch_size: int = 32
     device: str = "auto"
@@ -76,7 +77,7 @@ def filter_pairs(request: Request, *, command: str = "", console: Console) -> pd
     """
     how = {"on_error": "skip" if request.skip_broken else "raise", "error_log": request.out / skipped.FILE}
     with skipped.skippable():
-        source = open_pairs(request.source, split=request.split, max_samples=request.limit, **how)
+        source = open_pairs(request.source, split=request.split, max_samples=request.limit, root=request.root, **how)
         components = _components(source, request, console)
         _require(components, request)
         chosen = _choose(components.table, request)
@@ -138,7 +139,8 @@ def _score(components: Components, request: Request, made_from: dict[str, Any], 
     path, scorer = request.scores, request.scorer
     if path is None:
         path, scorer = request.out / SCORES, made_from["scorer"]
-        options = {name: getattr(request, name) for name in ("split", "limit", "skip_broken", "batch_size", "device")}
+        names = ("split", "limit", "root", "skip_broken", "batch_size", "device")
+        options = {name: getattr(request, name) for name in names}
         score.score_pairs(request.source, path, [request.scorer], **options, console=console)
     missing = components.set_scores(margin.read_scores(path, scorer), made_from)
     if missing:

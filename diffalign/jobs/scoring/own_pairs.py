@@ -1,11 +1,9 @@
 """Preference pairs of any source as tasks for people: do they agree with the labels?"""
 
-import io
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from PIL import Image
 from rich.console import Console
 
 from diffalign.data import RowError, open_pairs
@@ -15,11 +13,14 @@ from diffalign.evaluation.manifest import atomic_write
 from diffalign.jobs import skipped
 from diffalign.labelling import Task
 from diffalign.progress import progress_bar
+from reward_models.pictures import format_of
 
 NAMES = ("chosen", "rejected")
 
 
-def tasks_of(source: str, folder: Path, split: str, limit: int | None, console: Console) -> list[Task]:
+def tasks_of(
+    source: str, folder: Path, split: str, limit: int | None, console: Console, root: Path | None = None
+) -> list[Task]:
     """Return a task for every usable pair; its pictures are copied into `folder`, so that only pictures are served.
 
     Args:
@@ -28,8 +29,10 @@ def tasks_of(source: str, folder: Path, split: str, limit: int | None, console: 
         split: of the pairs.
         limit: use the first so many.
         console: where to tell.
+        root: images that the pairs name may lie in it too.
     """
-    pairs = open_pairs(source, split=split, max_samples=limit, on_error="skip", error_log=folder / skipped.FILE)
+    how = {"on_error": "skip", "error_log": folder / skipped.FILE, "root": root}
+    pairs = open_pairs(source, split=split, max_samples=limit, **how)
     if pairs.images_per_example not in (2, None):
         raise DataError(f"{source} holds lists or single images; only pairs can be labelled.")
     tasks: list[Task] = []
@@ -52,11 +55,9 @@ def tasks_of(source: str, folder: Path, split: str, limit: int | None, console: 
 
 def _kept(image: ImageRef, folder: Path) -> Path:
     """Copy a picture that can be decoded, named by its content; raise RowError for another."""
-    image.load()
-    with Image.open(io.BytesIO(image.content)) as opened:
-        suffix = (opened.format or "png").lower()
-    file = folder / f"{image.identity}.{suffix}"
+    content = image.decodable
+    file = folder / f"{image.identity}.{format_of(content).lower()}"
     if not file.exists():
         with atomic_write(file) as temporary:
-            temporary.write_bytes(image.content)
+            temporary.write_bytes(content)
     return file

@@ -1,9 +1,9 @@
 """Pictures of one's own, to be compared: folders in which equal file names show the same prompt. No manifest needed."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pandas as pd
 from rich.console import Console
@@ -16,8 +16,9 @@ from diffalign.evaluation import Manifest
 from diffalign.evaluation.manifest import FILE_NAME, atomic_write
 from diffalign.evaluation.prompt_sets import PromptSet
 from diffalign.jobs import skipped
-from diffalign.jobs.drawing import models, pictures
+from diffalign.jobs.drawing import models
 from diffalign.jobs.scoring.tars import CAPTIONS, TEXTS
+from diffalign.pictures import Reach, is_hidden, is_picture, listed, nfc
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 Found = Mapping[str, Mapping[str, list[Path]]]  # folder -> name without its end -> files
@@ -41,7 +42,8 @@ class Folder:
         if not path.is_dir():
             return None
         is_model = (path / "model_index.json").is_file() or any(path.glob("*.safetensors"))
-        holds_pictures = (path / FILE_NAME).is_file() or (any(_pictures(path)) and not is_model)
+        pictures = (is_picture(entry) and not is_hidden(PurePath(entry.name)) for entry in path.iterdir())
+        holds_pictures = (path / FILE_NAME).is_file() or (any(pictures) and not is_model)
         return cls(name or path.resolve().name, path) if holds_pictures else None
 
     @property
@@ -50,7 +52,9 @@ class Folder:
         return (self.path / FILE_NAME).is_file()
 
 
-def open_folders(folders: Sequence[Folder], listed: Path, console: Console) -> dict[str, Manifest]:
+def open_folders(
+    folders: Sequence[Folder], unusable: Path, console: Console, root: Path | None = None
+) -> dict[str, Manifest]:
     """Return the pictures that all folders have, by folder.
 
     Drawn by diffalign, they are matched by prompt and seed and must be comparable. Otherwise by file name without its
@@ -60,8 +64,9 @@ def open_folders(folders: Sequence[Folder], listed: Path, console: Console) -> d
 
     Args:
         folders: two or more, under different names.
-        listed: where what was left out is listed.
+        unusable: where what was left out is listed.
         console: where to tell.
+        root: links in the folders may lead there too.
 
     Raises:
         UserError: fewer than two folders, or two of one name.
@@ -77,11 +82,11 @@ def open_folders(folders: Sequence[Folder], listed: Path, console: Console) -> d
         return {folder.name: Manifest.read(folder.path) for folder in folders}
     found = {folder.name: _by_stem(folder.path) for folder in folders}
     stems = list(dict.fromkeys(stem for files in found.values() for stem in files))
-    faults = {stem: fault for stem in stems if (fault := _fault(stem, folders, found))}
-    _tell(faults, len(stems), listed, console)
+    faults = {stem: fault for stem in stems if (fault := _fault(stem, folders, found, root))}
+    _tell(faults, len(stems), unusable, console)
     common = [stem for stem in stems if stem not in faults]
     if not common:
-        raise DataError(f"{', '.join(names)} have no picture of equal name that can be read. Look into {listed}.")
+        raise DataError(f"{', '.join(names)} have no picture of equal name that can be read. Look into {unusable}.")
     prompts = _prompts(common, folders, found, console)
     ids = pd.Series(pd.factorize(pd.Series(prompts))[0])
     table = pd.DataFrame({"prompt_id": ids, "prompt": prompts, "seed": ids.groupby(ids).cumcount()})
@@ -117,23 +122,15 @@ def compared_as_they_are(
     return PromptSet("own pictures", prompts), parts
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
-    return (
-        path
-        for path in sorted(folder.iterdir(), key=pictures.natural)
-        if path.suffix.lower() in pictures.SUFFIXES and not path.name.startswith(".")
-    )
-
-
 def _by_stem(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
-    for path in _pictures(folder):
-        found.setdefault(path.stem, []).append(path)
+    for path in listed(folder, Reach(folder, (Path(folder.absolute().anchor),))):  # what leads out is told by name
+        found.setdefault(nfc(path.stem), []).append(path)
     return found
 
 
 def _fault(
-    stem: str, folders: Sequence[Folder], found: Mapping[str, Mapping[str, list[Path]]]
+    stem: str, folders: Sequence[Folder], found: Mapping[str, Mapping[str, list[Path]]], root: Path | None
 ) -> tuple[str, str] | None:
     """Return a reason and what exactly is wrong with the pictures of a name, or None."""
     for folder in folders:
@@ -142,7 +139,7 @@ def _fault(
             return ("no partner", f"{folder.path} has none") if not files else ("several of one name", str(files[1]))
     for folder in folders:
         file = found[folder.name][stem][0]
-        if not file.resolve().is_relative_to(folder.path.resolve()):
+        if not Reach(folder.path, () if root is None else (root,)).holds(file):
             return "outside the folder", f"{file} leads out of {folder.path}"
         try:
             ImageRef(path=file).load()
@@ -202,10 +199,10 @@ def _captions(folder: Folder) -> dict[str, str]:
     """Return the captions by name that files about the whole folder hold."""
     if folder.has_manifest:
         table = Manifest.read(folder.path).table
-        return dict(zip(table["file"].map(lambda name: Path(name).stem), table["prompt"], strict=True))
+        return dict(zip(table["file"].map(lambda name: nfc(Path(name).stem)), table["prompt"], strict=True))
     for file in (folder.path / CAPTIONS_FILE, folder.path.resolve().parent / CAPTIONS_FILE):
         if file.is_file():
-            return {Path(name).stem if Path(name).suffix.lower() in pictures.SUFFIXES else name: str(text).strip()
+            return {nfc(Path(name).stem) if is_picture(name) else name: str(text).strip()
                     for name, text in read_captions(file).items()}  # fmt: skip
     for name in METADATA:
         if (folder.path / name).is_file():
@@ -223,5 +220,6 @@ def _metadata(file: Path) -> dict[str, str]:
         raise DataError(f"{file} needs file_name and one of {', '.join(CAPTIONS)}; it has {', '.join(table)}.")
     rows = table.dropna(subset=["file_name", caption])
     return {
-        Path(str(name)).stem: str(text).strip() for name, text in zip(rows["file_name"], rows[caption], strict=True)
+        nfc(Path(str(name)).stem): str(text).strip()
+        for name, text in zip(rows["file_name"], rows[caption], strict=True)
     }

@@ -4,7 +4,7 @@ import glob
 import re
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from diffalign.errors import DataError
 from diffalign.evaluation.manifest import FILE_NAME
@@ -13,6 +13,7 @@ from diffalign.jobs.drawing.prompts import read_prompts
 from diffalign.jobs.scoring.items import Files, Joined, PictureSource
 from diffalign.jobs.scoring.tabular import JsonRows, ParquetRows
 from diffalign.jobs.scoring.tars import TarShard
+from diffalign.pictures import is_hidden, is_picture
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 TABLES = {".parquet": ParquetRows, ".jsonl": JsonRows, ".ndjson": JsonRows}
@@ -46,6 +47,7 @@ def open_places(
     with_prompts: bool = True,
     image_column: str | None = None,
     caption_column: str | None = None,
+    root: Path | None = None,
 ) -> PictureSource:
     """Return the pictures of files, folders, globs, tar shards, parquet files and JSON lines, in that order.
 
@@ -56,6 +58,7 @@ def open_places(
         with_prompts: whether any scorer reads them; otherwise none are needed.
         image_column: of parquet and JSON lines; by default one of the usual names.
         caption_column: likewise.
+        root: pictures that data names, or links lead to, may lie in it too.
 
     Raises:
         DataError: a place does not exist or holds nothing, or prompts are missing or too many.
@@ -63,13 +66,13 @@ def open_places(
     if prompts_file is not None and prompt is not None:
         raise DataError("Give --prompts FILE (one a picture) or --prompt TEXT (for all), not both.")
     own = with_prompts and prompts_file is None and prompt is None  # captions come from the data
-    columns = {"image": image_column, "caption": caption_column, "with_prompts": own}
+    columns = {"image": image_column, "caption": caption_column, "with_prompts": own, "root": root}
     named = [name for place in places for written in _written(place) for name in _contents(written)]
     parts: list[PictureSource] = []
     for suffix, group in groupby(named, key=lambda name: _container(name)):
         names = list(group)
         if suffix is None:
-            parts.append(_files(names, prompts_file if len(names) == len(named) else None, prompt, own))
+            parts.append(_files(names, prompts_file if len(names) == len(named) else None, prompt, own, root))
         elif suffix == ".tar":
             parts += [TarShard(Path(name), with_prompts=own) for name in names]
         else:
@@ -88,8 +91,8 @@ def _prompts(file: Path | None, prompt: str | None, count: int) -> list[str] | N
     return prompts
 
 
-def _files(names: list[str], prompts_file: Path | None, prompt: str | None, own: bool) -> Files:
-    files = pictures.find(names)
+def _files(names: list[str], prompts_file: Path | None, prompt: str | None, own: bool, root: Path | None) -> Files:
+    files = pictures.find(names, root)
     if not own and prompts_file is None and prompt is None:
         known = all((folder / FILE_NAME).is_file() for folder in {file.parent for file in files})
         prompt = None if known else ""  # nobody reads it
@@ -112,14 +115,14 @@ def _contents(name: str) -> list[str]:
     if path.is_dir() and not (path / FILE_NAME).is_file():
         if (path / METADATA).is_file():
             return [str(path / METADATA)]
-        entries = sorted(path.iterdir())
-        if not any(entry.suffix.lower() in pictures.SUFFIXES for entry in entries):
-            return [str(entry) for entry in entries if _container(str(entry))] or [name]
+        seen = [entry for entry in sorted(path.iterdir()) if not is_hidden(PurePath(entry.name))]
+        if not any(map(is_picture, seen)):
+            return [str(entry) for entry in seen if _container(str(entry))] or [name]
     if glob.has_magic(name) and not path.exists() and path.suffix.lower() in CONTAINERS:
         found = sorted(glob.glob(str(path), recursive=True))
         if not found:
             raise DataError(f'No file matches "{name}".')
         return found
-    if _container(name) and not path.is_file():
+    if _container(name) and not path.is_file():  # a FIFO would be waited for
         raise DataError(f'There is no file "{name}".')
     return [str(path)] if _container(name) else [name]

@@ -20,6 +20,7 @@ from diffalign.errors import DataError, suggestion
 from diffalign.evaluation.manifest import NOISE, atomic_write
 from diffalign.jobs import skipped
 from diffalign.jobs.scoring.tables import write_rows
+from reward_models.pictures import PictureError, whole
 
 NEEDED = ("file", "prompt", "scorer", "score")
 
@@ -160,8 +161,7 @@ def _pair_row(group: Scored) -> dict[str, Any]:
 
 def _bytes(file: str) -> bytes:
     try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"Cannot read the picture {file} ({error.strerror}). Run this where the pictures were scored."
-        ) from error
+        return whole(file)
+    except (OSError, PictureError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"Cannot read the picture {file} ({why}). Run this where the pictures were scored.") from error

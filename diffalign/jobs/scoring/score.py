@@ -45,6 +45,7 @@ def score_images(
     prompt: str | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
+    root: Path | None = None,
     console: Console,
 ) -> pd.DataFrame | None:
     """Score pictures; write and return one row a picture and scorer, or None while other processes are at work.
@@ -60,6 +61,7 @@ def score_images(
         prompt: one for all.
         image_column: of parquet and JSON lines.
         caption_column: likewise.
+        root: pictures that data names, or links lead to, may lie in it too.
         console: where to tell.
 
     Raises:
@@ -67,7 +69,7 @@ def score_images(
     """
     tables.check_suffix(out)
     reads = any(map(scorers.reads_prompt, scorers.parse(wanted)))
-    columns = {"image_column": image_column, "caption_column": caption_column}
+    columns = {"image_column": image_column, "caption_column": caption_column, "root": root}
     source = open_places(places, prompts_file=prompts_file, prompt=prompt, with_prompts=reads, **columns)
     if prompts_file is not None:
         rows = source.table()
@@ -102,6 +104,7 @@ def score_pairs(
     split: str = "train",
     limit: int | None = None,
     rule: TieRule | None = None,
+    root: Path | None = None,
     skip_broken: bool = True,
     console: Console,
     **settings: Any,
@@ -119,6 +122,7 @@ def score_pairs(
         split: of the pairs.
         limit: use the first so many.
         rule: what ties count as in the accuracy.
+        root: images that the pairs name may lie in it too.
         skip_broken: leave out broken pairs; otherwise stop at the first.
         console: where to tell.
         settings: fields of Options.
@@ -131,7 +135,7 @@ def score_pairs(
     options = options or Options(strict=not skip_broken, keep=False, **settings)
     how = {"on_error": "raise" if options.strict else "skip", "error_log": out.with_name(f"{out.stem}.{skipped.FILE}")}
     with skipped.skippable():
-        rows = open_pairs(source, split=split, max_samples=limit, **how)
+        rows = open_pairs(source, split=split, max_samples=limit, root=root, **how)
         outcome = run(PairImages(rows), out, load_judges(wanted, options), options, console)
     if outcome is None:
         return None

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 from diffalign.data import RowError
 from diffalign.data.pairs import Place
 from diffalign.data.parquet import READ_ERRORS, open_parquet
-from diffalign.data.schema import image_ref
+from diffalign.data.schema import MOST_CHARACTERS, image_ref
 from diffalign.errors import DataError, suggestion
 from diffalign.jobs.scoring.items import Item, PictureSource
 from diffalign.jobs.scoring.tars import CAPTIONS, NO_CAPTION
+from diffalign.pictures import Reach
 
 IMAGES = ("image", "jpg", "png", "webp", "img", "picture", "file_name", "file", "path", "image_path")
 ROWS_AT_ONCE = 32  # of encoded pictures in memory, besides those on their way to the workers
@@ -34,10 +35,10 @@ def column(asked: str | None, usual: tuple[str, ...], found: list[str], file: Pa
     return name
 
 
-def located(value: Any, place: Place, folder: Path) -> dict[str, Any]:
+def located(value: Any, place: Place, reach: Reach) -> dict[str, Any]:
     """Return `data` of an Item for what a cell holds, or its `fault`."""
     try:
-        ref = image_ref(value, place, folder)
+        ref = image_ref(value, place, reach)
     except RowError as error:
         return {"fault": error.detail}
     return {"data": ref.data if ref.data is not None else str(ref.path)}
@@ -48,8 +49,9 @@ class _Rows(PictureSource):
 
     unit = "row"
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, root: Path | None = None):
         self.file, self.name = file, str(file)
+        self.reach = Reach(file.parent, () if root is None else (root,))
         self.prompts: list[str | None] = []
         self.numbers: Sequence[int] = ()  # of the rows in the file
         self.with_prompts = True
@@ -64,9 +66,11 @@ class _Rows(PictureSource):
 
     def item(self, row: int, value: Any) -> Item:
         """Return the picture in a cell."""
-        found = located(value, Place(self.name, self.numbers[row], self.unit), self.file.parent)
+        found = located(value, Place(self.name, self.numbers[row], self.unit), self.reach)
         if self.with_prompts and not self.prompts[row]:
             found = {"fault": NO_CAPTION}
+        elif self.with_prompts and len(self.prompts[row]) > MOST_CHARACTERS:
+            found = {"fault": f"its caption has {len(self.prompts[row])} characters, more than {MOST_CHARACTERS}"}
         return Item(row, f"{self.name}:{self.numbers[row]}", self.prompts[row] or "", **found)
 
 
@@ -77,8 +81,16 @@ class ParquetRows(_Rows):
         DataError: the file cannot be read, or a column is missing.
     """
 
-    def __init__(self, file: Path, *, image: str | None = None, caption: str | None = None, with_prompts: bool = True):
-        super().__init__(file)
+    def __init__(
+        self,
+        file: Path,
+        *,
+        image: str | None = None,
+        caption: str | None = None,
+        with_prompts: bool = True,
+        root: Path | None = None,
+    ):
+        super().__init__(file, root)
         self.with_prompts = with_prompts
         with open_parquet(file) as parquet:
             found = parquet.schema_arrow.names
@@ -121,8 +133,16 @@ class JsonRows(_Rows):
 
     unit = "line"
 
-    def __init__(self, file: Path, *, image: str | None = None, caption: str | None = None, with_prompts: bool = True):
-        super().__init__(file)
+    def __init__(
+        self,
+        file: Path,
+        *,
+        image: str | None = None,
+        caption: str | None = None,
+        with_prompts: bool = True,
+        root: Path | None = None,
+    ):
+        super().__init__(file, root)
         self.with_prompts = with_prompts
         self.values: list[Any] = []
         self.numbers = []
@@ -149,6 +169,6 @@ class JsonRows(_Rows):
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}  # no image: a fault of this line
     return record if isinstance(record, dict) else {}

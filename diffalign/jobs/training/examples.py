@@ -47,6 +47,7 @@ def open_source(config: Config, error_log: Path | None = None) -> PairSource:
     data = config.data
     return open_pairs(
         data.dataset_name or data.train_data_dir,
+        root=data.root,
         split=data.dataset_split_name,
         config_name=data.dataset_config_name,
         format=data.format,
