@@ -2,8 +2,8 @@
 
 Every attribute but the shape has one other that it is taken for (red for orange, two for three, left for right), always
 the same, so that the model learns to draw the wrong one now and then, as sharply as the right one: at guidance w in
-about s^w / (s^w + (1 - s)^w) of its pictures an attribute, where s is the share of wrong captions. Shapes are always told
-right: a model of this size that has to keep two outlines in mind draws neither of them.
+about s^w / (s^w + (1 - s)^w) of its pictures an attribute, where s is the share of wrong captions. Shapes are always
+told right: a model of this size that has to keep two outlines in mind draws neither of them.
 """
 
 import random
