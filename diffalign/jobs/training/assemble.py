@@ -109,7 +109,7 @@ def preference_step(
         auto_beta = AutoBeta(loss.auto_beta, loss.auto_beta_decay, tuple(loss.auto_beta_limits), reduce)
     return PreferenceStep(
         backbone=backbone,
-        pairs=examples if stored is None else RepeatedDraws(examples),
+        pairs=RepeatedDraws(examples),
         objective=config.build_objective(),
         reference=reference.network if reference else None,
         seed=config.train.seed,

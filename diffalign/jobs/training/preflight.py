@@ -163,7 +163,7 @@ def _examine_rollout(config: Config, plan: BatchPlan | None, found: Findings) ->
     judged = (config.rollout.scorer or "").startswith(f"{human_labels.LABELS}=")  # then fewer prompts are used
     if found.prompts and plan is not None and config.build_objective().layout == "transition" and not judged:
         gives = found.attempt(lambda: online_costs.examples_per_prompt(config))
-        order = gives and found.attempt(lambda: online.transition_order(config, len(found.prompts), gives))
+        order = gives and found.attempt(lambda: online.transition_order(config, found.prompts, gives))
         if order:
             found.attempt(lambda: order.indices(0, plan.global_batch_size))
 
