@@ -21,6 +21,7 @@ from diffalign.backbones.files import LORA_FILE
 from diffalign.config import Config
 from diffalign.data import PairSource
 from diffalign.jobs import skipped
+from diffalign.jobs.devices import together_on_cpus
 from diffalign.jobs.training import (
     assemble,
     distributed,
@@ -182,7 +183,11 @@ def make_accelerator(config: Config) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.allow_tf32
     precision = "no" if config.pure_bf16 else train.mixed_precision  # no autocast around bfloat16 weights
     with zero.as_ddp():
-        return Accelerator(mixed_precision=precision, log_with=trackers or None, project_dir=train.output_dir)
+        accelerator = Accelerator(
+            cpu=together_on_cpus(), mixed_precision=precision, log_with=trackers or None, project_dir=train.output_dir
+        )
+    distributed.require_all(accelerator)
+    return accelerator
 
 
 def start_trackers(config: Config, accelerator: Accelerator) -> None:
