@@ -54,7 +54,7 @@ def load(
         ModelError: the model is missing, broken, pickled, of an unsupported family, or does not fit these options.
     """
     source = located(pretrained_model_name_or_path)
-    hints = _file_marks(Path(source)) | ({} if unet_init is None else _denoiser_marks(Path(located(unet_init))))
+    hints = _file_marks(Path(source)) | ({} if unet_init is None else denoiser_marks(Path(located(unet_init))))
     replacements: dict[str, Any] = {}
     if Path(source).is_file():
         index, modules = _from_file(Path(source), unet_init, vae, config, torch_dtype)
@@ -166,7 +166,7 @@ def _file_marks(path: Path) -> dict[str, Any]:
     return marks.schedule_hints(path)
 
 
-def _denoiser_marks(path: Path) -> dict[str, Any]:
+def denoiser_marks(path: Path) -> dict[str, Any]:
     """Return the same of a denoiser to be put into another pipeline; a folder may be that of its own pipeline."""
     return marks.scheduler_hints(path) if (path / "unet").is_dir() else _file_marks(path)
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from diffalign.backbones.base import Backbone
-from diffalign.config import Config, portable
+from diffalign.config import Config
 from diffalign.data import (
     AnnotatedPairs,
     Annotations,
@@ -226,9 +226,11 @@ def scorer_of(config: Config) -> str | None:
 
 
 def scores_file(config: Config, source: PairSource, console: Console) -> Path:
-    """Score all pairs with data.scorer and return the file; done once per data set and scorer."""
+    """Score all pairs with data.scorer and return the file; done once per data set, scorer and its weights."""
     directory = Path(config.data.cache_dir)
-    key = {"data": source.identify(directory / "content_hashes.sqlite"), "scorer": portable(config).data.scorer}
+    memo = directory / "content_hashes.sqlite"
+    weights = {name: scoring.weights_of(name, path, memo) for name, path in scoring.parse(config.data.scorer).items()}
+    key = {"data": source.identify(memo), "scorer": weights}
     if own := scoring.sources(config.data.scorer):
         key["own_code"] = own
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
