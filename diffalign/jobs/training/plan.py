@@ -1,6 +1,6 @@
 """`diffalign train --dry-run`: what a run would do and whether it fits, without loading weights or a network."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,17 @@ from diffalign.config import Config
 from diffalign.config.changes import dump_changed
 from diffalign.denoising import INVERSIONS, STABLE_DIFFUSION, DDPMPath, inversion
 from diffalign.errors import UserError
-from diffalign.jobs.training import assemble, cards, memory, meta_model, online_costs, preflight, storage, survey
+from diffalign.jobs.training import (
+    assemble,
+    cards,
+    long_captions,
+    memory,
+    meta_model,
+    online_costs,
+    preflight,
+    storage,
+    survey,
+)
 from diffalign.objectives.base import UNITS
 from diffalign.places import is_hub_id
 from diffalign.training import optimizer
@@ -115,6 +125,10 @@ class Plan:
         if self.found.source is not None:
             looked = survey.survey(self.found.source, config.data.resolution)
             yield "images", "none can be opened" if looked is None else looked.describe(config.data.resolution)
+        if self.model is not None and (captions := self._captions):
+            found = long_captions.count(self.model.kind, self.model.tokenizers(), captions)
+            if found is not None:
+                yield "captions", found.describe(config, self.model.kind)
         yield "batch", self.batch.describe(unit)
         yield f"{unit} seen", self._seen(unit)
         yield "network passes", passes(config)
@@ -131,6 +145,14 @@ class Plan:
         for note in self.found.notes:
             yield "note", note
         yield "verdict", self._verdict()
+
+    @property
+    def _captions(self) -> Sequence[str] | None:
+        """Return the captions of a run, None if they are not here or a stream's."""
+        if self.found.prompts is not None:
+            return self.found.prompts
+        content = self._content
+        return None if content is None or content.source is None or content.source.window else content.texts
 
     def _data(self) -> str:
         data, source = self.config.data, self.found.source

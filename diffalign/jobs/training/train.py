@@ -28,6 +28,7 @@ from diffalign.jobs.training import (
     examples,
     hub,
     identity,
+    long_captions,
     memory,
     model_card,
     networks,
@@ -98,6 +99,7 @@ def build_trainer(
         source = examples.open_source(config, Path(config.train.output_dir) / skipped.FILE)
         storage.check_room(config, source)
     console.print(f"Data: {source.name}: {source.counts}.")
+    long_captions.tell(config, backbone, source, console)
     known = identity.run_identity(config, plan, backbone, source)
     step, sampler, reference = learning(config, backbone, source, plan, accelerator, console)
     if not config.is_online:
