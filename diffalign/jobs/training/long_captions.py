@@ -1,6 +1,6 @@
 """Captions that are longer than what text encoders read: how many, said before they are encoded."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from rich.console import Console
 from diffalign.backbones.base import Backbone
 from diffalign.config import Config
 from diffalign.jobs import skipped
+from diffalign.jobs.training.meta_model import MetaModel
 
 COUNTED = 50_000  # captions that are tokenised, all over the data: of more, a share is told
 
@@ -29,9 +30,7 @@ class Long:
         count = f"{self.long:,} of {which} distinct captions"
         if not self.long:
             return f"{count} are longer than the {self.read} tokens that are read"
-        found = (
-            f"{count} are longer than the {self.read} tokens that are read at once, the longest has {self.longest:,}"
-        )
+        found = f"{count} are longer than the {self.read} tokens that are read, the longest has {self.longest:,}"
         if config.data.long_prompts == "chunk":
             return f"{found}: they are read in chunks (data.long_prompts)"
         fix = "" if family.long_prompts_fault("chunk") else "; data.long_prompts=chunk reads all of them"
@@ -46,6 +45,13 @@ def count(family: type[Backbone], tokenizers: Sequence[Any], captions: Iterable[
     sample = distinct[:: -(-len(distinct) // COUNTED)]
     counts, read = family.token_counts(tokenizers, sample)
     return Long(sum(number > read for number in counts), len(sample), len(distinct), max(counts), read)
+
+
+def rows(config: Config, model: MetaModel, captions: Sequence[str] | None) -> Iterator[tuple[str, str]]:
+    """Yield a line of the dry run, if captions and tokenizers are here."""
+    found = count(model.kind, model.tokenizers(), captions) if captions else None
+    if found is not None:
+        yield "captions", found.describe(config, model.kind)
 
 
 def tell(config: Config, backbone: Backbone, source: Any, console: Console) -> None:

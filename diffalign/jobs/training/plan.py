@@ -1,6 +1,6 @@
 """`diffalign train --dry-run`: what a run would do and whether it fits, without loading weights or a network."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -125,10 +125,9 @@ class Plan:
         if self.found.source is not None:
             looked = survey.survey(self.found.source, config.data.resolution)
             yield "images", "none can be opened" if looked is None else looked.describe(config.data.resolution)
-        if self.model is not None and (captions := self._captions):
-            found = long_captions.count(self.model.kind, self.model.tokenizers(), captions)
-            if found is not None:
-                yield "captions", found.describe(config, self.model.kind)
+        if self.model is not None:
+            texts = self.found.prompts or (self._content and self._content.texts)
+            yield from long_captions.rows(config, self.model, texts)
         yield "batch", self.batch.describe(unit)
         yield f"{unit} seen", self._seen(unit)
         yield "network passes", passes(config)
@@ -145,14 +144,6 @@ class Plan:
         for note in self.found.notes:
             yield "note", note
         yield "verdict", self._verdict()
-
-    @property
-    def _captions(self) -> Sequence[str] | None:
-        """Return the captions of a run, None if they are not here or a stream's."""
-        if self.found.prompts is not None:
-            return self.found.prompts
-        content = self._content
-        return None if content is None or content.source is None or content.source.window else content.texts
 
     def _data(self) -> str:
         data, source = self.config.data, self.found.source
