@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from diffalign.backbones import lora_layouts
-from diffalign.backbones.base import Backbone
+from diffalign.backbones.base import TEXT_ENCODERS, Backbone
 from diffalign.backbones.families import FAMILIES, family_of, kind_of
 from diffalign.backbones.files import LORA_FILE, read_header
 from diffalign.backbones.layer_names import LayerNames
@@ -72,7 +72,8 @@ def in_diffusers_layout(file: Path, denoiser: nn.Module) -> Iterator[Path]:
     keys, kind = Keys.of(name for name in read_header(file) if name != "__metadata__"), kind_of(denoiser)
     spelled = [(roles.get("down", ""), "alpha" in roles) for roles in keys.layers.values()]
     plain = all(down.endswith(".lora_A.weight") and not alpha for down, alpha in spelled)
-    loads = keys.layout == "diffusers" and plain and not keys.others
+    clip = any(place.network in TEXT_ENCODERS for place in keys.layers)  # named in metadata as transformers was then
+    loads = keys.layout == "diffusers" and plain and not keys.others and not clip
     names = None if loads or not keys.layers else kind.layer_names(denoiser)
     if names is None:
         yield file

@@ -149,7 +149,7 @@ def test_all_layers_act_by_their_alphas(writer, backbone, factors, tmp_path):
 def test_a_peft_folder_names_its_base(backbone, factors, tmp_path):
     assert peft_folders.base_named(peft(factors, backbone, tmp_path)) == "someone/base"
     assert peft_folders.base_named(tmp_path / "unet" / "adapter_model.safetensors") == "someone/base"
-    assert peft_folders.base_named(tmp_path / "text_encoder" / "elsewhere") is None
+    assert peft_folders.base_named(tmp_path / "nowhere" / "x.safetensors") is None
 
 
 def test_a_part_that_does_not_fit_is_refused(tiny_sd15, backbone, factors, tmp_path):
