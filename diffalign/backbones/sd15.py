@@ -17,7 +17,7 @@ class SD15(UNetBackbone):
     pipeline_class = StableDiffusionPipeline
     text_columns = ("prompt_embeds",)
 
-    def _encode(self, tokens: Sequence[Any]) -> dict[str, Tensor]:
+    def _encode_tokens(self, tokens: Sequence[Any]) -> dict[str, Tensor]:
         """Return the last hidden states [N,L,D] of the text encoder, in its dtype."""
         encoder = self.text_encoders[0]
         read = tokens[0].to(encoder.device)

@@ -19,7 +19,7 @@ class SDXL(UNetBackbone):
     pipeline_class = StableDiffusionXLPipeline
     text_columns = ("prompt_embeds", "pooled_prompt_embeds")
 
-    def _encode(self, tokens: Sequence[Any]) -> dict[str, Tensor]:
+    def _encode_tokens(self, tokens: Sequence[Any]) -> dict[str, Tensor]:
         """Return both encoders' penultimate hidden states side by side [N,L,D1+D2] and the second's projection [N,P].
 
         The pipeline replaces the embeddings of a missing negative prompt by zeros; here "" is encoded like any text.

@@ -72,9 +72,9 @@ class UNetBackbone(Backbone):
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return the `text_columns` of prompts, cut to what CLIP reads or, in chunks, as a whole; see Backbone."""
         if self.long_prompts == "truncate":
-            return self._encode([self._tokenize(tokenizer, prompts) for tokenizer in self.tokenizers])
+            return self._encode_tokens([self._tokenize(tokenizer, prompts) for tokenizer in self.tokenizers])
         tokens, counts = split(self.tokenizers, prompts)
-        return joined(self._encode(tokens), counts)
+        return joined(self._encode_tokens(tokens), counts)
 
     def condition(self, text: Mapping[str, Tensor], sizes: Tensor | None) -> Conditioning:
         """Build the conditioning; texts of several lengths are repeated to a common one."""
@@ -89,7 +89,7 @@ class UNetBackbone(Backbone):
         return found if self.long_prompts == "truncate" else f"{found} {self.long_prompts}"
 
     @abstractmethod
-    def _encode(self, tokens: Sequence[Any]) -> dict[str, Tensor]:
+    def _encode_tokens(self, tokens: Sequence[Any]) -> dict[str, Tensor]:
         """Return the `text_columns` of what each of the tokenizers returned for N prompts, or for N chunks of them."""
 
     def _noise_path(self) -> DDPMPath:
