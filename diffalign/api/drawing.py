@@ -72,6 +72,7 @@ def generate(
     steps: int = 30,
     guidance_scale: float = 5.0,
     negative_prompt: str = "",
+    long_prompts: str = "truncate",
     negative_lora: PathLike | None = None,
     negative_scale: float = 1.0,
     policy_scale: float = 1.0,
@@ -96,6 +97,7 @@ def generate(
         steps: denoising steps, with the model's own scheduler.
         guidance_scale: 7.5 is usual for SD1.5, 5.0 for SDXL; 1 switches guidance off (of Z-Image, 0).
         negative_prompt: what the pictures should not show.
+        long_prompts: "truncate", or "chunk": CLIP reads prompts as a whole, 75 tokens at a time (SD1.5, SDXL).
         negative_lora: Diffusion-NPO: a LoRA, UNet or run that draws the unconditional branch of guidance.
         negative_scale: how much of it is in that branch.
         policy_scale: how much of the model's own training is in that branch.
@@ -119,6 +121,7 @@ def generate(
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
+        long_prompts=long_prompts,
         height=height,
         width=width,
         batch_size=batch_size,

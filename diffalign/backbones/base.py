@@ -136,6 +136,33 @@ class Backbone(Pictures, ABC):
         raise NotImplementedError(f"{cls.family} keeps padding: it has no token_columns")
 
     @classmethod
+    def read_texts(cls, tokenizers: Sequence[Any], prompts: list[str]) -> tuple[Any, list[str], int]:
+        """Return the tokenizer that reads most of a prompt, the texts it is given, and how many tokens are read."""
+        return tokenizers[0], prompts, tokenizers[0].model_max_length
+
+    @classmethod
+    def token_counts(cls, tokenizers: Sequence[Any], prompts: list[str]) -> tuple[list[int], int]:
+        """Return how many tokens prompts have before anything is cut, marks included, and how many are read."""
+        tokenizer, texts, limit = cls.read_texts(tokenizers, prompts)
+        tokens = tokenizer(texts, padding=False, truncation=False, verbose=False).input_ids
+        return [len(ids) for ids in tokens], limit
+
+    @classmethod
+    def long_prompts_fault(cls, how: str) -> str | None:
+        """Say why long prompts cannot be read so; None if they can, as all can by "truncate"."""
+        if how == "truncate":
+            return None
+        return (
+            f'"{how}" means nothing for {cls.family}: it is for the CLIP encoders of SD1.5 and SDXL, and those of '
+            f"{cls.family} are given longer prompts as a whole. Use truncate."
+        )
+
+    @classmethod
+    def long_prompt_arguments(cls, pipeline: Any, prompts: list[str], negative_prompt: str) -> dict[str, Any]:
+        """Return how the pipeline is told of prompts that are read as a whole, in chunks."""
+        raise NotImplementedError(cls.long_prompts_fault("chunk"))
+
+    @classmethod
     def shift(cls, scheduler_config: Mapping[str, Any], tokens: int) -> Shift:
         """Return how the model's scheduler moves levels of noise for a picture of `tokens` tokens; DDPM's does not."""
         return Shift()

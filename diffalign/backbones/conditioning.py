@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffalign.backbones.long_prompts import to_common_length
+
 MASK = "prompt_embeds_mask"  # bool [N,L]: which tokens are the prompt's, and not padding
 TOKENS = frozenset({"prompt_embeds", MASK})  # [N,L,...], of a prompt alone: images that share it may share these
 EXACT = frozenset({"add_time_ids", "resolution", "aspect_ratio"})  # numbers that the network is told, in float32
@@ -64,6 +66,8 @@ class Conditioning:
     def cat(cls, conditionings: Sequence[Self]) -> Self:
         """Concatenate along N, none shared; with a mask, prompts of fewer tokens are padded with zeros it leaves out.
 
+        Without one, texts of several lengths are long prompts in chunks: they are repeated (see `long_prompts`).
+
         Raises:
             ValueError: the columns are not the same ones.
         """
@@ -74,6 +78,8 @@ class Conditioning:
         if MASK in parts:
             longest = max(mask.shape[1] for mask in parts[MASK])
             parts |= {name: [_padded(part, longest) for part in parts[name]] for name in TOKENS}
+        elif len({part.shape[1] for part in parts["prompt_embeds"]}) > 1:
+            parts["prompt_embeds"] = to_common_length(parts["prompt_embeds"])
         return cls({name: torch.cat(columns) for name, columns in parts.items()})
 
 

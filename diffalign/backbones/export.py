@@ -11,16 +11,17 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffalign.backbones import inspection, lora_layouts, single_file
-from diffalign.backbones.adapters import ADAPTER, adaptable, adapted_layers, count_adapted, free_name, has_adapters
+from diffalign.backbones import inspection, lora_layouts, peft_folders, single_file
+from diffalign.backbones.adapters import ADAPTER, adapted_layers, has_adapters
 from diffalign.backbones.families import denoiser_name, denoiser_of, family_of, name_of, with_denoiser
-from diffalign.backbones.files import LORA_FILE, load_errors, quiet_diffusers, read_header, write_atomically
+from diffalign.backbones.files import LORA_FILE, read_header, write_atomically
 from diffalign.backbones.kohya import kohya_metadata
 from diffalign.backbones.layer_names import LayerNames
-from diffalign.backbones.loading import load, load_denoiser
+from diffalign.backbones.loading import denoiser_marks, load, load_denoiser, with_marks
 from diffalign.backbones.lora_factors import Factors
-from diffalign.backbones.lora_families import check_lora, in_diffusers_layout, names_of, word_for
-from diffalign.backbones.lora_files import Lora
+from diffalign.backbones.lora_families import names_of, word_for
+from diffalign.backbones.lora_files import Lora, find_file
+from diffalign.backbones.lora_loading import load_lora, load_readable
 from diffalign.errors import ModelError
 
 # Settings in which the denoisers of two families, or of two sizes of one, differ.
@@ -173,8 +174,9 @@ def save_denoiser(
 def load_adapter_into(pipeline: Any, source: str | Path) -> Any:
     """Return a pipeline with the weights at `source`: `pipeline` itself, or a new one if `source` is a whole pipeline.
 
-    source: a LoRA file or folder (diffusers' or kohya's layout), a file or folder of a UNet or transformer, a folder
-    that holds `unet/` or `transformer/`, a pipeline folder, or a hub id of a LoRA, a UNet or a transformer.
+    source: a LoRA file or folder of any layout, or one with a folder of peft's for each network; a file or folder of a
+    UNet or transformer, a folder that holds `unet/` or `transformer/`, a pipeline folder, or a hub id of a LoRA, a UNet
+    or a transformer.
 
     Raises:
         ModelError: nothing of the kind is there, or it does not fit this pipeline.
@@ -182,8 +184,11 @@ def load_adapter_into(pipeline: Any, source: str | Path) -> Any:
     path = Path(source)
     if path.is_file() and single_file.is_denoiser(path):
         return _replace_denoiser(pipeline, source)
-    if path.is_file() or _is_lora_folder(path):
-        return _load_lora(pipeline, path.parent if path.is_file() else path, _lora_name(path), str(source))
+    if path.is_file() or _holds_lora(path):
+        return load_lora(pipeline, _lora_file(path), str(source))
+    if peft_folders.parts(path):
+        with peft_folders.joined(path) as file:
+            return load_lora(pipeline, file, str(source))
     if (path / "model_index.json").is_file():
         backbone = load(path, torch_dtype=denoiser_of(pipeline).dtype).to(pipeline.device)
         return backbone.pipeline()
@@ -193,7 +198,7 @@ def load_adapter_into(pipeline: Any, source: str | Path) -> Any:
         return _replace_denoiser(pipeline, source)
     except ModelError as error:
         try:
-            return _load_lora(pipeline, str(source), LORA_FILE, str(source))
+            return load_readable(pipeline, str(source), LORA_FILE, str(source))
         except ModelError:
             raise error from None
 
@@ -230,68 +235,16 @@ def _strings(base_model: str | None, metadata: Mapping[str, Any] | None) -> dict
     return entries | {key: str(value) for key, value in (metadata or {}).items()}
 
 
-def _is_lora_folder(path: Path) -> bool:
-    return path.is_dir() and bool(_lora_files(path))
+def _lora_file(path: Path) -> Path:
+    if path.is_file() and path.suffix != ".safetensors":
+        raise ModelError(f'"{path}" is not a .safetensors file. Give a LoRA file, a LoRA folder or a UNet folder.')
+    return find_file(path)
 
 
-def _lora_files(folder: Path) -> list[Path]:
-    if (folder / LORA_FILE).is_file():
-        return [folder / LORA_FILE]
-    candidates = [path for path in sorted(folder.glob("*.safetensors")) if path.name != WEIGHTS_FILE]
-    return [path for path in candidates if any("lora" in name for name in read_header(path))]
-
-
-def _lora_name(path: Path) -> str:
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise ModelError(f'"{path}" is not a .safetensors file. Give a LoRA file, a LoRA folder or a UNet folder.')
-        return path.name
-    files = _lora_files(path)
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise ModelError(f'"{path}" holds several LoRA files ({names}). Give one of them.')
-    return files[0].name
-
-
-def _load_lora(pipeline: Any, folder: Path | str, name: str, source: str) -> Any:
-    denoiser = denoiser_of(pipeline)
-    if isinstance(folder, Path):
-        check_lora(folder / name, type(pipeline).__name__)
-        with in_diffusers_layout(folder / name, denoiser) as file:
-            return _load_readable(pipeline, file.parent, file.name, source)
-    return _load_readable(pipeline, folder, name, source)
-
-
-def _load_readable(pipeline: Any, folder: Path | str, name: str, source: str) -> Any:
-    denoiser = denoiser_of(pipeline)
-    expected = _count_modules(folder / name) if isinstance(folder, Path) else None
-    adapter = free_name(denoiser)
-    # For each text encoder a UNet-only LoRA draws a warning that ends in "open an issue".
-    with load_errors("the LoRA", source), quiet_diffusers():
-        if hasattr(pipeline, "load_lora_weights"):
-            pipeline.load_lora_weights(str(folder), weight_name=name, adapter_name=adapter, use_safetensors=True)
-        else:  # PixArt's have no loader
-            options = {"weight_name": name, "adapter_name": adapter, "use_safetensors": True}
-            adaptable(denoiser).load_lora_adapter(str(folder), prefix=name_of(denoiser), **options)
-    fitting = count_adapted(denoiser, adapter)
-    # diffusers only logs what did not fit.
-    if fitting == 0 or (expected is not None and fitting != expected):
-        raise ModelError(
-            f'Only {fitting} of the {expected or "adapted"} modules in the LoRA "{source}" fit this '
-            f"{word_for(denoiser_name(pipeline))}. "
-            "Check that it was trained on this model family."
-        )
-    return pipeline
-
-
-def _count_modules(file: Path) -> int:
-    names = read_header(file)
-    # The A (down) matrices in the layouts of peft, kohya and older diffusers.
-    ends = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight", "_lora.down.weight")
-    count = sum(name.endswith(ends) and not name.startswith(("text_encoder", "lora_te")) for name in names)
-    if count == 0:
-        raise ModelError(f'"{file}" has no LoRA tensors for a denoiser. Give a LoRA of one, or a folder with unet/.')
-    return count
+def _holds_lora(folder: Path) -> bool:
+    """Tell whether a file of a folder is a LoRA; its networks' files are called otherwise."""
+    files = [file for file in folder.glob("*.safetensors") if file.name != WEIGHTS_FILE]
+    return any("lora" in name for file in files for name in read_header(file))
 
 
 def _replace_denoiser(pipeline: Any, source: str | Path) -> Any:
@@ -307,4 +260,6 @@ def _replace_denoiser(pipeline: Any, source: str | Path) -> Any:
                 f'The {name} of "{source}" has {key} {network.config.get(key)}, this pipeline {own.config.get(key)}: '
                 f"they belong to different families. Give the base model this {name} was trained from."
             )
+    if name == "UNet":
+        pipeline.scheduler = with_marks(pipeline.scheduler, denoiser_marks(Path(source)))
     return with_denoiser(pipeline, network.to(pipeline.device))

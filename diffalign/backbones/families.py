@@ -6,7 +6,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from diffalign.backbones.base import Backbone
+from diffalign.backbones.adapters import has_adapters
+from diffalign.backbones.base import TEXT_ENCODERS, Backbone, present
 from diffalign.backbones.flux import Flux
 from diffalign.backbones.flux2 import Flux2
 from diffalign.backbones.lumina2 import Lumina2
@@ -65,6 +66,12 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
 def denoiser_of(pipeline: DiffusionPipeline) -> Any:
     """Return the network of a pipeline that denoises."""
     return getattr(pipeline, denoiser_name(pipeline))
+
+
+def adapted(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    """Return the networks of a pipeline that carry a LoRA: its denoiser first, then text encoders."""
+    networks = [denoiser_of(pipeline), *present(pipeline.components, TEXT_ENCODERS)]
+    return [network for network in networks if has_adapters(network)]
 
 
 def with_denoiser(pipeline: DiffusionPipeline, denoiser: nn.Module) -> DiffusionPipeline:

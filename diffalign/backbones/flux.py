@@ -1,6 +1,6 @@
 """FLUX.1: CLIP's pooled embedding, T5, and a guidance-distilled transformer over packed latents and text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,11 @@ class Flux(FlowBackbone):
                 "Train FLUX.1-dev and put the LoRA on this one when drawing. If it was trained back to many steps, "
                 "give it FLUX.1-dev's scheduler_config.json."
             )
+
+    @classmethod
+    def read_texts(cls, tokenizers: Sequence[Any], prompts: list[str]) -> tuple[Any, list[str], int]:
+        """Return T5, of CLIP only the pooled output counts; see Backbone."""
+        return tokenizers[1], prompts, T5_LENGTH
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return T5's last hidden states [N,512,D] and CLIP's pooled output [N,P]; padding is not masked."""

@@ -1,7 +1,7 @@
 """FLUX.2: hidden states of a language model as text, latents normalised by token, packed into one stream with it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,13 @@ from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Pipeline, Flu
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Mistral3ForConditionalGeneration, PixtralProcessor, Qwen2Tokenizer, Qwen3ForCausalLM
+from transformers import (
+    Mistral3ForConditionalGeneration,
+    PixtralProcessor,
+    ProcessorMixin,
+    Qwen2Tokenizer,
+    Qwen3ForCausalLM,
+)
 
 from diffalign.backbones import packing
 from diffalign.backbones.chats import chats
@@ -171,14 +177,20 @@ class Flux2(FlowBackbone):
     def _is_klein(self) -> bool:
         return isinstance(self.text_encoders[0], Qwen3ForCausalLM)
 
-    def _tokens(self, prompts: list[str]) -> Any:
-        tokenizer = self.tokenizers[0]
-        if self._is_klein:
-            return self._tokenize(tokenizer, chats(tokenizer, prompts, thinking=False), TEXT_LENGTH)
-        words, told = tokenizer.tokenizer, [_told(prompt) for prompt in prompts]
+    @classmethod
+    def read_texts(cls, tokenizers: Sequence[Any], prompts: list[str]) -> tuple[Any, list[str], int]:
+        """Return the language model's tokenizer and the chats about prompts; see Backbone."""
+        tokenizer = tokenizers[0]
+        if not isinstance(tokenizer, ProcessorMixin):
+            return tokenizer, chats(tokenizer, prompts, thinking=False), TEXT_LENGTH
+        told = [_told(prompt) for prompt in prompts]
         texts = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=False)
-        begun = words.bos_token is not None and texts[0].startswith(words.bos_token)
-        return self._tokenize(words, texts, TEXT_LENGTH, marked=begun)
+        return tokenizer.tokenizer, texts, TEXT_LENGTH
+
+    def _tokens(self, prompts: list[str]) -> Any:
+        words, texts, length = self.read_texts(self.tokenizers, prompts)
+        begun = not self._is_klein and words.bos_token is not None and texts[0].startswith(words.bos_token)
+        return self._tokenize(words, texts, length, marked=begun)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and std [4C] float32 of the channels of tokens, which the VAE keeps as those of a batch norm."""

@@ -35,6 +35,12 @@ class GemmaBackbone(FlowBackbone):
         return sum(min(cls.padded_length, len(ids) - left_out) for ids in tokens)
 
     @classmethod
+    def read_texts(cls, tokenizers: Sequence[Any], prompts: list[str]) -> tuple[Any, list[str], int]:
+        """Return Gemma2 and the instruction before prompts; see Backbone."""
+        tokenizer, texts = tokenizers[0], [cls.instruction + prompt for prompt in prompts]
+        return tokenizer, texts, cls.padded_length + cls._left_out(len(tokenizer.encode(cls.instruction)))
+
+    @classmethod
     def _left_out(cls, instruction_tokens: int) -> int:
         """Return how many of the instruction's tokens the network is not given."""
         return 0

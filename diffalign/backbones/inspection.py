@@ -5,7 +5,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from diffalign.backbones import published, single_file
+from diffalign.backbones import marks, published, single_file
 from diffalign.backbones.base import TEXT_ENCODERS, Backbone
 from diffalign.backbones.denoiser_file import DenoiserFile
 from diffalign.backbones.families import BY_NAME, DENOISERS, FAMILIES, PIPELINES, family_of
@@ -107,6 +107,9 @@ def check(
         check_denoiser(file, source)
     if folder.is_file():
         single_file.family_of(folder)
+        marks.schedule_hints(folder)
+        if vae is None:
+            single_file.check_vae(folder)
     elif folder.is_dir():
         index = read_index(str(folder))
         family = PIPELINES[index["_class_name"]]

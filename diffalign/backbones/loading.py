@@ -1,5 +1,6 @@
 """Load a backbone from a hub id, a diffusers folder or a single .safetensors file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from torch import nn
 from transformers import PreTrainedModel
 
-from diffalign.backbones import base, single_file
+from diffalign.backbones import base, marks, single_file
 from diffalign.backbones.base import Backbone, present
+from diffalign.backbones.denoiser_file import DenoiserFile
 from diffalign.backbones.families import PIPELINES
 from diffalign.backbones.files import check_weights, load_errors
 from diffalign.backbones.inspection import check_trainable, denoiser_config, denoiser_file, located, read_index
@@ -40,7 +42,8 @@ def load(
         revision: branch, tag or commit of a hub id.
         variant: "fp16" to read `*.fp16.safetensors`; does not apply to `vae` and `unet_init`.
         torch_dtype: dtype of all modules.
-        prediction_type: "epsilon" or "v_prediction", where the scheduler's own is wrong or missing.
+        prediction_type: "epsilon" or "v_prediction", where the scheduler's own, or what a file is marked with
+            (see `marks`), is wrong or missing.
         zero_terminal_snr: rescale the schedule to end in pure noise (arXiv:2305.08891); needs v_prediction.
         config: for a single file only: the diffusers folder or hub id with its configs and tokenizers. By default the
             published ones of SD1.5 and SDXL base, which ship with this package.
@@ -51,12 +54,10 @@ def load(
         ModelError: the model is missing, broken, pickled, of an unsupported family, or does not fit these options.
     """
     source = located(pretrained_model_name_or_path)
+    hints = _file_marks(Path(source)) | ({} if unet_init is None else denoiser_marks(Path(located(unet_init))))
     replacements: dict[str, Any] = {}
     if Path(source).is_file():
         index, modules = _from_file(Path(source), unet_init, vae, config, torch_dtype)
-        hints = single_file.schedule_hints(Path(source))
-        prediction_type = prediction_type or hints.get("prediction_type")
-        zero_terminal_snr = zero_terminal_snr or hints.get("zero_terminal_snr", False)
     else:
         if config is not None:
             raise ModelError(f'"config" describes a single .safetensors file, but "{source}" is not one. Drop it.')
@@ -75,7 +76,7 @@ def load(
         vae=modules["vae"],
         tokenizers=present(modules, base.TOKENIZERS),
         text_encoders=present(modules, base.TEXT_ENCODERS),
-        scheduler=with_schedule(modules["scheduler"], prediction_type, zero_terminal_snr),
+        scheduler=with_marks(modules["scheduler"], hints, prediction_type, zero_terminal_snr),
         source=source,
         options={key: value for key, value in index.items() if isinstance(value, bool)},
     )
@@ -126,6 +127,16 @@ def load_vae(
     return _component(loader, source, subfolder, torch_dtype=torch_dtype)
 
 
+def with_marks(
+    scheduler: Any, hints: Mapping[str, Any], prediction_type: str | None = None, zero_terminal_snr: bool = False
+) -> Any:
+    """Return `scheduler` as the marks of a file ask for it, where it is not said; errors as of `with_schedule`."""
+    prediction_type = prediction_type or hints.get("prediction_type")
+    # As in ComfyUI, the mark of a zero terminal SNR counts beside that of v only.
+    is_v = (prediction_type or scheduler.config.get("prediction_type")) == marks.V
+    return with_schedule(scheduler, prediction_type, zero_terminal_snr or (is_v and "zero_terminal_snr" in hints))
+
+
 def with_schedule(scheduler: Any, prediction_type: str | None, zero_terminal_snr: bool) -> Any:
     """Return `scheduler` with another prediction type or a zero terminal SNR, or unchanged.
 
@@ -146,6 +157,18 @@ def with_schedule(scheduler: Any, prediction_type: str | None, zero_terminal_snr
         if "rescale_betas_zero_snr" not in config:
             scheduler = DDIMScheduler()  # PNDM and others have no such option; DDIM reads the same settings
     return type(scheduler).from_config(config | changes) if changes else scheduler
+
+
+def _file_marks(path: Path) -> dict[str, Any]:
+    """Return what a single file says of its schedule; nothing of folders, which have a scheduler, and transformers."""
+    if not path.is_file() or ((file := DenoiserFile.find(path)) is not None and file.kind.denoiser_name != "unet"):
+        return {}
+    return marks.schedule_hints(path)
+
+
+def denoiser_marks(path: Path) -> dict[str, Any]:
+    """Return the same of a denoiser to be put into another pipeline; a folder may be that of its own pipeline."""
+    return marks.scheduler_hints(path) if (path / "unet").is_dir() else _file_marks(path)
 
 
 def _from_folder(

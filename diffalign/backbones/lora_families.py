@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from diffalign.backbones import lora_layouts
-from diffalign.backbones.base import Backbone
+from diffalign.backbones.base import TEXT_ENCODERS, Backbone
 from diffalign.backbones.families import FAMILIES, family_of, kind_of
 from diffalign.backbones.files import LORA_FILE, read_header
 from diffalign.backbones.layer_names import LayerNames
@@ -63,18 +63,17 @@ def read(file: LoraFile, kind: type[Backbone], names: LayerNames, text: bool = T
 def in_diffusers_layout(file: Path, denoiser: nn.Module) -> Iterator[Path]:
     """Yield `file`, or what it says in the layout that diffusers loads, where that reads its own falsely or not at all.
 
-    Of UNets diffusers reads kohya's layout as well; of transformers some parts of it, for some families.
+    diffusers reads kohya's layout as well, but leaves out what it does not know (the magnitudes of a DoRA, the third
+    factor of a LoCon), and of transformers it reads some parts for some families.
 
     Raises:
         ModelError: the LoRA does not belong on `denoiser`.
     """
     keys, kind = Keys.of(name for name in read_header(file) if name != "__metadata__"), kind_of(denoiser)
-    if kind.denoiser_name == "unet":
-        loads = keys.layout in ("diffusers", "kohya")
-    else:
-        spelled = [(roles.get("down", ""), "alpha" in roles) for roles in keys.layers.values()]
-        plain = all(down.endswith(".lora_A.weight") and not alpha for down, alpha in spelled)
-        loads = keys.layout == "diffusers" and plain
+    spelled = [(roles.get("down", ""), "alpha" in roles) for roles in keys.layers.values()]
+    plain = all(down.endswith(".lora_A.weight") and not alpha for down, alpha in spelled)
+    clip = any(place.network in TEXT_ENCODERS for place in keys.layers)  # named in metadata as transformers was then
+    loads = keys.layout == "diffusers" and plain and not keys.others and not clip
     names = None if loads or not keys.layers else kind.layer_names(denoiser)
     if names is None:
         yield file

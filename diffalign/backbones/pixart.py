@@ -54,6 +54,11 @@ class PixArt(TransformerBackbone):
         return sum(map(len, tokenizers[0](texts, max_length=cls.text_length, truncation=True).input_ids))
 
     @classmethod
+    def read_texts(cls, tokenizers: Sequence[Any], prompts: list[str]) -> tuple[Any, list[str], int]:
+        """Return T5 and prompts that are not cleaned; see Backbone."""
+        return tokenizers[0], [prompt.lower().strip() for prompt in prompts], cls.text_length
+
+    @classmethod
     def check_schedule(cls, source: str, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
         """Refuse PixArt-LCM under other names."""
         if (name := scheduler.get("_class_name")) == "LCMScheduler":

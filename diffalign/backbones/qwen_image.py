@@ -122,6 +122,11 @@ class QwenImage(FlowBackbone):
         return sum(len(ids) - DROPPED for ids in tokens)
 
     @classmethod
+    def read_texts(cls, tokenizers: Sequence[Any], prompts: list[str]) -> tuple[Any, list[str], int]:
+        """Return Qwen2.5-VL and the template around prompts; see Backbone."""
+        return tokenizers[0], [TEMPLATE.format(prompt) for prompt in prompts], DROPPED + TEXT_LENGTH
+
+    @classmethod
     def prompt_size(cls, denoiser_config: Mapping[str, Any]) -> int:
         """Return the numbers of the padded tokens and of their mask."""
         return TEXT_LENGTH * (denoiser_config["joint_attention_dim"] + 1)

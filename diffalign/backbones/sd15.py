@@ -1,5 +1,8 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, no micro-conditioning."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
@@ -14,12 +17,12 @@ class SD15(UNetBackbone):
     pipeline_class = StableDiffusionPipeline
     text_columns = ("prompt_embeds",)
 
-    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+    def _encode_tokens(self, tokens: Sequence[Any]) -> dict[str, Tensor]:
         """Return the last hidden states [N,L,D] of the text encoder, in its dtype."""
         encoder = self.text_encoders[0]
-        tokens = self._tokenize(self.tokenizers[0], prompts).to(encoder.device)
-        mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
-        return {"prompt_embeds": encoder(tokens.input_ids, attention_mask=mask)[0]}
+        read = tokens[0].to(encoder.device)
+        mask = read.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
+        return {"prompt_embeds": encoder(read.input_ids, attention_mask=mask)[0]}
 
     def predict(self, denoiser: nn.Module, xt: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
         """Return the UNet's prediction [N,C,h,w] in its dtype."""

@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5: two CLIP text encoders, T5, and a transformer over text and picture (2403.03206)."""
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -114,6 +114,11 @@ class SD3(FlowBackbone):
         super().check_trainable(source, denoiser, vae, resolution)
         largest = denoiser["pos_embed_max_size"] * cls.patch_size(denoiser) * cls.scale_factor_of(vae)
         cls._check_positions(source, largest, resolution)
+
+    @classmethod
+    def read_texts(cls, tokenizers: Sequence[Any], prompts: list[str]) -> tuple[Any, list[str], int]:
+        """Return T5, or CLIP where that is missing; see Backbone."""
+        return (tokenizers[2], prompts, T5_LENGTH) if len(tokenizers) > 2 else super().read_texts(tokenizers, prompts)
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return CLIP's penultimate hidden states, padded to T5's width and followed by T5's states [N,L+256,D].

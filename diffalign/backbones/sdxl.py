@@ -1,6 +1,7 @@
 """Stable Diffusion XL: two CLIP text encoders and size micro-conditioning (Podell et al. 2023, arXiv:2307.01952)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -18,15 +19,14 @@ class SDXL(UNetBackbone):
     pipeline_class = StableDiffusionXLPipeline
     text_columns = ("prompt_embeds", "pooled_prompt_embeds")
 
-    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+    def _encode_tokens(self, tokens: Sequence[Any]) -> dict[str, Tensor]:
         """Return both encoders' penultimate hidden states side by side [N,L,D1+D2] and the second's projection [N,P].
 
         The pipeline replaces the embeddings of a missing negative prompt by zeros; here "" is encoded like any text.
         """
         hidden_states = []
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            tokens = self._tokenize(tokenizer, prompts).input_ids.to(encoder.device)
-            output = encoder(tokens, output_hidden_states=True)
+        for read, encoder in zip(tokens, self.text_encoders, strict=True):
+            output = encoder(read.input_ids.to(encoder.device), output_hidden_states=True)
             hidden_states.append(output.hidden_states[-2])
         return {"prompt_embeds": torch.cat(hidden_states, dim=-1), "pooled_prompt_embeds": output.text_embeds}
 

@@ -17,6 +17,8 @@ from diffalign.backbones.published import PIPELINE_NAMES, write_config_folder
 from diffalign.errors import ModelError
 
 UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+VAES = {"sdxl": "madebyollin/sdxl-vae-fp16-fix", "sd15": "stabilityai/sd-vae-ft-mse"}  # what fits most of a family
 # What only the text encoders of a whole checkpoint have in their names.
 MARKERS = {
     "sdxl": "conditioner.embedders.1.",
@@ -64,11 +66,18 @@ def is_denoiser(path: Path) -> bool:
     return _whole_family(read_header(path)) is None and DenoiserFile.find(path) is not None
 
 
-def schedule_hints(path: Path) -> dict[str, Any]:
-    """Return prediction_type and zero_terminal_snr where the file carries the marks v-prediction models are given."""
-    names = read_header(path).keys()
-    hints: dict[str, Any] = {"prediction_type": "v_prediction"} if "v_pred" in names else {}
-    return hints | ({"zero_terminal_snr": True} if "ztsnr" in names else {})
+def check_vae(path: Path) -> None:
+    """Refuse a checkpoint without a VAE, as those of UNets with text encoders alone are.
+
+    Raises:
+        ModelError: it has none; what to set, then.
+    """
+    if not any(name.startswith(VAE_PREFIXES) for name in read_header(path)):
+        vae = VAES["sdxl" if family_of(path) == "sdxl" else "sd15"]
+        raise ModelError(
+            f'"{path}" holds no VAE. Set model.pretrained_vae_model_name_or_path, to "{vae}" or the VAE it was made '
+            "for. Commands that draw have no such key: give them a whole checkpoint, or a diffusers folder."
+        )
 
 
 @contextmanager
@@ -110,6 +119,8 @@ def load_modules(
     if is_xl != (class_name == PIPELINE_NAMES["sdxl"]):
         kind = "an SDXL" if is_xl else "an SD1 or SD2"
         raise ModelError(f'"{path}" is {kind} checkpoint, but its config "{config}" is a {class_name}.')
+    if "vae" not in replacements:
+        check_vae(path)
     with load_errors("the modules", str(path)), quiet_diffusers():
         try:
             pipeline = getattr(diffusers, class_name).from_single_file(

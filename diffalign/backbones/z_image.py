@@ -89,6 +89,11 @@ class ZImage(FlowBackbone):
         return sum(map(len, tokens.input_ids))
 
     @classmethod
+    def read_texts(cls, tokenizers: Sequence[Any], prompts: list[str]) -> tuple[Any, list[str], int]:
+        """Return Qwen3 and the chats about prompts; see Backbone."""
+        return tokenizers[0], chats(tokenizers[0], prompts, thinking=True), TEXT_LENGTH
+
+    @classmethod
     def check_trainable(cls, source: str, denoiser: Mapping[str, Any], vae: Mapping[str, Any], resolution: int) -> None:
         """Refuse what the flow families refuse, networks that look at pictures, and pictures beyond the positions."""
         super().check_trainable(source, denoiser, vae, resolution)

@@ -48,12 +48,15 @@ class Sampling:
         float, typer.Option(help="7.5 is usual for SD1.5, 5.0 for SDXL, 4.0 for Qwen-Image; 1 is none (of Z-Image, 0).")
     ] = 5.0
     negative_prompt: Annotated[str, typer.Option(help="What the pictures should not show.")] = ""
+    long_prompts: Annotated[
+        str, typer.Option(help="truncate, or chunk: CLIP reads prompts as a whole, 75 tokens at a time (SD1.5, SDXL).")
+    ] = "truncate"
 
     def settings(self, size: Size):
         """Return the `SamplingSettings` that both groups say."""
         from diffalign.evaluation import SamplingSettings
 
-        given = {"guidance_scale": self.guidance_scale, "negative_prompt": self.negative_prompt}
+        given = {name: value for name, value in vars(self).items() if name != "steps"}
         return SamplingSettings(num_inference_steps=self.steps, **given, **vars(size))
 
 

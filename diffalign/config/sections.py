@@ -91,6 +91,9 @@ class DataSettings(Settings):
     """Flip both images of a pair together, half of the time."""
     proportion_empty_prompts: float = Field(0.0, ge=0, le=1)
     """Share of pairs trained without their caption, so that guidance keeps working (0.2 in Diffusion-DPO)."""
+    long_prompts: Literal["truncate", "chunk"] = "truncate"
+    """What becomes of captions beyond the 75 tokens that CLIP reads. truncate: they are cut, as in diffusers; chunk:
+    they are read as a whole, 75 tokens at a time, as in A1111 (SD1.5 and SDXL; the encoders of others read on)."""
     cache_latents: bool = True
     """Encode images and prompts once, into cache_dir, instead of at every step."""
     cache_dir: str = "cache"

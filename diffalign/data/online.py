@@ -52,6 +52,10 @@ class OnlinePairs:
         """Return the ids [P]. Reads and hashes every image once."""
         return np.array([self._readable(index).example_id for index in range(len(self))], dtype=np.int64)
 
+    def readable_ids(self) -> np.ndarray:
+        """Return the ids [P], negative ones for examples that cannot be read; these are not reported."""
+        return np.array([self._id_or(index, -1 - index) for index in range(len(self))], dtype=np.int64)
+
     def batch(self, indices: Sequence[int], augment: Augment) -> PreferenceBatch:
         """Read, cut and encode B examples, augmented as `augment` says for their example ids; float32 on the CPU."""
         read = self._rows(indices)
@@ -115,6 +119,12 @@ class OnlinePairs:
             except RowError as error:
                 self.source.rejects.add(error)
         raise DataError(f"No pair of {self.source.name} can be read: {self.source.counts}.")
+
+    def _id_or(self, index: int, default: int) -> int:
+        try:
+            return self.source[index].example_id
+        except RowError:
+            return default
 
     def _substitute(self, index: int, flip: bool, place: tuple | None) -> tuple[Example, Tensor, Tensor]:
         for step in range(1, len(self.source)):

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from diffalign.backbones.base import Backbone
 from diffalign.backbones.families import has_unconditional_branch, pipeline_kind
 from diffalign.backbones.starting import initial_noise
 from diffalign.errors import DataError, ModelError, UserError
@@ -30,6 +31,7 @@ class SamplingSettings:
     negative_prompt: str = ""  # "" is the pipeline's own default, which SDXL takes to mean zeroed embeddings
     height: int | None = None  # pixels; None: what the denoiser was made for
     width: int | None = None
+    long_prompts: str = "truncate"  # or "chunk": CLIP reads them as a whole, 75 tokens at a time
     batch_size: int = 8  # pictures at a time; halved when memory runs out
 
     def __post_init__(self) -> None:
@@ -39,6 +41,8 @@ class SamplingSettings:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not self.guidance_scale >= 0:
             raise UserError(f"guidance_scale must be at least 0, got {self.guidance_scale}. 5 to 7.5 is usual.")
+        if self.long_prompts not in ("truncate", "chunk"):
+            raise UserError(f'long_prompts must be "truncate" or "chunk", got "{self.long_prompts}".')
         for name in ("height", "width"):
             size = getattr(self, name)
             if size is not None and (size < 8 or size % 8):
@@ -103,7 +107,7 @@ def generate_to(
     """
     settings = settings or SamplingSettings()
     _check_request(pipeline, prompts, seeds)
-    _check_negative_prompt(pipeline, settings)
+    _check_texts(pipeline, settings)
     ids = pd.factorize(pd.Series(prompts, dtype=object))[0] if prompt_ids is None else prompt_ids
     if len(ids) != len(prompts):
         raise DataError(f"Got {len(prompts)} prompts but {len(ids)} prompt ids: every picture needs one of each.")
@@ -129,7 +133,7 @@ def _batches(
     progress: bool,
 ) -> Iterator[list[Image.Image]]:
     _check_request(pipeline, prompts, seeds)
-    _check_negative_prompt(pipeline, settings)
+    _check_texts(pipeline, settings)
     size = settings.batch_size
     with _quiet(pipeline), progress_bar(len(prompts), "Drawing", progress) as advance:
         start = 0
@@ -153,9 +157,8 @@ def _draw(
 ) -> list[Image.Image]:
     kind = pipeline_kind(pipeline)
     arrays = pipeline(
-        prompt=list(prompts),
         num_inference_steps=settings.num_inference_steps,
-        **kind.guidance_arguments(pipeline, settings.guidance_scale, settings.negative_prompt, len(prompts)),
+        **_text_arguments(kind, pipeline, list(prompts), settings),
         **kind.drawing_options(pipeline),
         height=settings.height,
         width=settings.width,
@@ -172,6 +175,16 @@ def _draw(
     return pipeline.numpy_to_pil(arrays)
 
 
+def _text_arguments(
+    kind: type[Backbone], pipeline: DiffusionPipeline, prompts: list[str], settings: SamplingSettings
+) -> dict[str, Any]:
+    """Return what a pipeline is told of prompts and of guidance."""
+    scale, negative = settings.guidance_scale, settings.negative_prompt
+    if settings.long_prompts == "chunk":
+        return {"guidance_scale": scale, **kind.long_prompt_arguments(pipeline, prompts, negative)}
+    return {"prompt": prompts, **kind.guidance_arguments(pipeline, scale, negative, len(prompts))}
+
+
 def _check_request(pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> None:
     if len(prompts) != len(seeds):
         raise DataError(f"Got {len(prompts)} prompts but {len(seeds)} seeds: every picture needs one of each.")
@@ -182,7 +195,9 @@ def _check_request(pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: S
         )
 
 
-def _check_negative_prompt(pipeline: DiffusionPipeline, settings: SamplingSettings) -> None:
+def _check_texts(pipeline: DiffusionPipeline, settings: SamplingSettings) -> None:
+    if fault := pipeline_kind(pipeline).long_prompts_fault(settings.long_prompts):
+        raise UserError(f"--long-prompts {fault}")
     if settings.negative_prompt and not has_unconditional_branch(pipeline):
         raise UserError(
             f"A {type(pipeline).__name__} is told its guidance_scale and predicts nothing without a prompt: a negative "
@@ -205,6 +220,8 @@ def _drawing_record(pipeline: DiffusionPipeline, settings: SamplingSettings) -> 
     """Return what two models must share for their pictures to be comparable: all but weights and batch size."""
     record = asdict(settings)
     del record["batch_size"]
+    if settings.long_prompts == "truncate":  # as before there was a choice
+        del record["long_prompts"]
     scheduler, vae = pipeline.scheduler, pipeline.vae
     record["pipeline"] = type(pipeline).__name__
     record["dtype"] = str(pipeline.dtype).removeprefix("torch.")

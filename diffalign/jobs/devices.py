@@ -1,10 +1,28 @@
 """Where to compute, and in what precision."""
 
+import os
+
 import torch
 
 from diffalign.errors import ModelError, suggestion
 
+# How launchers (torchrun and accelerate, then those of MPI) say how many processes they started.
+LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def launched_processes() -> int:
+    """Return how many processes this one is launched with, itself included."""
+    return max(1, *(int(os.environ.get(name) or 1) for name in LAUNCHED))
+
+
+def together_on_cpus() -> bool:
+    """Tell whether several processes were launched where there is no device for each, so that they share the CPUs.
+
+    accelerate must be told: otherwise each of them would do the whole job alone, and all write into one folder.
+    """
+    present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return launched_processes() > 1 and (present is None or present.type == "mps")
 
 
 def pick_device(name: str) -> torch.device:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.conditioning import Conditioning
+from diffalign.data.visits import masks
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +17,7 @@ class PromptBatch:
     """Hold B prompts."""
 
     texts: list[str]
-    ids: Tensor  # [B] int64, a hash of the text: what randomness is keyed by
+    ids: Tensor  # [B] int64, a hash of the text and of the draw: what randomness is keyed by
     cond: Conditioning  # of B
     empty: Conditioning  # of 1, the empty prompt
 
@@ -44,16 +45,17 @@ class PromptEncoder:
         self.backbone, self.resolution = backbone, resolution
         self._empty: Conditioning | None = None
 
-    def __call__(self, texts: Sequence[str], device: torch.device) -> PromptBatch:
-        """Return the prompts with their conditioning on a device."""
+    def __call__(self, texts: Sequence[str], device: torch.device, shown: Sequence[int] | None = None) -> PromptBatch:
+        """Return the prompts with their conditioning on a device; `shown`: as an order served them, `Visit`s too."""
         with torch.no_grad():
             cond = conditioning(self.backbone, texts, self.resolution).to(device)
             if self._empty is None or self._empty.device != device:
                 empty = conditioning(self.backbone, [""], self.resolution, zeros=self._empty_is_zero())
                 self._empty = empty.to(device)
-        return PromptBatch(
-            list(texts), torch.tensor([prompt_id(text) for text in texts], device=device), cond, self._empty
-        )
+        ids = torch.tensor([prompt_id(text) for text in texts])
+        if shown is not None:
+            ids ^= masks(shown)
+        return PromptBatch(list(texts), ids.to(device), cond, self._empty)
 
     def _empty_is_zero(self) -> bool:
         return bool(self.backbone.options.get("force_zeros_for_empty_prompt", self.backbone.family == "sdxl"))

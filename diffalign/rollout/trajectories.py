@@ -16,8 +16,9 @@ from diffalign.rollout.sampler import Sampler
 from diffalign.rollout.scoring import StepScorer
 from diffalign.rollout.selection import extremes, pareto
 
-# (prompts [N], rewards [N] of this process) -> advantages [N]; compares with other processes and steps as it likes.
-Advantages = Callable[[Sequence[str], Tensor], Tensor]
+# (prompts [N], their ids [N], rewards [N] of this process) -> advantages [N]; compares with other processes and steps
+# as it likes.
+Advantages = Callable[[Sequence[str], Sequence[int], Tensor], Tensor]
 
 
 @dataclass(kw_only=True)
@@ -142,7 +143,8 @@ class Trajectories:
         drawn = draw(self.sampler, self.scorer, prompts, step, self.samples_per_prompt, self.shared_noise)
         texts, _ = prompts.copies(self.samples_per_prompt)
         rewards = drawn.rewards.mean(0)
-        worth = self.advantages(texts, rewards.flatten().cpu()).to(rewards).view_as(rewards)
+        ids = prompts.ids.tolist() * self.samples_per_prompt
+        worth = self.advantages(texts, ids, rewards.flatten().cpu()).to(rewards).view_as(rewards)
         parts = []
         for copy in range(self.samples_per_prompt):
             for index in _learnt(self):

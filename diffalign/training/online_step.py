@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diffalign import denoising
 from diffalign.backbones.base import Backbone
 from diffalign.data import PairSampler
+from diffalign.data.visits import DistinctDraws, key_of, moved
 from diffalign.denoising import FrozenDenoiser, Rollout
 from diffalign.errors import ConfigError
 from diffalign.objectives.base import Objective
@@ -23,12 +25,14 @@ from diffalign.training.hooks import StepHook
 class TransitionOrder:
     """Say which transitions come next: example p * slots + s is the s-th transition of prompt p.
 
-    A rollout serves `updates` optimizer steps, each with slots / updates transitions of every prompt.
+    A rollout serves `updates` optimizer steps, each with slots / updates transitions of every prompt. A prompt that
+    comes again in a rollout is a `Visit`: it is sampled anew.
 
     Args:
         prompts: the order of the prompts.
         slots: transitions used of a prompt's rollout, a multiple of `updates`.
         updates: optimizer steps a rollout serves.
+        ids: [P], equal where prompts are the same; None: each is another.
 
     Raises:
         ConfigError: slots is no multiple of updates.
@@ -37,6 +41,7 @@ class TransitionOrder:
     prompts: PairSampler
     slots: int
     updates: int = 1
+    ids: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.slots % self.updates:
@@ -68,8 +73,9 @@ class TransitionOrder:
                 "of each: raise rollout.transitions_per_prompt, or of trajectories rollout.samples_per_prompt."
             )
         rollout, part = divmod(position // count, self.updates)
-        drawn = self.prompts.indices(rollout * (count // share), count // share)
-        return [prompt * self.slots + part * share + slot for prompt in drawn for slot in range(share)]
+        drawn = DistinctDraws(self.prompts, self.ids).indices(rollout * (count // share), count // share)
+        first = part * share
+        return [moved(prompt, prompt * self.slots + first + slot) for prompt in drawn for slot in range(share)]
 
 
 @dataclass(kw_only=True)
@@ -80,7 +86,8 @@ class OnlineStep(StepHook):
     over the kept pairs of all processes.
 
     Args:
-        collect: samples for prompts (by position in the data) with the policy as it is, at an optimizer step.
+        collect: samples for prompts (by position in the data, as `order` serves them) with the policy as it is, at an
+            optimizer step.
         order: which example is which transition.
         grad_scale: of GradSPO's likelihood; None: the Gaussians of the steps.
         behavior: what samples, if that is not the policy itself: told of every step and saved.
@@ -104,24 +111,25 @@ class OnlineStep(StepHook):
 
     def __post_init__(self) -> None:
         self._rollout: Rollout | None = None
-        self._rows: dict[int, int] = {}  # row of the transitions by example
+        self._rows: dict[tuple[int, int], int] = {}  # row of the transitions by the key of an example
         self._weight = 0.0  # of a kept example: examples / kept ones, over all processes
 
     def before_step(self, indices: list[int], step: int) -> None:
         """Sample if the last rollout has served its updates; weigh the examples of this step."""
         if step % self.order.updates == 0:
-            prompts = list(dict.fromkeys(index // self.order.slots for index in indices))
+            shown = [moved(index, index // self.order.slots) for index in indices]
+            prompts = list({key_of(prompt): prompt for prompt in shown}.values())
             self._rollout = self.collect(prompts, step)
             self._rows = self._ordered_rows(prompts, step)
         assert self._rollout is not None, "a run starts and resumes where a rollout does"
-        kept = self._rollout.transitions.kept[[self._rows[index] for index in indices]]
+        kept = self._rollout.transitions.kept[[self._rows[key_of(index)] for index in indices]]
         share = self.reduce(kept.float().mean()).item()
         self._weight = 1 / share if share else 0.0
 
     def __call__(self, policy: nn.Module, indices: list[int], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return losses [B] with gradient and detached metrics of the examples at `indices`."""
         assert self._rollout is not None, "before_step comes first"
-        rows = torch.tensor([self._rows[index] for index in indices], device=self._rollout.prompt_ids.device)
+        rows = torch.tensor([self._rows[key_of(index)] for index in indices], device=self._rollout.prompt_ids.device)
         every = self._rollout.transitions
         kept = every.kept[rows]
         # Every process needs a backward pass; where nothing is kept, one example stands in with a loss of 0.
@@ -156,7 +164,7 @@ class OnlineStep(StepHook):
             pred = denoising.guided(partial(self.backbone.predict, policy), *where)
         return denoising.transition_likelihoods(self.backbone.path, batch, pred, reference, self.eta, self.grad_scale)
 
-    def _ordered_rows(self, prompts: list[int], step: int) -> dict[int, int]:
+    def _ordered_rows(self, prompts: list[int], step: int) -> dict[tuple[int, int], int]:
         """Return the row of every example: of each prompt its rows in a random order, kept ones first."""
         assert self._rollout is not None
         batch, ids = self._rollout.transitions, self._rollout.prompt_ids
@@ -169,5 +177,6 @@ class OnlineStep(StepHook):
             order = (draws[place, : len(rows)] + 1e3 * ~batch.kept[rows]).argsort()
             for rank, row in enumerate(rows[order][: self.order.slots].tolist()):
                 turn, update = divmod(rank, self.order.updates)  # every update gets its share of the kept ones
-                found[prompt * self.order.slots + update * self.order.slots_per_update + turn] = row
+                example = prompt * self.order.slots + update * self.order.slots_per_update + turn
+                found[key_of(moved(prompt, example))] = row
         return found

@@ -13,7 +13,7 @@ from diffalign.backbones.base import Backbone
 from diffalign.backbones.conditioning import Conditioning
 from diffalign.backbones.quantization import dtype_of
 from diffalign.data.batch import Augment, Augmentation, PreferenceBatch, sample_latents
-from diffalign.data.visits import Visit
+from diffalign.data.visits import Visit, key_of
 from diffalign.denoising import DenoisingBatch, DenoisingOutputs, FrozenDenoiser
 from diffalign.errors import ConfigError
 from diffalign.objectives.base import ListErrors, Objective, PairErrors, SingleErrors
@@ -57,8 +57,9 @@ class PreferenceStep(StepHook):
     """Compute the loss [B] and the metrics of B examples under a policy.
 
     All randomness is keyed by (seed, step, example id): flips, caption dropout, the sample from the VAE's posterior,
-    noise and timesteps. The result for an example depends on nothing else in its batch, unless the objective has a
-    `statistic`. With `stored`, the draw of a `Visit` takes the place of the step.
+    noise and timesteps; an example that comes again in a step is a `Visit`, with an id of its own. The result for an
+    example depends on nothing else in its batch, unless the objective has a `statistic`. With `stored`, the draw of a
+    `Visit` takes the place of the step.
 
     Args:
         noising: a name of denoising.NOISINGS; None takes the objective's own.
@@ -70,7 +71,7 @@ class PreferenceStep(StepHook):
         sft_weight: adds sft_weight * the policy's error on the first, best image.
         auto_beta: replaces the objective's beta.
         total_steps: optimizer steps of the run, for objectives that ask for the progress.
-        stored: errors of the reference; `pairs` are then RepeatedDraws, and examples come as `Visit`s. Without a
+        stored: errors of the reference; all examples then come as `Visit`s. Without a
             `reference` they must be complete.
         reduce: averages a tensor over processes.
     """
@@ -98,15 +99,15 @@ class PreferenceStep(StepHook):
 
     def __post_init__(self) -> None:
         self.noising = self.noising or self.objective.noising
-        self._window: tuple[dict[int, int], Posed] | None = None
+        self._window: tuple[dict[tuple[int, int], int], Posed] | None = None
 
     def before_step(self, indices: list[int], step: int) -> None:
         """Invert the latents of all examples of this optimizer step at once: the policy does not change within it."""
         self._window = None
         if self.noising in denoising.INVERSIONS and indices:
-            distinct = sorted(set(indices))
-            places = {index: place for place, index in enumerate(distinct)}
-            self._window = places, self.pose(self.load(distinct, step), step)
+            distinct = sorted({key_of(index): index for index in indices}.items())
+            places = {key: place for place, (key, _) in enumerate(distinct)}
+            self._window = places, self.pose(self.load([index for _, index in distinct], step), step)
 
     def __call__(self, policy: nn.Module, indices: list[int], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return losses [B] with gradient and detached metrics of the examples at `indices`."""
@@ -166,10 +167,11 @@ class PreferenceStep(StepHook):
         return torch.full((), step / self.total_steps, device=next(self.backbone.denoiser.parameters()).device)
 
     def _posed(self, indices: list[int], step: int) -> Posed:
-        if self._window is None or not all(index in self._window[0] for index in indices):
+        keys = [key_of(index) for index in indices]
+        if self._window is None or not all(key in self._window[0] for key in keys):
             return self.pose(self.load(indices, step), step)
         places, posed = self._window
-        rows = torch.tensor([places[i] for i in indices])
+        rows = torch.tensor([places[key] for key in keys])
         return posed.select(rows.to(posed.problem.xt.device, non_blocking=True))
 
     def load(self, indices: list[int], step: int) -> PreferenceBatch:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from diffalign.data import PairSampler
+from diffalign.data.visits import DistinctDraws
 from diffalign.objectives.base import Objective, Rewards
 from diffalign.training.hooks import StepHook
 
@@ -21,7 +21,7 @@ class RewardStep(StepHook):
 
     objective: Objective
     rewards: Callable[[nn.Module, list[int], int], Tensor]
-    order: PairSampler
+    order: DistinctDraws
     auto_beta: None = None  # for pairs of given images only
 
     def __call__(self, policy: nn.Module, indices: list[int], step: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -44,7 +44,16 @@ def test_every_argument_is_explained(name):
     function = getattr(diffalign, name)
     about = inspect.getdoc(function)
     missing = [p for p in inspect.signature(function).parameters if f"{p}:" not in about and f"`{p}`" not in about]
-    passed_on = {"guidance_scale", "negative_prompt", "height", "width", "batch_size", "dtype", "device"}
+    passed_on = {
+        "guidance_scale",
+        "negative_prompt",
+        "long_prompts",
+        "height",
+        "width",
+        "batch_size",
+        "dtype",
+        "device",
+    }
     assert set(missing) <= (passed_on if name == "evaluate" else set())
     assert "Example:" in about
 

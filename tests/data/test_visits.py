@@ -5,7 +5,7 @@ import torch
 
 from diffalign.data import PairSampler
 from diffalign.data.batch import Augmentation, PreferenceBatch
-from diffalign.data.visits import RepeatedDraws, Visit
+from diffalign.data.visits import DistinctDraws, RepeatedDraws, Visit, key_of
 
 
 def draws(sampler, visits):
@@ -57,3 +57,45 @@ def test_ids_stand_for_example_and_draw():
 
 
 PINNED = [8520647609813491147, 7613244314620514769]  # recorded from this implementation
+
+
+def keys(served):
+    return [key_of(index) for index in served]
+
+
+def test_steps_without_repetitions_are_served_as_they_were():
+    order = PairSampler(10, seed=3)
+    distinct = DistinctDraws(order, ids=np.arange(10))
+    for position, count in [(0, 4), (4, 4), (10, 10)]:
+        served = distinct.indices(position, count)
+        assert served == order.indices(position, count)
+        assert not any(isinstance(index, Visit) for index in served)
+
+
+def test_an_example_that_comes_again_in_a_step_is_another_visit():
+    served = DistinctDraws(PairSampler(2, seed=0)).indices(0, 6)
+    assert sorted(keys(served)) == [(0, -1), (0, 1), (0, 2), (1, -1), (1, 1), (1, 2)]
+
+
+def test_examples_that_are_listed_twice_are_the_same():
+    """Rows 0 and 2 have one content, so one id: the second to come is drawn for anew, whichever it is."""
+    served = DistinctDraws(PairSampler(3, seed=0), ids=np.array([7, 8, 7])).indices(0, 3)
+    again = [index for index in served if isinstance(index, Visit)]
+    assert len(again) == 1
+    assert again[0] == [index for index in served if index != 1][1]
+
+
+def test_stored_draws_take_turns_while_there_are_some():
+    served = DistinctDraws(PairSampler(1, seed=0, draws=3), draws=3).indices(0, 3)
+    assert keys(served) == [(0, 0), (0, 1), (0, 2)]
+    twice = DistinctDraws(PairSampler(2, seed=0, draws=3), ids=np.array([7, 7]), draws=3).indices(0, 2)
+    assert sorted(index.draw for index in twice) == [0, 1]
+
+
+def test_plain_indices_keep_their_ids():
+    def augment(ids):
+        return Augmentation(flips=ids, drop_caption=ids)
+
+    batch = RepeatedDraws(Ids()).batch([1, Visit(1, 1), 2, Visit(1, 2)], augment)
+    assert batch.example_ids[[0, 2]].tolist() == Ids.example_ids[[1, 2]].tolist()
+    assert len(batch.example_ids.unique()) == 4

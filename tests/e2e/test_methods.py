@@ -2,15 +2,21 @@
 
 import copy
 import math
+import shutil
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 
+from diffalign import config as configuration
 from diffalign import objectives
 from diffalign.data import open_pairs
 from diffalign.errors import ConfigError, DataError
+from diffalign.jobs.training import examples
 from diffalign.training import metrics
 from tests.e2e.pairs import write_lists, write_pairs
 from tests.e2e.test_training import assert_close, assert_same_bits, variant, weights
@@ -175,6 +181,28 @@ def test_scores_by_a_reward_model_are_computed_once(method, run, tmp_path):
     before = file.stat().st_mtime_ns
     run(content)
     assert file.stat().st_mtime_ns == before
+
+
+def test_scores_belong_to_the_weights_of_a_judge(method, tmp_path):
+    """A judge that was trained again into its folder scores anew; one that was moved is the same."""
+    judge = tmp_path / "judge"
+    shutil.copytree(Path(__file__).parents[2] / "assets" / "tiny-pickscore", judge)
+    settings = {"annotations_file": None, "label_source": "reward", "cache_dir": str(tmp_path / "cache")}
+
+    def file_of(place):
+        config = configuration.check(method("smpo", data=settings | {"scorer": f"pickscore={place}"}))
+        return examples.scores_file(config, examples.open_source(config), Console(quiet=True))
+
+    first = file_of(judge)
+    moved = judge.rename(tmp_path / "moved")
+    assert file_of(moved) == first
+    tensors = load_file(moved / "model.safetensors")
+    tensors["visual_projection.weight"] = -tensors["visual_projection.weight"]
+    save_file(tensors, moved / "model.safetensors", metadata={"format": "pt"})
+    again = file_of(moved)
+    assert again != first
+    before, after = (pd.read_parquet(file).score_chosen for file in (first, again))
+    assert after.tolist() == pytest.approx((-before).tolist(), abs=1e-2)
 
 
 def test_a_curriculum_starts_with_the_largest_gaps(method, run, sources):

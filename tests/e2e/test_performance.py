@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from diffalign.backbones import adapters
+from diffalign.backbones.families import denoiser_of
 from diffalign.denoising import acceleration, kernels
+from diffalign.jobs.drawing import models
 from diffalign.training import metrics
 from tests.e2e.test_training import assert_close, variant, weights
 
@@ -89,6 +92,11 @@ def test_adapters_behind_the_encoder_share_it(content, run, tmp_path):
     trained = weights(behind)
     assert not any("down_blocks" in name for name in trained)
     assert max(t.abs().max().item() for name, t in trained.items() if "lora_B" in name) > 1e-3
+    for place in (tmp_path / "behind" / "checkpoint-4", tmp_path / "behind"):
+        (model,) = models.resolve([str(place)])
+        loaded = models.ModelLoader("float32", "cpu").load(model)
+        carried = adapters.adapted_layers(denoiser_of(loaded.pipeline), "default_0")
+        assert 2 * len(carried) == len(trained)
 
 
 def test_inversions_in_lower_precision(content, run, tmp_path):

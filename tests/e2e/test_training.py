@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -50,6 +52,11 @@ def assert_close(first, second):
         torch.testing.assert_close(tensor, second[name], rtol=2e-2, atol=2e-4, msg=name)
     moved = max(tensor.abs().max().item() for name, tensor in first.items() if "lora_B" in name)
     assert moved > 1e-3  # not trivially equal
+
+
+def distance(first, second):
+    """Return how far weights lie apart on average."""
+    return torch.cat([(first[name] - second[name]).abs().flatten() for name in first]).mean().item()
 
 
 class TestLora:
@@ -158,6 +165,26 @@ class TestEqualRuns:
         run(large)
         run(split)
         assert_close(weights(large), weights(split))
+
+    def test_an_example_that_comes_again_in_a_step_is_drawn_for_anew(self, content, run, tmp_path):
+        """One pair, or its rows listed twice: a step of four has four draws, however it is cut and encoded."""
+        short = {"max_train_steps": 2}
+        one = {"max_train_samples": 1, "cache_dtype": "float32", "proportion_empty_prompts": 0}
+        alone = variant(content, tmp_path, "alone", data=one, train=short | {"train_batch_size": 1})
+        large = variant(content, tmp_path, "large", data=one, train=short)
+        accumulated = short | {"train_batch_size": 1, "gradient_accumulation_steps": 4}
+        split = variant(content, tmp_path, "split", data=one | {"cache_latents": False}, train=accumulated)
+        row = pq.read_table(Path(content["data"]["train_data_dir"]) / "train.parquet").slice(0, 1)
+        (tmp_path / "listed").mkdir()
+        pq.write_table(pa.concat_tables([row] * 4), tmp_path / "listed" / "train.parquet")
+        listed = one | {"train_data_dir": str(tmp_path / "listed"), "max_train_samples": None, "cache_latents": False}
+        listed = variant(content, tmp_path, "listed-run", data=listed, train=short)
+        for each in (alone, large, split, listed):
+            run(each)
+        trained = weights(large, 2)
+        assert distance(trained, weights(split, 2)) < 1e-6
+        assert distance(trained, weights(listed, 2)) < 1e-6
+        assert distance(trained, weights(alone, 2)) > 1e-3
 
     def test_gradient_checkpointing_changes_nothing(self, content, run, tmp_path):
         plain = variant(content, tmp_path, "plain")

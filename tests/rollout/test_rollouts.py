@@ -129,7 +129,7 @@ def test_only_the_steps_within_the_timesteps_asked_for_become_examples(make_samp
     sampler = make_sampler(num_inference_steps=10)  # 901, 801, ..., 1
     common = {"sampler": sampler, "scorer": Brightness(), "learnt_steps": sampler.steps_within(501, 801)}
     pairs = TrajectoryPairs(**common)
-    single = Trajectories(**common, samples_per_prompt=2, advantages=lambda texts, rewards: rewards)
+    single = Trajectories(**common, samples_per_prompt=2, advantages=lambda texts, ids, rewards: rewards)
     for collect, count in ((pairs, 1), (single, 2)):
         batch = collect(prompts, step=0).transitions
         assert set(batch.timesteps.tolist()) == {501, 601, 701}
@@ -144,7 +144,7 @@ def test_only_the_steps_within_the_timesteps_asked_for_become_examples(make_samp
 def test_trajectories_of_a_prompt_start_together_or_apart(make_sampler, prompts):
     sampler = make_sampler(num_inference_steps=3)
     common = {"sampler": sampler, "scorer": Brightness(), "samples_per_prompt": 2}
-    worth = {"advantages": lambda texts, rewards: rewards}
+    worth = {"advantages": lambda texts, ids, rewards: rewards}
 
     def starts(collected):
         """Return the two starts [2,P,...] of every prompt."""
@@ -169,7 +169,7 @@ def test_trajectories_of_a_prompt_start_together_or_apart(make_sampler, prompts)
 def test_old_and_new_log_probability_are_equal_at_equal_weights(backbone, make_sampler, prompts, dtype):
     sampler = make_sampler(num_inference_steps=4, storage_dtype=dtype)
     how = Trajectories(
-        sampler=sampler, scorer=Brightness(), samples_per_prompt=2, advantages=lambda texts, rewards: rewards
+        sampler=sampler, scorer=Brightness(), samples_per_prompt=2, advantages=lambda texts, ids, rewards: rewards
     )
     rollout = how(prompts, step=0)
     batch = rollout.transitions

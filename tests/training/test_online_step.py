@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from diffalign.data import PairSampler
+from diffalign.data.visits import key_of
 from diffalign.denoising import FrozenDenoiser, Rollout, TransitionBatch, normal
 from diffalign.denoising.paths import DDPMPath
 from diffalign.errors import ConfigError
@@ -127,6 +129,39 @@ def test_orders_that_do_not_divide_are_refused():
         TransitionOrder(PairSampler(10, seed=1), slots=3).indices(0, 4)
     with pytest.raises(ConfigError, match="takes 4 prompts, there are 3"):
         TransitionOrder(PairSampler(3, seed=1), slots=1).indices(0, 4)
+
+
+def test_a_prompt_that_comes_again_in_a_rollout_is_sampled_anew():
+    """At the end of an epoch, and where a file says a prompt twice; all updates of a rollout see the same."""
+    order = TransitionOrder(PairSampler(3, seed=1), slots=2, ids=np.array([7, 8, 7]))
+    first = [key_of(index) for index in order.indices(0, 6)]
+    assert len(set(first)) == 6
+    assert sum(draw == 1 for _, draw in first) == 2
+    across = [key_of(index) for index in TransitionOrder(PairSampler(3, seed=1), slots=1).indices(2, 2)]
+    assert len(set(across)) == 2
+    halves = TransitionOrder(PairSampler(3, seed=1), slots=2, updates=2, ids=np.array([7, 8, 7]))
+    assert sorted(key_of(index) for start in (0, 3) for index in halves.indices(start, 3)) == sorted(first)
+
+
+def test_the_rows_of_a_prompt_are_told_apart_by_its_draws():
+    """Two visits of one prompt are two prompts of the rollout, each with its own transitions."""
+    step, policy, _ = again()
+    indices = step.order.indices(0, 2 * ROWS)
+    step.before_step(indices, 0)
+    rows = {step._rows[key_of(index)] for index in indices}
+    assert len(rows) == 2 * ROWS
+    losses, metrics = step(policy, indices, 0)
+    assert len(losses) == 2 * ROWS
+    assert sorted(metrics["reward"].unique().tolist()) == [0, 1]
+
+
+def again():
+    """Return a step whose rollouts have two visits of one prompt, its policy, and the prompts that were asked for."""
+    step, policy = step_of(torch.ones(PROMPTS, ROWS, dtype=torch.bool))
+    step.order = TransitionOrder(PairSampler(2, seed=0), ROWS, ids=np.array([7, 7]))
+    asked, collect = [], step.collect
+    step.collect = lambda prompts, at: (asked.append([key_of(prompt) for prompt in prompts]), collect(prompts, at))[1]
+    return step, policy, asked
 
 
 def test_pairs_tell_how_far_the_policy_is_from_the_reference():

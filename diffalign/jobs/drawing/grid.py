@@ -2,15 +2,15 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
 
-from diffalign.backbones.adapters import active_adapters, adapter_mix, has_adapters
-from diffalign.backbones.families import denoiser_of
+from diffalign.backbones.adapters import active_adapters, adapter_mix
+from diffalign.backbones.families import adapted
 from diffalign.errors import UserError
 from diffalign.evaluation import Look, SamplingSettings, generate_to, save_pages, score_table
 from diffalign.evaluation.grid import check_suffix
@@ -110,14 +110,17 @@ def draw(
     return files
 
 
-def _scaled(loaded: models.LoadedModel, scale: float):
-    """Return a context in which the LoRA acts times `scale`."""
+def _scaled(loaded: models.LoadedModel, scale: float) -> ExitStack:
+    """Return a context in which the LoRA acts times `scale`, that of text encoders too."""
+    entered = ExitStack()
     if scale == 1:
-        return nullcontext()
-    denoiser = denoiser_of(loaded.pipeline)
-    if not has_adapters(denoiser):
+        return entered
+    networks = adapted(loaded.pipeline)
+    if not networks:
         raise UserError(f"--sweep lora_scale has no effect on {loaded.name}: it is no LoRA. Leave it out.")
-    return adapter_mix(denoiser, dict.fromkeys(active_adapters(denoiser), scale))()
+    for network in networks:
+        entered.enter_context(adapter_mix(network, dict.fromkeys(active_adapters(network), scale))())
+    return entered
 
 
 def columns(specs: Sequence[str], base: str | None, show_base: bool, base_is_used: bool) -> list[models.Model]:

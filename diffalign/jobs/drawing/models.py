@@ -20,10 +20,10 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 
-from diffalign.backbones import inspection, loading, single_file
+from diffalign.backbones import inspection, loading, peft_folders, single_file
 from diffalign.backbones.base import Backbone
 from diffalign.backbones.export import unload_adapters
-from diffalign.backbones.families import DENOISERS, denoiser_of
+from diffalign.backbones.families import DENOISERS, adapted, denoiser_of
 from diffalign.backbones.files import read_header
 from diffalign.backbones.lora_families import check_lora
 from diffalign.config.sections import ModelSettings
@@ -86,7 +86,8 @@ class LoadedModel:
         pipeline, denoiser = self.pipeline, denoiser_of(self.pipeline)
         whole = type(self.backbone).over(pipeline, self.backbone.source)
         # A LoRA's alpha is no tensor, so the fingerprints do not see it.
-        scales = [layer.scaling for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]
+        networks = adapted(pipeline) or [denoiser]
+        scales = [part.scaling for net in networks for part in net.modules() if isinstance(part, BaseTunerLayer)]
         parts = f"{whole.fingerprint()} {whole.denoiser_fingerprint()} {scales}"
         dtype = str(pipeline.dtype).removeprefix("torch.")
         return f"{self.name} ({dtype}, weights {hashlib.sha256(parts.encode()).hexdigest()[:16]}){self.note}"
@@ -261,7 +262,7 @@ def _base_in_file(path: Path, spec: str) -> str:
     """Return the base model that the LoRA at `path` names, as those of diffalign do."""
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []
     named = [read_header(file).get("__metadata__", {}).get("base_model") for file in files]
-    found = next((name for name in named if name), None)
+    found = next((name for name in named if name), None) or peft_folders.base_named(path)
     if found is None:
         file = inspection.denoiser_file(path) if path.is_file() and single_file.is_denoiser(path) else None
         known = "stabilityai/stable-diffusion-xl-base-1.0" if file is None else file.pipeline

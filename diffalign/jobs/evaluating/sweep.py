@@ -234,6 +234,7 @@ def _judged(table: pd.DataFrame, runs: Sequence[Run], judging: Judging, console:
         settings=SamplingSettings(
             num_inference_steps=config.validation.num_inference_steps,
             guidance_scale=config.validation.guidance_scale,
+            long_prompts=config.data.long_prompts,
             height=side,
             width=side,
         ),

@@ -1,7 +1,6 @@
 """`diffalign reward train` and `diffalign reward convert`: reward models of one's own."""
 
 import json
-import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from diffalign.data import RowError, open_pairs
 from diffalign.data.pairs import ImageRef
 from diffalign.errors import DataError, UserError, suggestion
 from diffalign.jobs import skipped
-from diffalign.jobs.devices import pick_device
+from diffalign.jobs.devices import launched_processes, pick_device, together_on_cpus
 from diffalign.jobs.rewards import reward_latents
 from diffalign.jobs.rewards.reward_latents import NoisyLatents
 from diffalign.jobs.rewards.reward_pictures import OneStepPictures
@@ -117,9 +116,9 @@ def _recipe(name: str) -> training.RewardRecipe:
 
 def _place(device: str) -> tuple[Any, bool]:
     """Return where this process computes, and whether it is the one that writes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched_processes() == 1:
         return pick_device(device), True
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu" or together_on_cpus())
     return state.device, state.is_main_process
 
 

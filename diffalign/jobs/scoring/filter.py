@@ -125,7 +125,7 @@ def _made_from(part: str, request: Request, memo: Path) -> dict[str, Any]:
         return {"file": _digest(request.scores), "scorer": request.scorer}
     if part == "scores":
         [(name, path)] = scorers.parse(request.scorer).items()
-        weights, own = None if path is None else weights_identity(path, memo), scorers.sources(request.scorer)
+        weights, own = scorers.weights_of(name, path, memo), scorers.sources(request.scorer)
         return {"scorer": scorers.name_of(name), "weights": weights} | ({"own_code": own} if own else {})
     if part == "text_quality" and request.text_quality:
         return {"file": _digest(request.text_quality)}

@@ -1,5 +1,6 @@
 """What `--with pickscore,hpsv2.1,oracle` stands for, and `--with my_judges.py:Brightness`."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import torch
 import reward_models
 from diffalign import plugins
 from diffalign.errors import ConfigError, UserError, suggestion
+from diffalign.filtering.files import weights_identity
 from diffalign.jobs.devices import pick_device
 from diffalign.jobs.scoring import plugged
 from diffalign.places import find, looks_local
 from diffalign.shapes.oracle import Oracle
+from reward_models.composite import read_recipe, recipe_file, resolved
 
 ORACLE = Oracle.name
 IMPLICIT = "implicit"
@@ -53,6 +56,25 @@ def sources(wanted: str | Sequence[str]) -> dict[str, str]:
     """Return by scorer, as `parse` names it, a hash of the code and weights that are a user's own; no built-in ones."""
     found = {name: plugged.source(name, path) for name, path in parse(wanted).items()}
     return {name: source for name, source in found.items() if source}
+
+
+def weights_of(name: str, path: str | None, memo: Path | None = None) -> str | None:
+    """Return what the weights of a scorer are, wherever they lie: hashes of files; None for the published ones.
+
+    name, path: as `parse` returns them. memo: a file that remembers hashes.
+    """
+    if path is None:
+        return None
+    places = [located(name, path)]
+    if name == plugged.COMPOSITE:
+        recipe = recipe_file(places[0])
+        places += [resolved(part.path, recipe) or part.name for part in read_recipe(recipe)[1]]
+    elif name == IMPLICIT:
+        from diffalign.jobs.drawing import models  # slow to import
+
+        places += [model.base.source for model in models.resolve([path])]
+    found = [weights_identity(place, memo) for place in places]
+    return found[0] if len(found) == 1 else json.dumps(found)
 
 
 def folder(judge: str | None, name: str, what: str) -> Path | None:

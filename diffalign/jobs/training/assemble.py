@@ -52,6 +52,8 @@ def load_backbone(config: Config) -> Backbone:
     )
     if backbone.vae.dtype != torch.float32:
         move(backbone.vae, dtype=torch.float32)
+    if config.data.long_prompts != "truncate":
+        backbone.reading(config.data.long_prompts)
     return backbone
 
 
@@ -61,6 +63,10 @@ def check_path(config: Config) -> None:
     Raises:
         ConfigError: such a model.
     """
+    if config.data.long_prompts != "truncate":
+        family = inspection.family_at(config.model.pretrained_model_name_or_path, config.model.revision)
+        if fault := family.long_prompts_fault(config.data.long_prompts):
+            raise ConfigError(f"data.long_prompts: {fault}")
     if config.is_online:
         check_online(config)
     elif config.noising == GENERATING:
@@ -109,7 +115,7 @@ def preference_step(
         auto_beta = AutoBeta(loss.auto_beta, loss.auto_beta_decay, tuple(loss.auto_beta_limits), reduce)
     return PreferenceStep(
         backbone=backbone,
-        pairs=examples if stored is None else RepeatedDraws(examples),
+        pairs=RepeatedDraws(examples),
         objective=config.build_objective(),
         reference=reference.network if reference else None,
         seed=config.train.seed,

@@ -6,6 +6,7 @@ from rich.console import Console
 from diffalign.config import Config
 from diffalign.denoising import INVERSIONS
 from diffalign.errors import ConfigError
+from diffalign.jobs.devices import launched_processes
 from diffalign.training import sharding, zero
 from diffalign.training.trainer import Trainer
 
@@ -46,6 +47,19 @@ def check(config: Config, accelerator: Accelerator) -> None:
                 f"{setting} does not work with {launched}. Use {instead}, or launch with configs/accelerate/ddp.yaml, "
                 "which is faster wherever the model fits (docs/distributed.md)."
             )
+
+
+def require_all(accelerator: Accelerator) -> None:
+    """Refuse a launch of several processes that would each train alone, all into one folder.
+
+    Raises:
+        ConfigError: the processes do not know of each other.
+    """
+    if (launched := launched_processes()) != accelerator.num_processes:
+        raise ConfigError(
+            f"{launched} processes were launched, but each would train alone ({accelerator.num_processes} of them in "
+            "this job). Launch with accelerate or torchrun; on CPUs set ACCELERATE_USE_CPU=true."
+        )
 
 
 def announce(trainer: Trainer, console: Console) -> None:

@@ -5,12 +5,13 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
 from accelerate import Accelerator
 from rich.console import Console
 
 from diffalign.backbones.base import Backbone
-from diffalign.config import Config, portable
+from diffalign.config import Config
 from diffalign.data import (
     AnnotatedPairs,
     Annotations,
@@ -25,6 +26,7 @@ from diffalign.data import (
     open_pairs,
 )
 from diffalign.data.cache_store import exclusive
+from diffalign.data.visits import DistinctDraws
 from diffalign.denoising import GENERATING, require_noises
 from diffalign.errors import ConfigError
 from diffalign.jobs.scoring import score
@@ -32,6 +34,8 @@ from diffalign.jobs.scoring import scorers as scoring
 from diffalign.jobs.training import networks
 from diffalign.training.preference_step import Examples
 from diffalign.training.trainer import Sampler
+
+FEW = 4096  # examples
 
 
 class SizedExamples(Examples, Protocol):
@@ -223,9 +227,11 @@ def scorer_of(config: Config) -> str | None:
 
 
 def scores_file(config: Config, source: PairSource, console: Console) -> Path:
-    """Score all pairs with data.scorer and return the file; done once per data set and scorer."""
+    """Score all pairs with data.scorer and return the file; done once per data set, scorer and its weights."""
     directory = Path(config.data.cache_dir)
-    key = {"data": source.identify(directory / "content_hashes.sqlite"), "scorer": portable(config).data.scorer}
+    memo = directory / "content_hashes.sqlite"
+    weights = {name: scoring.weights_of(name, path, memo) for name, path in scoring.parse(config.data.scorer).items()}
+    key = {"data": source.identify(memo), "scorer": weights}
     if own := scoring.sources(config.data.scorer):
         key["own_code"] = own
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -241,7 +247,21 @@ def scores_file(config: Config, source: PairSource, console: Console) -> Path:
 
 
 def order(config: Config, examples: SizedExamples, source: PairSource, global_batch_size: int) -> Sampler:
-    """Return the order in which examples are drawn."""
+    """Return the order in which examples are drawn; one that comes again in a step is drawn for anew."""
+    draws = config.reference.cache_draws
+    return DistinctDraws(_order(config, examples, source, global_batch_size), same_examples(examples), draws)
+
+
+def same_examples(examples: SizedExamples) -> np.ndarray | None:
+    """Return what tells which examples [P] are the same, though they are listed apart; None where it costs too much."""
+    # Not encoded beforehand, images would have to be read and hashed. Of many examples, two alike hardly ever meet.
+    if isinstance(examples, OnlinePairs):
+        few = len(examples) <= FEW and getattr(examples.source, "window", None) is None
+        return examples.readable_ids() if few else None
+    return examples.example_ids
+
+
+def _order(config: Config, examples: SizedExamples, source: PairSource, global_batch_size: int) -> Sampler:
     data, seed = config.data, config.train.seed
     if data.positive_ratio is not None:
         return ClassRatioSampler(desirable_of(examples), data.positive_ratio, seed)

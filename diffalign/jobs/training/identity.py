@@ -72,6 +72,8 @@ def settings_identity(config: Config, plan: BatchPlan) -> dict[str, Any]:
         for name, keys in portable(config).model_dump(mode="json").items()
         if name in wanted
     }
+    if config.data.long_prompts == "truncate":  # as before there was the key
+        del sections["data"]["long_prompts"]
     performance, train = config.performance, sections["train"]
     train["global_batch_size"] = plan.global_batch_size
     train["precision"] = [config.pure_bf16, performance.reference_dtype, performance.sampling_dtype]

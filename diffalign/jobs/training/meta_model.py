@@ -17,6 +17,7 @@ from diffalign.backbones.base import TEXT_ENCODERS, TOKENIZERS, Backbone
 from diffalign.backbones.families import BY_NAME
 from diffalign.config import Config
 from diffalign.denoising import Shift, TimestepSampling
+from diffalign.errors import ModelError
 from diffalign.jobs.training import assemble, memory, networks
 from diffalign.places import local
 
@@ -57,8 +58,10 @@ class MetaModel:
         """Load the tokenizers, [] where they are not here."""
         folders = [] if self.folder is None else [self.folder / name for name in TOKENIZERS]
         try:
+            if not folders and self.kind.denoiser_name == "unet":  # a single file, or not here yet
+                return [published.clip_tokenizer("<|endoftext|>")]
             return [AutoTokenizer.from_pretrained(folder) for folder in folders if folder.is_dir()]
-        except (OSError, ValueError):  # a hub cache may hold parts of a folder
+        except (OSError, ValueError, ModelError):  # a hub cache may hold parts of a folder
             return []
 
 

@@ -7,9 +7,10 @@ from typing import Any
 from diffalign import config as configuration
 from diffalign.backbones.families import BY_NAME
 from diffalign.config import Config
-from diffalign.places import is_hub_id
+from diffalign.places import find, is_hub_id
 from diffalign.yaml_text import dump_yaml
 
+SEPARATOR = re.compile(r"[/\\]")
 SHOWN = ("loss", "implicit_accuracy", "margin", "chosen_drift", "rejected_drift", "pairs_per_second")
 # What says nothing about the result: sections, and keys.
 UNTOLD = {"validation", "logging"}
@@ -42,7 +43,7 @@ def render(
     """
     base, lora = config.model.pretrained_model_name_or_path, config.model.tune == "lora"
     data = config.data
-    named = data.dataset_name or Path(data.train_data_dir or data.prompts_file).name
+    named = public(data.dataset_name) if data.dataset_name else Path(data.train_data_dir or data.prompts_file).name
     learnt_from = f"{'its own pictures for the prompts' if data.prompts_file else 'the preference pairs'} of {named}"
     rows = [f"| {name} | {metrics[name]:.4g} |" for name in SHOWN if name in metrics]
     return "\n".join(
@@ -98,13 +99,24 @@ def settings(config: Config) -> dict[str, dict[str, Any]]:
 
 def public(value: Any) -> Any:
     """Return a value with every path in it cut down to its last part; hub ids and all else stay as they are."""
+    if isinstance(value, list):
+        return [public(entry) for entry in value]
     if not isinstance(value, str):
         return value
-    return re.sub(r"[^\s=,]*[/\\][^\s=,]*", lambda path: path[0] if is_hub_id(path[0]) else _last(path[0]), value)
+    whole = find(value) is not None and not is_hub_id(value)
+    return _last(value) if whole else ",".join(map(_public, value.split(",")))
+
+
+def _public(text: str) -> str:
+    """Return PATH or NAME=PATH without the folders."""
+    name, sign, place = text.partition("=")
+    if not sign or SEPARATOR.search(name):
+        name, sign, place = "", "", text
+    return name + sign + (_last(place) if SEPARATOR.search(place) and not is_hub_id(place) else place)
 
 
 def _last(path: str) -> str:
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    return SEPARATOR.split(path.rstrip("/\\"))[-1]
 
 
 def _front_matter(config: Config) -> list[str]:
@@ -115,7 +127,7 @@ def _front_matter(config: Config) -> list[str]:
         *([f"base_model: {base}"] if is_hub_id(base) else []),
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
-        *([f"datasets: [{data}]"] if data else []),
+        *([f"datasets: [{data}]"] if is_hub_id(data) else []),
         f"tags: [{', '.join([*tags, method_of(config), 'diffalign'])}]",
         "---",
     ]

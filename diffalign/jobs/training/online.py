@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from diffalign.backbones.base import Backbone, move
 from diffalign.config import Config
 from diffalign.data import PairSampler
+from diffalign.data.visits import DistinctDraws
 from diffalign.denoising import Rollout
 from diffalign.errors import ConfigError, DataError
 from diffalign.jobs.drawing.prompts import read_prompts
@@ -29,6 +31,7 @@ from diffalign.rollout import (
     TrajectoryPairs,
     advantages,
 )
+from diffalign.rollout.prompts import prompt_id
 from diffalign.training.moving_reference import MovingReference
 from diffalign.training.online_step import OnlineStep, TransitionOrder
 from diffalign.training.reward_step import RewardStep
@@ -87,13 +90,13 @@ def online_step(
         collect = _collector(config, backbone, device, worth, behavior)
     else:
         collect = _judged_by_people(config, backbone, reference, prompts.labels)
-    order = transition_order(config, len(prompts), collect.examples_per_prompt)
+    order = transition_order(config, prompts.texts, collect.examples_per_prompt)
     encode = PromptEncoder(backbone, config.data.resolution)
 
     def sample(indices: list[int], step: int) -> Rollout:
         backbone.offload_encoders(device)  # validation may have moved them away
         key = step if prompts.labels is None else human_labels.STEP
-        return collect(encode([prompts.texts[index] for index in indices], device), key)
+        return collect(encode([prompts.texts[index] for index in indices], device, indices), key)
 
     return OnlineStep(
         backbone=backbone,
@@ -111,8 +114,8 @@ def online_step(
     )
 
 
-def transition_order(config: Config, prompts: int, examples_per_prompt: int) -> TransitionOrder:
-    """Return the order of the transitions of so many prompts, each of which gives so many.
+def transition_order(config: Config, prompts: Sequence[str], examples_per_prompt: int) -> TransitionOrder:
+    """Return the order of the transitions of prompts, each of which gives so many.
 
     Raises:
         ConfigError: more of them are asked for, or they cannot be shared out over the updates.
@@ -124,7 +127,12 @@ def transition_order(config: Config, prompts: int, examples_per_prompt: int) -> 
             f"rollout.transitions_per_prompt {slots} is more than the {examples_per_prompt} transitions that a "
             "prompt gives. Use null for all."
         )
-    return TransitionOrder(PairSampler(prompts, config.train.seed), slots, rollout.updates)
+    return TransitionOrder(PairSampler(len(prompts), config.train.seed), slots, rollout.updates, prompt_ids(prompts))
+
+
+def prompt_ids(prompts: Sequence[str]) -> np.ndarray:
+    """Return what tells which prompts are the same, int64 [P]."""
+    return np.array([prompt_id(prompt) for prompt in prompts], dtype=np.int64)
 
 
 def reward_step(config: Config, backbone: Backbone, prompts: PromptSource, device: torch.device) -> RewardStep:
@@ -152,11 +160,10 @@ def reward_step(config: Config, backbone: Backbone, prompts: PromptSource, devic
 
     def rewards(policy: nn.Module, indices: list[int], step: int) -> Tensor:
         backbone.offload_encoders(device)  # validation may have moved them away
-        return gradients(policy, encode([prompts.texts[index] for index in indices], device), step)
+        return gradients(policy, encode([prompts.texts[index] for index in indices], device, indices), step)
 
-    return RewardStep(
-        objective=config.build_objective(), rewards=rewards, order=PairSampler(len(prompts), config.train.seed)
-    )
+    order = DistinctDraws(PairSampler(len(prompts), config.train.seed), prompt_ids(prompts.texts))
+    return RewardStep(objective=config.build_objective(), rewards=rewards, order=order)
 
 
 def _prepare_vae(config: Config, backbone: Backbone) -> None:
@@ -250,13 +257,14 @@ class SharedAdvantages:
         per_prompt = config.collect == "trajectories" and self.kind == "per_prompt"
         self.tracker = PerPromptTracker(config.rollout.buffer_size, config.rollout.min_count) if per_prompt else None
 
-    def __call__(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
+    def __call__(self, prompts: Sequence[str], ids: Sequence[int], rewards: Tensor) -> Tensor:
         """Return the advantages [N] of this process's rewards [N]."""
-        # The n-th trajectory of a prompt; a prompt that two processes share has the same rewards in both.
-        keys = [(prompt, prompts[:place].count(prompt)) for place, prompt in enumerate(prompts)]
+        # The n-th trajectory under an id; a prompt that two processes share has the same rewards in both.
+        places = enumerate(zip(prompts, ids, strict=True))
+        keys = [(prompt, drawn, ids[:place].count(drawn)) for place, (prompt, drawn) in places]
         gathered = dict(gather_object(list(zip(keys, rewards.tolist(), strict=True))))
         every = sorted(gathered)
-        texts, values = [prompt for prompt, _ in every], torch.tensor([gathered[key] for key in every])
+        texts, values = [prompt for prompt, *_ in every], torch.tensor([gathered[key] for key in every])
         if self.tracker is not None:
             worth = self.tracker.update(texts, values)
         elif self.kind == "group":

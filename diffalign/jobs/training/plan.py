@@ -16,7 +16,17 @@ from diffalign.config import Config
 from diffalign.config.changes import dump_changed
 from diffalign.denoising import INVERSIONS, STABLE_DIFFUSION, DDPMPath, inversion
 from diffalign.errors import UserError
-from diffalign.jobs.training import assemble, cards, memory, meta_model, online_costs, preflight, storage, survey
+from diffalign.jobs.training import (
+    assemble,
+    cards,
+    long_captions,
+    memory,
+    meta_model,
+    online_costs,
+    preflight,
+    storage,
+    survey,
+)
 from diffalign.objectives.base import UNITS
 from diffalign.places import is_hub_id
 from diffalign.training import optimizer
@@ -115,6 +125,9 @@ class Plan:
         if self.found.source is not None:
             looked = survey.survey(self.found.source, config.data.resolution)
             yield "images", "none can be opened" if looked is None else looked.describe(config.data.resolution)
+        if self.model is not None:
+            texts = self.found.prompts or (self._content and self._content.texts)
+            yield from long_captions.rows(config, self.model, texts)
         yield "batch", self.batch.describe(unit)
         yield f"{unit} seen", self._seen(unit)
         yield "network passes", passes(config)

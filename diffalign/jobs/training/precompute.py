@@ -7,7 +7,7 @@ from rich.console import Console
 from diffalign.config import Config
 from diffalign.errors import ConfigError
 from diffalign.jobs import skipped
-from diffalign.jobs.training import assemble, examples, reference_errors, storage
+from diffalign.jobs.training import assemble, examples, long_captions, reference_errors, storage
 from diffalign.jobs.training.train import make_accelerator
 
 
@@ -29,6 +29,7 @@ def precompute(config: Config, console: Console) -> None:
     if foretold is not None and foretold.missing:
         console.print(f"To be written: {storage.amount(foretold.missing)} ({foretold.what})")
     backbone = assemble.load_backbone(config)
+    long_captions.tell(config, backbone, source, console)
     cache = examples.open_encoded(config, backbone, source, accelerator)
     size = sum(file.stat().st_size for file in cache.folder.iterdir()) / 2**20
     console.print(f"{source.counts}\n{cache.folder}: {len(cache)} examples, {size:.1f} MiB")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 import reward_models
 from diffalign.backbones import inspection, quantization
@@ -18,6 +19,7 @@ from diffalign.config import Config
 from diffalign.data import PairSource
 from diffalign.denoising import acceleration
 from diffalign.errors import ConfigError, UserError
+from diffalign.jobs.devices import launched_processes
 from diffalign.jobs.drawing.prompts import is_prompt_file, read_prompts
 from diffalign.jobs.scoring import scorers
 from diffalign.jobs.training import (
@@ -98,13 +100,19 @@ def examine(config: Config, error_log: Path | None = None, source: PairSource | 
 
 def world_size() -> int:
     """Return how many processes train: as launched, else one for each GPU of this machine."""
-    return int(os.environ.get("WORLD_SIZE", 0)) or max(torch.cuda.device_count(), 1)
+    return int(os.environ.get("WORLD_SIZE", 0)) or max(launched_processes(), torch.cuda.device_count())
 
 
 def launch(config: Config) -> Iterator[UserError]:
     """Yield what this machine lacks to start anything with this configuration."""
     if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
         yield ConfigError('train.mixed_precision "fp16" needs a GPU; this machine has none. Use bf16 or no.')
+    here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if here > devices > 0 and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        yield ConfigError(
+            f"{here} processes were launched on a machine of {devices} GPU(s); each needs its own. Launch {devices}, "
+            "or set ACCELERATE_USE_CPU=true."
+        )
     for name in config.logging.report_to:
         if not installed(name):
             yield ConfigError(f'logging.report_to names "{name}", which is not installed: pip install {name}.')
@@ -163,7 +171,7 @@ def _examine_rollout(config: Config, plan: BatchPlan | None, found: Findings) ->
     judged = (config.rollout.scorer or "").startswith(f"{human_labels.LABELS}=")  # then fewer prompts are used
     if found.prompts and plan is not None and config.build_objective().layout == "transition" and not judged:
         gives = found.attempt(lambda: online_costs.examples_per_prompt(config))
-        order = gives and found.attempt(lambda: online.transition_order(config, len(found.prompts), gives))
+        order = gives and found.attempt(lambda: online.transition_order(config, found.prompts, gives))
         if order:
             found.attempt(lambda: order.indices(0, plan.global_batch_size))
 

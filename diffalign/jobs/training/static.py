@@ -42,7 +42,7 @@ def _obstacles(config: Config, denoiser: nn.Module, accelerator: Accelerator) ->
         yield f'the passes of a rollout depend on what "{config.objective_name}" draws'
     if config.loss.auto_beta is not None:
         yield "loss.auto_beta gives every step another beta, and a graph holds numbers"
-    if kind_of(denoiser).cuts_text:
+    if kind_of(denoiser).cuts_text or config.data.long_prompts == "chunk":
         yield "prompts of unequal lengths are cut on the host"
     if getattr(denoiser, "is_gradient_checkpointing", False):
         yield "recomputing activations (train.gradient_checkpointing) saves the state of random numbers on the host"

@@ -128,7 +128,7 @@ def _latents_there(config: Config, model: MetaModel, source: PairSource) -> floa
         fields = read_json(file) or {}
         same = fields.get("transform") == wanted and fields.get("dtype") == dtype
         same = same and fields.get("text_dtype", dtype) == text_dtype
-        same = same and fields.get("token_columns", []) == list(model.kind.token_columns)
+        same = same and fields.get("token_columns", []) == text_costs.token_columns(config, model)
         if same and _resembles(fields.get("source", {}), source):
             size = sum(part.stat().st_size for part in file.parent.iterdir())
             found.append(float("inf") if (file.parent / COMPLETE).exists() else size)

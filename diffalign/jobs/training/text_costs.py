@@ -27,11 +27,28 @@ def estimate(config: Config, model: MetaModel, prompts: int, texts: Sequence[str
     kind, number = model.kind, STORED_BYTES[examples.text_dtype(config, model.kind)]
     numbers, kept = model.prompt_size(), prompts + 1
     if not kind.token_columns:
-        return TextCost(f"{kept:,} prompts", numbers * number, "prompt", kept * numbers * number)
+        read = kept if config.data.long_prompts == "truncate" else 1 + _chunks(model, prompts, texts)
+        what = f"{kept:,} prompts" if read == kept else f"{read:,} chunks of {kept:,} prompts"
+        return TextCost(what, numbers * number, "prompt" if read == kept else "chunk", read * numbers * number)
     token = (numbers // kind.padded_length - 1) * number + 1  # one of them is its mask, a byte
     tokens, exact = _tokens(model, prompts, texts)
     what = f"{kept:,} prompts of {'' if exact else 'about '}{tokens:,} tokens"
     return TextCost(what, token, "token", tokens * token + kept * 4)  # and the length of each
+
+
+def token_columns(config: Config, model: MetaModel) -> list[str]:
+    """Return of which columns a cache keeps no padding."""
+    return ["prompt_embeds"] if config.data.long_prompts == "chunk" else list(model.kind.token_columns)
+
+
+def _chunks(model: MetaModel, prompts: int, texts: Sequence[str] | None) -> int:
+    """Return in how many chunks CLIP reads the prompts, about so many where they are not all counted."""
+    tokenizers = model.tokenizers()
+    sample = [] if texts is None else list(texts[:: -(-len(texts) // COUNTED) or 1])
+    if not tokenizers or not sample:
+        return prompts
+    counts, length = model.kind.token_counts(tokenizers, sample)
+    return round(sum(max(1, -(-(count - 2) // (length - 2))) for count in counts) * len(texts) / len(sample))
 
 
 def _tokens(model: MetaModel, prompts: int, texts: Sequence[str] | None) -> tuple[int, bool]:

@@ -21,12 +21,14 @@ from diffalign.backbones.files import LORA_FILE
 from diffalign.config import Config
 from diffalign.data import PairSource
 from diffalign.jobs import skipped
+from diffalign.jobs.devices import together_on_cpus
 from diffalign.jobs.training import (
     assemble,
     distributed,
     examples,
     hub,
     identity,
+    long_captions,
     memory,
     model_card,
     networks,
@@ -97,6 +99,7 @@ def build_trainer(
         source = examples.open_source(config, Path(config.train.output_dir) / skipped.FILE)
         storage.check_room(config, source)
     console.print(f"Data: {source.name}: {source.counts}.")
+    long_captions.tell(config, backbone, source, console)
     known = identity.run_identity(config, plan, backbone, source)
     step, sampler, reference = learning(config, backbone, source, plan, accelerator, console)
     if not config.is_online:
@@ -182,7 +185,11 @@ def make_accelerator(config: Config) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.allow_tf32
     precision = "no" if config.pure_bf16 else train.mixed_precision  # no autocast around bfloat16 weights
     with zero.as_ddp():
-        return Accelerator(mixed_precision=precision, log_with=trackers or None, project_dir=train.output_dir)
+        accelerator = Accelerator(
+            cpu=together_on_cpus(), mixed_precision=precision, log_with=trackers or None, project_dir=train.output_dir
+        )
+    distributed.require_all(accelerator)
+    return accelerator
 
 
 def start_trackers(config: Config, accelerator: Accelerator) -> None:

@@ -31,7 +31,10 @@ def drawer(config: Config, backbone: Backbone, accelerator: Accelerator) -> Call
         raise ConfigError("validation.validation_steps needs validation.validation_prompts: a list, or a text file.")
     prompts = _prompts(wanted.validation_prompts)
     settings = SamplingSettings(
-        num_inference_steps=wanted.num_inference_steps, guidance_scale=wanted.guidance_scale, batch_size=4
+        num_inference_steps=wanted.num_inference_steps,
+        guidance_scale=wanted.guidance_scale,
+        long_prompts=config.data.long_prompts,
+        batch_size=4,
     )
     # A network that runs in bfloat16 without autocast has encoders and a decoder of other dtypes beside it.
     mixed = partial(torch.autocast, accelerator.device.type, torch.bfloat16)

@@ -5,8 +5,11 @@ import random
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from diffalign.backbones.files import LORA_FILE
 from diffalign.errors import UserError
 from diffalign.evaluation import Manifest, SamplingSettings
 from diffalign.jobs.drawing import models
@@ -92,6 +95,23 @@ def test_a_lora_at_scale_zero_is_its_base(lora_run, tmp_path, console):
     assert np.abs(base - off).max() <= 1
     assert 1 < np.abs(base - on).max()
     assert np.abs(on - twice).max() > 1
+
+
+def test_a_scale_is_that_of_text_encoders_too(lora_run, tmp_path, console):
+    """A LoRA that adapts text encoders as well: at 0 it is the base, whose own encoders are as they were afterwards."""
+    file, stem = lora_run.folder / LORA_FILE, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    (own,) = models.resolve([str(lora_run.folder)])
+    width = models.load_base(own, torch.float32).text_encoders[0].config.hidden_size
+    added = {f"{stem}.lora_A.weight": torch.randn(2, width), f"{stem}.lora_B.weight": torch.randn(width, 2)}
+    said = {"base_model": own.base.source, "format": "pt"}
+    save_file(load_file(file) | added, tmp_path / "both.safetensors", metadata=said)
+    wanted = models.resolve([str(tmp_path / "both.safetensors"), f"unet={file}"])
+    columns = swept([models.base_of(wanted[0]), *wanted], SETTINGS, Sweep.parse("lora_scale=0,1"))
+    files = draw(columns, [(PROMPTS[0], 3)], tmp_path / "out", models.ModelLoader("float32", "cpu"), console)
+    base, off, on, unet_off, unet_on = (np.asarray(Image.open(paths[0])).astype(int) for paths in files.values())
+    assert np.abs(base - off).max() <= 1
+    assert np.abs(base - unet_off).max() <= 1
+    assert np.abs(on - unet_on).max() > 1  # the text encoder's part does something
 
 
 def test_a_run_over_its_checkpoints_as_one_figure(diffalign, lora_run, tmp_path):

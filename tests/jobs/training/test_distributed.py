@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 
 from diffalign import config as configuration
 from diffalign.errors import ConfigError
-from diffalign.jobs.training import distributed
+from diffalign.jobs.training import distributed, preflight
 from diffalign.training import sharding, zero
 
 
@@ -138,3 +138,26 @@ def test_other_kinds_of_fsdp_are_refused(fsdp, monkeypatch, variable, value, pre
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigError, match=message):
         sharding.check(precision)
+
+
+def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
+    """As accelerate would let them where it finds no device and was not told of the CPUs."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"2 processes were launched, but each would train alone.*ACCELERATE_USE_CPU"):
+        distributed.require_all(launched(processes=1))
+    distributed.require_all(launched(processes=2))
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="4 processes"):
+        distributed.require_all(launched(processes=1))
+    monkeypatch.delenv("OMPI_COMM_WORLD_SIZE")
+    distributed.require_all(launched(processes=1))
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    (fault,) = preflight.launch(configuration.load("configs/tiny/dpo.yaml", ["logging.report_to=[]"]))
+    assert "4 processes were launched on a machine of 2 GPU(s)" in str(fault)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert not list(preflight.launch(configuration.load("configs/tiny/dpo.yaml", ["logging.report_to=[]"])))

@@ -74,6 +74,28 @@ def test_local_models_and_data_are_given_by_their_names(tmp_path, monkeypatch, r
     assert "A LoRA for `base`, aligned with the preference pairs of pairs" in body
 
 
+PLACES = ["{}/my data/pairs, new", "{}/a=b/pairs", "~/data/pairs", "../pairs", "C:\\Users\\me\\pairs", "{}/a,b/c/pairs"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("there", [True, False])
+def test_no_folder_of_a_path_is_told_however_it_is_written(tmp_path, monkeypatch, place, there):
+    monkeypatch.chdir(tmp_path)
+    place = place.format(tmp_path / "home")
+    if there and "home" in place:
+        Path(place).mkdir(parents=True)
+    content = CONTENT | {
+        "model": {"pretrained_model_name_or_path": place},
+        "data": {"dataset_name": place, "scorer": f"pickscore={place}", "label_source": "reward"},
+    }
+    header, body, block = render(content)
+    assert "base_model" not in header
+    assert "datasets" not in header
+    for text in (body, block):
+        assert not any(word in text for word in ("home", "Users", "my data", "a=b", "a,b", "~", str(tmp_path)))
+    assert "pairs" in yaml.safe_load(block)["data"]["dataset_name"]
+
+
 def test_on_the_hub_it_says_how_to_load_it_from_there():
     _, body, _ = render(CONTENT, repo="me/sdxl", processes=8)
     assert "# sdxl\n" in body
