@@ -8,11 +8,11 @@ class Pretraining:
     """Hold the recipe of an embedded pipeline; the defaults made `assets/tiny-sdxl`."""
 
     images: int = 20_000
-    vae_steps: int = 2_500
+    vae_steps: int = 5_000
     vae_batch_size: int = 32
     vae_crop: int = 32  # pixels; the VAE is convolutional, and a quarter of the image costs a quarter
     vae_learning_rate: float = 3e-3
-    decoder_steps: int = 8_000  # of the decoder alone, once the latents are settled
+    decoder_steps: int = 6_000  # of the decoder alone, once the latents are settled
     decoder_learning_rate: float = 1.5e-3
     decoder_noise: float = 0.15  # largest noise added to a latent of unit variance meanwhile
     denoiser_steps: int = 10_000
