@@ -88,7 +88,7 @@ def run(name: str, output: Path, overrides: list[str], tuning: bool = False) -> 
     config = recipe(name, output, overrides)
     evaluations, started = Evaluations(), time.perf_counter()
     with evaluations.counting():
-        train(config, Console(quiet=True))
+        train(config, Console(quiet=True), overwrite=True)
     seconds = time.perf_counter() - started
     lines = metrics.read(output / "metrics.jsonl")
     examples = config.train.max_train_steps * config.train.train_batch_size * config.train.gradient_accumulation_steps
