@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -83,13 +84,28 @@ def scan(
         generator=torch.Generator(),  # the global one is left alone
         **parallel,
     )
-    for prepared in loader:
-        scores = []
-        for index, judge in enumerate(judges):
-            rows = np.flatnonzero(prepared.wanted[:, index])
-            values = judge.score(prepared, rows.tolist()) if len(rows) else np.empty(0, np.float32)
-            scores.append((rows, values))
-        yield Scored(prepared, scores)
+    with _helpers_alive():
+        for prepared in loader:
+            scores = []
+            for index, judge in enumerate(judges):
+                rows = np.flatnonzero(prepared.wanted[:, index])
+                values = judge.score(prepared, rows.tolist()) if len(rows) else np.empty(0, np.float32)
+                scores.append((rows, values))
+            yield Scored(prepared, scores)
+
+
+@contextmanager
+def _helpers_alive() -> Iterator[None]:
+    """Say in one sentence that a worker was killed; torch raises a RuntimeError for it wherever this process is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"A process that decodes pictures died ({str(error).splitlines()[0].strip()}), perhaps because memory ran "
+            "out. What was scored is kept: run the same command again, with fewer --workers (0 starts none)."
+        ) from error
 
 
 def pick_workers(asked: int | None, count: int, processes: int = 1) -> int:

@@ -84,7 +84,7 @@ def run(source: Source, out: Path, judges: list[Judge], options: Options, consol
         if share.count > 1:
             raise UserError(f"With several processes, delete {folder} yourself instead of --fresh.")
         shutil.rmtree(folder)
-    store, request = Store(folder), request_id(source)
+    store, request = Store(folder), request_id(source, share.count)
     identities = [judge.identity for judge in judges]
     try:
         index, computed = _score_share(source, share, judges, store.known(identities), store, options, console)
