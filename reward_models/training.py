@@ -19,12 +19,18 @@ from reward_models.pairs import RewardPair, checked, index_batches, split_by_pro
 from reward_models.preprocess import ImageLike
 from reward_models.step_aware import EVALUATED_AT
 from reward_models.training_families import Family, LatentScorer, Pictures, family_of, pair_weights
-from reward_models.training_recipes import PICKSCORE, RewardRecipe
+from reward_models.training_recipes import HPSV2, PICKSCORE, RECIPES, RewardRecipe
 from reward_models.training_state import TrainingResult, TrainingStopped, agreement, load_state, save_state
 
 __all__ = [
-    *("HPSV2", "PICKSCORE", "RECIPES", "RewardRecipe", "TrainingResult", "TrainingStopped"),
-    *("train_reward", "validation_accuracy"),
+    "HPSV2",
+    "PICKSCORE",
+    "RECIPES",
+    "RewardRecipe",
+    "TrainingResult",
+    "TrainingStopped",
+    "train_reward",
+    "validation_accuracy",
 ]
 Pairs = Iterable[RewardPair | tuple[ImageLike, ImageLike, str, float]]
 Log = Callable[[dict[str, float]], None]

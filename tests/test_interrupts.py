@@ -1,5 +1,6 @@
 """Signals end work where it stands, or when it is saved; never twice, and never where they are to be ignored."""
 
+import importlib
 import os
 import signal
 import sys
@@ -8,9 +9,9 @@ import threading
 import pytest
 import typer
 
-from diffalign.cli import app as root
 from diffalign.interrupts import Interrupted, at_once, deferred
 
+root = importlib.import_module("diffalign.cli.app")  # the package has the app itself under this name
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 

@@ -39,6 +39,8 @@ def fault(path: Path, *, thorough: bool = True) -> str | None:
         step, sealed = state["step"], state.get("manifest") is not None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{STATE} cannot be read ({type(error).__name__})"
+    if type(step) is not int or step < 0:
+        return f"{STATE} says step {step!r}"
     if sealed or sealing.is_sealed(path):
         found = sealing.fault(path, thorough=thorough)
         if found is not None:

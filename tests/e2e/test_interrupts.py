@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from diffalign.errors import ConfigError
+from diffalign.folder_lock import held
 from tests.e2e.test_training import assert_same_bits, variant
 from tests.training.toy import trajectory
 
@@ -40,7 +41,8 @@ def test_sigterm_loses_no_step_and_the_folder_has_one_run(content, run, tmp_path
     process = start(told, tmp_path / "told.yaml")
     try:
         with pytest.raises(ConfigError, match=rf"told is in use by process {process.pid} on .* train .*told\.yaml"):
-            run(told)
+            with held(tmp_path / "told"):  # as a second run takes it
+                pass
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=120)
     finally:
