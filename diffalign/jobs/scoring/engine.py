@@ -84,19 +84,22 @@ def scan(
         generator=torch.Generator(),  # the global one is left alone
         **parallel,
     )
-    with _helpers_alive():
-        for prepared in loader:
-            scores = []
-            for index, judge in enumerate(judges):
-                rows = np.flatnonzero(prepared.wanted[:, index])
-                values = judge.score(prepared, rows.tolist()) if len(rows) else np.empty(0, np.float32)
-                scores.append((rows, values))
-            yield Scored(prepared, scores)
+    for prepared in loader:
+        scores = []
+        for index, judge in enumerate(judges):
+            rows = np.flatnonzero(prepared.wanted[:, index])
+            values = judge.score(prepared, rows.tolist()) if len(rows) else np.empty(0, np.float32)
+            scores.append((rows, values))
+        yield Scored(prepared, scores)
 
 
 @contextmanager
-def _helpers_alive() -> Iterator[None]:
-    """Say in one sentence that a worker was killed; torch raises a RuntimeError for it wherever this process is."""
+def helpers_alive() -> Iterator[None]:
+    """Say in one sentence that a worker was killed; torch raises a RuntimeError for it wherever this process is.
+
+    Raises:
+        DataError: it was.
+    """
     try:
         yield
     except RuntimeError as error:
