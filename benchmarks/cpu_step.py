@@ -121,7 +121,7 @@ def fill_caches(config: Config) -> None:
 def run(config: Config) -> None:
     """Do what `diffalign train` does."""
     _forget_precision()
-    train(config, Console(quiet=True))
+    train(config, Console(quiet=True), overwrite=True)
 
 
 def _forget_precision() -> None:

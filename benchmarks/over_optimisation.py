@@ -26,7 +26,7 @@ from diffalign.jobs.drawing.prompts import read_prompts
 from diffalign.jobs.scoring import scorers
 from diffalign.jobs.world.demo import N_PROMPTS, SAMPLING
 from diffalign.shapes.oracle import Oracle
-from diffalign.training import checkpoint
+from diffalign.training import checkpoints
 
 RESULTS = ROOT / "benchmarks" / "results"
 DRAWN, SEED = 64, 5_000_000
@@ -67,7 +67,7 @@ def main(runs: list[Path], output: Path, count: int = DRAWN) -> None:
 def curve(run: Path, output: Path, count: int) -> dict[str, Any]:
     """Return the changes of one run's scorer and of the oracle by step."""
     config = configuration.load(run / "config.yaml")
-    found = checkpoint.folders(run)
+    found = checkpoints.folders(run)
     if not config.is_online or not found:
         raise SystemExit(
             f"{run} is no run with a reward and checkpoints: {config.objective_name}, {len(found)} checkpoint(s). Name "

@@ -74,6 +74,8 @@ def to_rgb(image: ImageLike) -> Image.Image:
         array = image.detach().cpu()
         array = _to_uint8((array.float() if array.is_floating_point() else array).numpy(), channels_last=False)
         return _named(Image.fromarray(array), "the tensor")
+    if not isinstance(image, str | os.PathLike) and hasattr(image, "read_bytes"):  # encoded, and not in memory
+        image = image.read_bytes()
     if not isinstance(image, str | os.PathLike | bytes | bytearray):
         raise ScorerError(
             f"An image cannot be a {type(image).__name__}: give a path, encoded bytes, a PIL image, "

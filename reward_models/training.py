@@ -20,9 +20,18 @@ from reward_models.preprocess import ImageLike
 from reward_models.step_aware import EVALUATED_AT
 from reward_models.training_families import Family, LatentScorer, Pictures, family_of, pair_weights
 from reward_models.training_recipes import HPSV2, PICKSCORE, RECIPES, RewardRecipe
-from reward_models.training_state import TrainingResult, agreement, load_state, save_state
+from reward_models.training_state import TrainingResult, TrainingStopped, agreement, load_state, save_state
 
-__all__ = ["HPSV2", "PICKSCORE", "RECIPES", "RewardRecipe", "TrainingResult", "train_reward", "validation_accuracy"]
+__all__ = [
+    "HPSV2",
+    "PICKSCORE",
+    "RECIPES",
+    "RewardRecipe",
+    "TrainingResult",
+    "TrainingStopped",
+    "train_reward",
+    "validation_accuracy",
+]
 Pairs = Iterable[RewardPair | tuple[ImageLike, ImageLike, str, float]]
 Log = Callable[[dict[str, float]], None]
 
@@ -35,6 +44,8 @@ class _Run:
     recipe: RewardRecipe
     directory: Path | None
     log: Log | None
+    stopping: Callable[[], object]
+    say: Callable[[str], object]
 
 
 def train_reward(
@@ -47,6 +58,8 @@ def train_reward(
     log: Log | None = None,
     pictures: Pictures | None = None,
     resume: bool = False,
+    stopping: Callable[[], object] = lambda: False,
+    say: Callable[[str], object] = print,
 ) -> TrainingResult:
     """Train `scorer` in place and leave it with the weights that did best in validation.
 
@@ -59,8 +72,11 @@ def train_reward(
         log: called with the record of each step.
         pictures: what a step-aware model or a judge of latents sees of a batch of pairs.
         resume: go on from the state in `directory`; on a CPU the result has the bits of an uninterrupted run.
+        stopping: asked once a step; when any process says yes, all save the step and raise TrainingStopped.
+        say: told in words of states that are damaged.
 
     Raises:
+        TrainingStopped: as `stopping` wished.
         ScorerError: for unusable pairs, half-precision weights, or a loss that is not finite.
     """
     if any(parameter.dtype != torch.float32 for parameter in scorer.module.parameters()):
@@ -72,7 +88,15 @@ def train_reward(
         raise ScorerError(f"A batch needs a pair for each of the {ranks.count()} processes. Use a larger batch_size.")
     family = family_of(scorer, recipe, pictures, EVALUATED_AT)
     try:
-        return _run(_Run(family, train, held_out, recipe, None if directory is None else Path(directory), log), resume)
+        place = None if directory is None else Path(directory)
+        return _run(_Run(family, train, held_out, recipe, place, log, stopping, say), resume)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ScorerError(
+            f"A process that decodes pictures died ({str(error).splitlines()[0].strip()}), perhaps because memory ran "
+            "out. Resume the run with fewer workers (0 starts none)."
+        ) from error
     finally:
         scorer.module.eval().requires_grad_(False)
         _forget_prompts(scorer)
@@ -86,7 +110,7 @@ def _run(run: _Run, resume: bool) -> TrainingResult:
     if resume:
         if run.directory is None:
             raise ScorerError("resume needs the directory of the run.")
-        done, best, result = load_state(run.directory, module, optimizer, agreed)
+        done, best, result = load_state(run.directory, module, optimizer, agreed, run.say)
     counts = Counter(pair.prompt for pair in run.train)
     order = _order(len(run.train), recipe)[done:]
     batches = family.batches(run.train, [(visit, list(ranks.own(positions))) for visit, positions in order])
@@ -95,14 +119,18 @@ def _run(run: _Run, resume: bool) -> TrainingResult:
         for group in optimizer.param_groups:
             group["lr"] = rate
         weights = ranks.own(pair_weights([run.train[i] for i in positions], counts, recipe.loss))
-        record = {"step": step + 1, "learning_rate": rate, "loss": _train_step(family, batch, weights, optimizer, step)}
+        loss, stopped = _train_step(run, batch, weights, optimizer, step)
+        record = {"step": step + 1, "learning_rate": rate, "loss": loss}
         result.history.append(record)
-        if (step + 1) % recipe.eval_every == 0 or step + 1 == recipe.max_steps:
+        validated = (step + 1) % recipe.eval_every == 0 or step + 1 == recipe.max_steps
+        if validated:
             best = _validate(run, record, result) or best
-            if run.directory is not None and ranks.rank() == 0:
-                save_state(run.directory, step + 1, module, optimizer, best, result, agreed)
+        if run.directory is not None and ranks.rank() == 0 and (validated or stopped):
+            save_state(run.directory, step + 1, module, optimizer, best, result, agreed)
         if run.log is not None:
             run.log(record)
+        if stopped:
+            raise TrainingStopped(step + 1)
     module.load_state_dict(best)
     return result
 
@@ -194,8 +222,11 @@ def _optimizer(family: Family) -> torch.optim.AdamW:
     )
 
 
-def _train_step(family: Family, batch: tuple, weights: Tensor, optimizer: torch.optim.Optimizer, step: int) -> float:
-    """Move once along the gradient of the global batch; return its loss."""
+def _train_step(
+    run: _Run, batch: tuple, weights: Tensor, optimizer: torch.optim.Optimizer, step: int
+) -> tuple[float, bool]:
+    """Move once along the gradient of the global batch; return its loss, and whether a process is to stop."""
+    family = run.family
     scorer, recipe = family.scorer, family.recipe
     scorer.module.train()
     total, size = 0.0, recipe.micro_batch_size or len(weights)
@@ -206,7 +237,7 @@ def _train_step(family: Family, batch: tuple, weights: Tensor, optimizer: torch.
             loss = (weights[start : start + size].to(losses.device) * losses).sum()
             loss.backward()
             total += loss.item()
-    (total,) = ranks.total([total], scorer.device)
+    total, stopped = ranks.total([total, float(bool(run.stopping()))], scorer.device)
     if not math.isfinite(total):
         raise ScorerError(f"The loss became {total}. Lower learning_rate, or look for damaged images.")
     ranks.sum_gradients(scorer.module.parameters())
@@ -217,7 +248,7 @@ def _train_step(family: Family, batch: tuple, weights: Tensor, optimizer: torch.
     if recipe.max_logit_scale is not None and hasattr(scorer.module, "logit_scale"):
         with torch.no_grad():
             scorer.module.logit_scale.clamp_(0.0, math.log(recipe.max_logit_scale))
-    return total
+    return total, stopped > 0
 
 
 def _forget_prompts(scorer: Scorer) -> None:

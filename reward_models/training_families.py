@@ -1,5 +1,6 @@
 """What differs between scorers in training: which weights move, what a batch is, and the losses of its pairs."""
 
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -57,6 +58,13 @@ class Batch(NamedTuple):
         return Batch(*(None if column is None else column[start : start + size] for column in self))
 
 
+def _stay(_: int) -> None:
+    """In a worker: a signal to stop that reaches the whole group is for the parent, which finishes its step first."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 class Family:
     """Train a scorer of two towers by the cosines of unit embeddings.
 
@@ -82,6 +90,7 @@ class Family:
             PairPixels(pairs, self.scorer.preprocess),
             batch_sampler=[positions for _, positions in order],
             num_workers=self.recipe.num_workers,
+            worker_init_fn=_stay,
             generator=torch.Generator(),  # its own keeps the loader from drawing from the global one
         )
         for (_, positions), (image_0, image_1, prompts, label_0) in zip(order, loader, strict=True):

@@ -76,17 +76,20 @@ def train(
     config: ConfigLike,
     *overrides: str | Mapping[str, Any],
     resume: str | None = None,
+    overwrite: bool = False,
     quiet: bool = False,
     **values: Any,
 ) -> Run:
     """Align a model with preferences; return what the run left in train.output_dir.
 
     The process stays as it was: random generators, accelerate's state and precision flags are put back, so that one
-    notebook can train several times, in other precisions too. Interrupted, a run continues with resume="latest".
+    notebook can train several times, in other precisions too. Interrupted, a run saves the step at work (the second
+    interrupt ends it at once) and continues with resume="latest".
 
     Args:
         config: as of `load_config`, and so are `overrides` and `values`.
         resume: a checkpoint's folder, or "latest"; starts afresh if there is no latest.
+        overwrite: take the place of an earlier run in train.output_dir, which is refused otherwise.
         quiet: say nothing and show no progress.
 
     Raises:
@@ -103,5 +106,6 @@ def train(
         values = {**values, "train.resume_from_checkpoint": resume}
     checked = load_config(config, *overrides, **values)
     with undisturbed(), telling(quiet) as console:
-        metrics = job(checked, console if quiet else None)  # by itself it tells on the main process only
+        # by itself it tells on the main process only
+        metrics = job(checked, console if quiet else None, overwrite=overwrite)
     return Run(output_dir=Path(checked.train.output_dir), config=checked, metrics=metrics)

@@ -2,9 +2,10 @@
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 
 import diffalign
@@ -22,8 +23,25 @@ from diffalign.cli import (
     world,
 )
 from diffalign.errors import UserError
+from diffalign.interrupts import Interrupted, at_once
+
+GO_ON = {"train": "the same command with --resume latest", "reward": "the same command with --resume"}
+
+
+class _Stopped(BaseException):
+    """Carry an interrupt past typer, which would end the process without a word."""
+
+
+class _Root(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise _Stopped from interrupt
+
 
 app = typer.Typer(
+    cls=_Root,
     name="diffalign",
     help="Align text-to-image diffusion models with human preferences: train, score, evaluate, show.",
     no_args_is_help=True,
@@ -53,12 +71,16 @@ for module in (training, exporting, pictures, scoring, ranking, evaluating, labe
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends with exit code 2 and a message, never with a traceback."""
+    """Run the command line; a user's mistake ends with exit code 2 and a message, never with a traceback.
+
+    A signal to stop ends it with 128 and the signal's number, and a message that says how to go on.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
-    except KeyboardInterrupt:
-        _fail("Interrupted. What was finished is on disk; run the same command with --resume to continue.", code=130)
+        with at_once():
+            app()
+    except (KeyboardInterrupt, _Stopped) as error:
+        _tell_stopped(error.__cause__ or error)
     except Exception as error:
         if not _is_users_mistake(error) or os.environ.get("DIFFALIGN_TRACEBACK"):
             raise
@@ -73,7 +95,20 @@ def _is_users_mistake(error: Exception) -> bool:
     return isinstance(error, ScorerError)
 
 
-def _fail(message: str, code: int = 2) -> None:
-    Console(stderr=True, soft_wrap=True).print("[bold red]Error:[/] ", end="")
-    print(message, file=sys.stderr)
+def _tell_stopped(interrupt: BaseException) -> None:
+    """Say what is saved and how to go on; of several processes only the first does."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    said = str(interrupt) or f"What was finished is on disk; {GO_ON.get(command, 'the same command')} goes on."
+    name, code = (interrupt.name, interrupt.exit_code) if isinstance(interrupt, Interrupted) else ("Ctrl-C", 130)
+    _end("Interrupted", f"{name}. {said}" if os.environ.get("RANK", "0") == "0" else "", code)
+
+
+def _fail(message: str) -> None:
+    _end("Error", message, 2)
+
+
+def _end(kind: str, message: str, code: int) -> None:
+    if message:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}:[/] ", end="")
+        print(message, file=sys.stderr)
     sys.exit(code)

@@ -35,7 +35,8 @@ def train(
         int | None, typer.Option(help="step_aware: (timestep, noise) a pair, kept; by default new ones every epoch.")
     ] = None,
     keep: Annotated[Path | None, typer.Option(help="Where they, or the latents of lrm, are kept; else in OUT.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT, if there is one.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in OUT.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out broken rows.")] = False,
     root: options.Root = None,
@@ -65,7 +66,8 @@ def train(
     changes = {key: value for key, value in given.items() if value is not None}
     steps = Steps(model=model, guidance_scale=guidance_scale, draws=draws, keep=keep)
     run(name, data, out, init=init, recipe=recipe, changes=changes, validation=validation, device=device,
-        console=Console(), steps=steps, resume=resume, dry_run=dry_run, skip_broken=skip_broken, root=root)  # fmt: skip
+        console=Console(), steps=steps, resume=resume, overwrite=overwrite, dry_run=dry_run,
+        skip_broken=skip_broken, root=root)  # fmt: skip
 
 
 @reward.command()

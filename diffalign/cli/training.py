@@ -12,6 +12,8 @@ from diffalign.cli import options
 from diffalign.cli.settings import ConfigFile, Overrides, WithSettings
 from diffalign.errors import ConfigError, UserError, suggestion
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Take the place of an earlier run in the folder.")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
@@ -65,6 +67,7 @@ def train(
         str | None,
         typer.Option(help='Continue from a checkpoint: "latest" or its folder. Starts afresh if there is no latest.'),
     ] = None,
+    overwrite: Overwrite = False,
     dry: DryRun,
     sweep: Sweep,
 ) -> None:
@@ -79,33 +82,40 @@ def train(
     from diffalign import config as configuration
 
     if sweep.sweep:
-        _sweep(config, overrides or [], sweep, resume, dry)
+        _sweep(config, overrides or [], sweep, resume, dry, overwrite)
         return
     if sweep.prompts or sweep.scorers:
         raise ConfigError("--prompts and --with compare the models of a --sweep. For one: diffalign evaluate.")
+    _require_one(resume, overwrite)
     extra = [f"train.resume_from_checkpoint={resume}"] if resume else []
     resolved = configuration.load(config, [*(overrides or []), *extra])
     if dry.dry_run:
         from diffalign.jobs.training import plan
 
-        plan.dry_run(resolved, _console(), **dry.how)
+        plan.dry_run(resolved, _console(), **dry.how, overwrite=overwrite)
         return
     from diffalign.jobs.training.train import train as run
 
-    run(resolved)
+    run(resolved, overwrite=overwrite)
 
 
-def _sweep(file: Path, overrides: list[str], sweep: Sweep, resume: str | None, dry: DryRun) -> None:
+def _require_one(resume: str | None, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise ConfigError("--resume continues the run in the folder, --overwrite replaces it: give one of them.")
+
+
+def _sweep(file: Path, overrides: list[str], sweep: Sweep, resume: str | None, dry: DryRun, overwrite: bool) -> None:
     from diffalign.jobs.evaluating import sweep as job
 
+    _require_one(resume, overwrite)
     if resume not in (None, "latest"):
         raise ConfigError(f'--resume "{resume}" names one checkpoint, a sweep has some in every folder. Use latest.')
     judging = sweep.judging()
     runs = job.runs_of(file, overrides, sweep.sweep, resume=resume is not None)
     if dry.dry_run:
-        job.dry_run(runs, _console(), **dry.how)
+        job.dry_run(runs, _console(), **dry.how, overwrite=overwrite)
     else:
-        job.sweep(runs, _console(), judging)
+        job.sweep(runs, _console(), judging, overwrite=overwrite)
 
 
 def _console() -> Console:
@@ -138,14 +148,18 @@ def demo(
         "assets/prompts/tiny-held-out.txt"
     ),
     seed: Annotated[int, typer.Option(help="Seed of training and of the evaluation's noise.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Align the embedded model, score it on held-out prompts and show the result, in minutes on a CPU."""
+    """Align the embedded model, score it on held-out prompts and show the result, in minutes on a CPU.
+
+    Run again, it goes on where it was interrupted.
+    """
     from diffalign.jobs.world.demo import RECIPES
     from diffalign.jobs.world.demo import demo as run
 
     if model not in RECIPES:
         raise UserError(f'--model must be one of {", ".join(RECIPES)}, got "{model}".{suggestion(model, RECIPES)}')
-    run(config or RECIPES[model], output_dir, prompts, seed, Console())
+    run(config or RECIPES[model], output_dir, prompts, seed, Console(), overwrite=overwrite)
 
 
 def register(app: typer.Typer) -> None:

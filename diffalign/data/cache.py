@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.data import checksums
 from diffalign.data.batch import Augment, PairEncoder, PreferenceBatch, as_float32
 from diffalign.data.cache_build import NOISES, STORED, CacheBuilder
 from diffalign.data.cache_store import COMPLETE, AppendStore, exclusive, read_json
@@ -22,7 +23,7 @@ from diffalign.errors import DataError, suggestion
 from diffalign.progress import waiting
 
 FORMAT = 2  # raise it whenever the files or the numbers in them change
-META = "meta.json"
+META, LATENTS = "meta.json", "latents.npy"
 
 
 class LatentCache:
@@ -41,7 +42,8 @@ class LatentCache:
         self.images_per_example: int = self.meta["images_per_example"]
         self.prompts: list[str] = _lines(folder / "prompts.jsonl")
         self.noises = _lines(folder / NOISES) if NOISES in self.meta["files"] else None  # of every row of latents
-        self._latents = mapped(folder / "latents.npy")
+        self._latents = mapped(folder / LATENTS)
+        self._checksums = checksums.open_for(folder / LATENTS, len(self._latents))
         self._text = TextColumns(folder, _text_columns(self.meta), self.meta)
         self._sizes = np.load(folder / "sizes.npy")
         self.example_ids = np.load(folder / "example_ids.npy")  # [P]
@@ -194,7 +196,10 @@ class LatentCache:
         rows, variant = images.T.reshape(-1), np.tile(flip.astype(np.int64), k)
         captions = np.where(drop, 0, prompts.T).reshape(-1)
         distinct, of = np.unique(captions, return_inverse=True)  # images mostly share their caption: read it once
-        moments = _tensor(self._latents[rows, variant], self.meta["dtype"])
+        stored = self._latents[rows, variant]
+        if self._checksums is not None:
+            checksums.require(stored, self._checksums[rows, variant], self.folder / LATENTS)
+        moments = _tensor(stored, self.meta["dtype"])
         return PreferenceBatch(
             example_ids=ids,
             latent_mean=moments[:, 0].contiguous(),
@@ -280,6 +285,9 @@ def _verified(folder: Path) -> dict[str, Any]:
         found = (folder / name).stat().st_size if (folder / name).exists() else 0
         if found != size:
             raise DataError(f"{folder / name} has {found} bytes, expected {size}. Delete {folder} and build it again.")
+    for name, checksum in complete.get("checksums", {}).items():
+        if checksums.of_file(folder / name) != checksum:
+            raise checksums.damaged(folder / name)
     return {**fields, **complete}
 
 

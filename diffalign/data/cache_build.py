@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.data import text_store
+from diffalign.data import checksums, text_store
 from diffalign.data.batch import PairEncoder
 from diffalign.data.cache_store import AppendStore
 from diffalign.data.pairs import Example, RowError
@@ -158,7 +158,9 @@ class CacheBuilder:
             variants.append(self.encoder.encode_images(images.flip(-1)))
         moments = torch.stack([torch.stack([m.cpu() for m in pair], dim=1) for pair in variants], dim=1)
         sizes = [[v.sizes, v.flipped_sizes] if self.transform.random_flip else [v.sizes] for v in views]
-        self.store.append("latents.npy", _stored(moments, self.dtype, "The VAE"))
+        stored = _stored(moments, self.dtype, "The VAE")
+        self.store.append("latents.npy", stored)
+        self.store.append(checksums.file_of("latents.npy"), np.stack([checksums.of_rows(row) for row in stored]))
         self.store.append("sizes.npy", np.array(sizes, dtype=np.int32))
         if self.source.has_noises:
             self.store.append_lines(NOISES, [noise for _, noise, _ in taken])

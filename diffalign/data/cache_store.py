@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from diffalign.data import checksums
 from diffalign.errors import DataError
 
 try:
@@ -146,7 +147,11 @@ class AppendStore:
                 file.flush()
             self._sync()
             sizes = {name: size for name, size in sorted(self._sizes().items()) if name not in drop}
-            write_json(self.folder / COMPLETE, {**meta, "files": sizes}, sync=True)
+            # Of what is read row by row each row has a checksum of its own.
+            found = {
+                name: checksums.of_file(self.folder / name) for name in sizes if checksums.file_of(name) not in sizes
+            }
+            write_json(self.folder / COMPLETE, {**meta, "files": sizes, "checksums": found}, sync=True)
         self.close()
         for name in (PROGRESS, SYNCED, *drop):
             (self.folder / name).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from diffalign.data import checksums
 from diffalign.data.cache_store import AppendStore
 
 LENGTHS = "prompt_lengths.npy"  # [P] int32, how many tokens of a prompt are kept
@@ -24,7 +25,9 @@ def append(store: AppendStore, columns: Mapping[str, np.ndarray], tokens: Collec
         store.state[PADDED] = max(store.state.get(PADDED, 0), padded)
         kept = np.arange(padded) < lengths[:, None]
     for name, column in columns.items():
+        cut = [row[:length] for row, length in zip(column, lengths, strict=True)] if name in tokens else column
         store.append(f"{name}.npy", column[kept] if name in tokens else column)
+        store.append(checksums.file_of(f"{name}.npy"), checksums.of_rows(cut))
 
 
 def count(store: AppendStore, tokens: Collection[str]) -> int:
@@ -49,7 +52,9 @@ class TextColumns:
     """Serve the columns of prompts of a finished cache, padded with zeros again."""
 
     def __init__(self, folder: Path, names: Collection[str], meta: Mapping[str, Any]):
-        self._columns = {name: mapped(folder / f"{name}.npy") for name in names}
+        self._files = {name: folder / f"{name}.npy" for name in names}
+        self._columns = {name: mapped(file) for name, file in self._files.items()}
+        self._checksums = {name: checksums.open_for(file, meta["prompts"]) for name, file in self._files.items()}
         self._tokens = frozenset(meta.get("token_columns", ()))
         self._padded, self._shortest = meta.get(PADDED), meta.get("ignores_padding", False)
         if self._tokens:
@@ -61,10 +66,17 @@ class TextColumns:
 
         Tokens are as many as the encoder pads to; as the longest of these prompts has, if the network ignores padding.
         """
-        return {
-            name: self._with_padding(column, prompts) if name in self._tokens else column[prompts]
-            for name, column in self._columns.items()
-        }
+        found = {}
+        for name, column in self._columns.items():
+            tokens = name in self._tokens
+            found[name] = rows = self._with_padding(column, prompts) if tokens else column[prompts]
+            expected = self._checksums[name]
+            if expected is not None:
+                cut = (
+                    row[: self._lengths[prompt]] if tokens else row for row, prompt in zip(rows, prompts, strict=True)
+                )
+                checksums.require(cut, expected[prompts], self._files[name])
+        return found
 
     def _with_padding(self, column: np.ndarray, prompts: np.ndarray) -> np.ndarray:
         lengths, ends = self._lengths[prompts], self._ends[prompts]

@@ -16,7 +16,9 @@ from diffalign.backbones.base import Backbone
 from diffalign.backbones.families import has_unconditional_branch, pipeline_kind
 from diffalign.backbones.starting import initial_noise
 from diffalign.errors import DataError, ModelError, UserError
+from diffalign.evaluation.drawing_order import drawing_order, is_whole_png
 from diffalign.evaluation.manifest import Manifest, atomic_write
+from diffalign.folder_lock import held
 from diffalign.progress import progress_bar
 
 LATENT_SCALING = ("scaling_factor", "latents_mean", "latents_std")  # in a VAE's configuration
@@ -97,6 +99,8 @@ def generate_to(
 ) -> Manifest:
     """Draw pictures into a folder of PNG files and return its manifest; finished pictures are not drawn again.
 
+    A picture that is damaged is; the folder is this command's own meanwhile.
+
     Args:
         directory: made if missing. A folder drawn before may be extended by new prompts and seeds.
         identity: what the pictures depend on besides the settings: the model, best with a fingerprint of its weights.
@@ -113,16 +117,30 @@ def generate_to(
         raise DataError(f"Got {len(prompts)} prompts but {len(ids)} prompt ids: every picture needs one of each.")
     requested = pd.DataFrame({"prompt_id": list(map(int, ids)), "prompt": list(prompts), "seed": list(map(int, seeds))})
     requested["noise"] = [str(initial_noise(pipeline, int(s), settings.height, settings.width)) for s in seeds]
-    manifest = Manifest.plan(directory, requested, settings=_drawing_record(pipeline, settings), identity=identity)
-    todo = [row for row, path in enumerate(manifest.paths) if not path.exists()]
-    drawn = _batches(pipeline, [prompts[row] for row in todo], [seeds[row] for row in todo], settings, progress)
-    waiting = iter(todo)
-    for batch in drawn:
-        for image in batch:
-            path = manifest.paths[next(waiting)]
-            with atomic_write(path) as temporary:
-                image.save(temporary, format="PNG")
+    with held(directory):
+        manifest = Manifest.plan(directory, requested, settings=_drawing_record(pipeline, settings), identity=identity)
+        _draw_missing(pipeline, manifest, prompts, seeds, settings, progress)
     return manifest
+
+
+def _draw_missing(
+    pipeline: DiffusionPipeline,
+    manifest: Manifest,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    progress: bool,
+) -> None:
+    """Draw what a folder lacks, in the batches of a run that was interrupted: the same pictures to the bit."""
+    with drawing_order(manifest, settings.batch_size) as todo:
+        drawn = _batches(pipeline, [prompts[row] for row in todo], [seeds[row] for row in todo], settings, progress)
+        waiting = iter(todo)
+        for batch in drawn:
+            for image in batch:
+                path = manifest.paths[next(waiting)]
+                if not is_whole_png(path):
+                    with atomic_write(path) as temporary:
+                        image.save(temporary, format="PNG")
 
 
 def _batches(

@@ -1,8 +1,7 @@
-"""Checkpoints: complete or not there at all, limited in number, refused by a run they do not belong to."""
+"""Checkpoints: proved whole before they are used, limited in number, refused by a run they do not belong to."""
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,17 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffalign.errors import UserError
-from diffalign.training import sharding
+from diffalign.training import checkpoints, sealing, sharding
+from diffalign.training.checkpoints import STATE, CheckpointError
 
-STATE = "state.json"
 WEIGHTS = "trainable.safetensors"
 OPTIMIZER = "optimizer.pt"
-REPLACED = "replaced-"
-
-
-class CheckpointError(UserError):
-    """Report a checkpoint that cannot be written, read or resumed from."""
 
 
 @dataclass(frozen=True)
@@ -55,32 +48,6 @@ class WeightsFile:
         return {names.get(key, key): tensor for key, tensor in _read(folder, self.name, load_file).items()}
 
 
-def folders(output_dir: Path) -> list[Path]:
-    """List the checkpoints of a run, the oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
-
-
-def find(output_dir: Path, wanted: str) -> Path | None:
-    """Return the checkpoint named by `resume_from_checkpoint`; None if "latest" finds none, for a fresh start.
-
-    Raises:
-        CheckpointError: the folder that was named does not exist.
-    """
-    if wanted == "latest":
-        existing = folders(output_dir)
-        return existing[-1] if existing else None
-    for path in (Path(wanted), output_dir / wanted):
-        if (path / STATE).is_file():
-            return path
-    names = ", ".join(path.name for path in folders(output_dir)) or "none"
-    raise CheckpointError(f'There is no checkpoint "{wanted}". Checkpoints in {output_dir}: {names}.')
-
-
 def save(
     output_dir: Path,
     step: int,
@@ -96,60 +63,38 @@ def save(
         CheckpointError: it cannot be written, for instance because the disk is full; earlier ones stay as they are.
     """
     final = output_dir / f"checkpoint-{step}"
-    partial = output_dir / f".{final.name}.partial"
+    partial, before = checkpoints.hidden(final, checkpoints.PARTIAL), final.with_name(checkpoints.REPLACED + final.name)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         weights_file.write(partial, parameters, step)
         torch.save(optimizer_state, partial / OPTIMIZER)
-        (partial / STATE).write_text(json.dumps({"step": step, "identity": identity}, indent=1), encoding="utf8")
-        shutil.rmtree(final, ignore_errors=True)
+        state = {"step": step, "manifest": sealing.MANIFEST, "identity": identity}
+        (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf8")
+        sealing.seal(partial, step=step)
+        if final.exists():  # a folder cannot be renamed over another one
+            checkpoints.delete(before)
+            final.rename(before)
         os.replace(partial, final)
+        sealing.sync(output_dir)
     except (OSError, RuntimeError, SafetensorError) as error:  # three libraries, three ways to report a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        usable = folders(output_dir)
-        left = (
-            f"{usable[-1]} is intact: free some space and continue with --resume latest"
-            if usable
-            else "there is no earlier one"
-        )
-        reason = getattr(error, "strerror", None) or f"{error} (is the disk full?)"
-        raise CheckpointError(f"Cannot write {final}: {reason}. {left}.") from error
-    for path in [*_superseded(output_dir, step, limit), *output_dir.glob(f"{REPLACED}checkpoint-*")]:
-        shutil.rmtree(path, ignore_errors=True)
+        if before.exists() and not final.exists():
+            before.rename(final)
+        raise _unwritten(final, error) from error
+    checkpoints.clear(output_dir, step, limit)
     return final
 
 
-def set_aside(output_dir: Path) -> list[str]:
-    """Rename the checkpoints of an earlier run, so that a fresh one is never continued from them; return what to say.
-
-    They are deleted when the fresh run has written its own first one.
-
-    Raises:
-        CheckpointError: the folder may not be written.
-    """
-    earlier = folders(output_dir)
-    try:
-        for path in earlier:
-            target = path.with_name(REPLACED + path.name)
-            shutil.rmtree(target, ignore_errors=True)
-            path.rename(target)
-    except OSError as error:
-        raise CheckpointError(f"Cannot rename {path}: {error.strerror}. Name another train.output_dir.") from error
-    if not earlier:
-        return []
-    return [
-        f"{output_dir} held {', '.join(path.name for path in earlier)} of an earlier run. They are now called "
-        f"{REPLACED}checkpoint-* and go when this run writes its first checkpoint. To continue that run instead: stop, "
-        "name them as before, and add --resume latest."
-    ]
-
-
-def _superseded(output_dir: Path, step: int, limit: int | None) -> list[Path]:
-    """List the checkpoints beyond the limit: those of later steps, left here by another run, go before the oldest."""
-    existing = folders(output_dir)
-    later = [path for path in existing if _step_of(path) > step]
-    return [*later, *(path for path in existing if path not in later)][:-limit] if limit else []
+def _unwritten(final: Path, error: Exception) -> CheckpointError:
+    usable = [path for path in checkpoints.folders(final.parent) if checkpoints.fault(path, thorough=False) is None]
+    left = (
+        f"{usable[-1]} is intact: free some space and continue with --resume latest"
+        if usable
+        else "there is no earlier one"
+    )
+    reason = getattr(error, "strerror", None) or f"{error} (is the disk full?)"
+    return CheckpointError(f"Cannot write {final}: {reason}. {left}.")
 
 
 def load(
@@ -220,8 +165,7 @@ def _read(path: Path, name: str, read: Callable[[Path], Any]) -> Any:
         return read(path / name)
     except Exception as error:  # what a broken file raises depends on the library and on where it is broken
         raise CheckpointError(
-            f"{path} is damaged: {name} cannot be read ({type(error).__name__}). Delete the folder and resume from an "
-            "earlier one."
+            f"{path} is damaged: {name} cannot be read ({type(error).__name__}). Resume from an earlier one."
         ) from error
 
 

@@ -41,6 +41,20 @@ class RunningMean:
         self.__init__()
         return values
 
+    def state_dict(self, accelerator: Accelerator) -> dict[str, list[float]]:
+        """Return sum and count of each metric since the last `pop`, the mean over ranks; all of them must call this."""
+        if not self._sums:
+            return {}
+        sums = accelerator.reduce(torch.stack(list(self._sums.values())), reduction="mean").tolist()
+        return {name: [total, self._counts[name]] for name, total in zip(self._sums, sums, strict=True)}
+
+    def load_state_dict(self, saved: dict[str, list[float]], device: torch.device) -> None:
+        """Go on from what was added before a checkpoint."""
+        self._sums = {
+            name: torch.tensor(total, dtype=torch.float64, device=device) for name, (total, _) in saved.items()
+        }
+        self._counts = {name: count for name, (_, count) in saved.items()}
+
 
 def peak_memory_gib(device: torch.device) -> float:
     """Return the most memory used so far: of the GPU if there is one, else of the process (GiB)."""

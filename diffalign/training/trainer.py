@@ -14,8 +14,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from diffalign.errors import UserError
+from diffalign.interrupts import Asked, deferred
 from diffalign.progress import Progress
-from diffalign.training import checkpoint, optimizer, sharding
+from diffalign.training import checkpoint, checkpoints, optimizer, sharding
 from diffalign.training.batching import BatchPlan
 from diffalign.training.hooks import StepHook
 from diffalign.training.metrics import MetricsLog, RunningMean
@@ -80,28 +81,42 @@ class Trainer:
         self.ema = EMAModel(averaged, decay=self.optimizer.ema_decay) if self.optimizer.use_ema else None
         self.peak = optimizer.peak_learning_rate(self.optimizer, self.plan.global_batch_size)
         self.metrics = RunningMean()
+        # Whatever follows examples is a function of seed, step and example; dropout draws from the global generator.
+        drops = (part for part in self.policy.modules() if isinstance(part, nn.Dropout))
+        self.has_dropout = any(part.p > 0 for part in drops)
 
     def fit(self) -> dict[str, float]:
-        """Train to max_train_steps, from a checkpoint if asked to; return the last line of metrics."""
+        """Train to max_train_steps, from a checkpoint if asked to; return the last line of metrics.
+
+        A signal to stop is heeded after the step at work, by all processes after the same one.
+
+        Raises:
+            Interrupted: such a signal; the step is saved.
+        """
         done = self._resume()
         pairs = self.plan.global_batch_size
         log = MetricsLog(self.output_dir / "metrics.jsonl", self.accelerator, done, pairs)
         line = log.last
         self.network.train()
-        with self._progress(done) as shown:
+        with self._progress(done) as shown, deferred() as asked:
             for step in range(done, self.train.max_train_steps):
-                self._optimizer_step(step, self.sampler.indices(step * pairs, pairs))
+                stopping = self._optimizer_step(step, self.sampler.indices(step * pairs, pairs), asked)
                 finished = step + 1
                 last = finished == self.train.max_train_steps
                 if finished % self.logging.logging_steps == 0 or last:
                     line = log.write(finished, self.metrics.pop(self.accelerator))
                     shown.reach(finished, note=_note(line))
                 with log.paused():
-                    if finished % self.train.checkpointing_steps == 0 or last:
+                    if finished % self.train.checkpointing_steps == 0 or last or stopping:
                         self._save(finished)
                     if self.on_step is not None:
                         self.on_step(self.policy, finished)
                 shown.reach(finished)
+                if stopping:
+                    raise asked.stop(
+                        f"Stopped after step {finished} of {self.train.max_train_steps}, which is saved in "
+                        f"{self.output_dir / f'checkpoint-{finished}'}. The same command with --resume latest goes on."
+                    )
         if self.ema is not None:
             self.ema.copy_to(list(self.parameters.values()))
         return line
@@ -110,11 +125,17 @@ class Trainer:
         """Return the trained weights by name; every process must call this, whole ones reach the main process only."""
         return sharding.whole(self.parameters, keep=self.accelerator.is_main_process)
 
-    def _optimizer_step(self, step: int, indices: list[int]) -> None:
-        """Accumulate the gradient of the mean loss over the global batch, check it, clip it, and move."""
+    def _optimizer_step(self, step: int, indices: list[int], asked: Asked) -> bool:
+        """Accumulate the gradient of the mean loss over the global batch, check it, clip it, and move.
+
+        Return whether any process was asked to stop.
+        """
         factor = optimizer.learning_rate_factor(self.optimizer, step, self.train.max_train_steps)
         for group in self.torch_optimizer.param_groups:
             group["lr"] = self.peak * factor
+        if self.has_dropout:
+            ranks = self.accelerator.num_processes
+            torch.manual_seed((self.train.seed * 1_000_003 + step) * ranks + self.accelerator.process_index)
         losses = []
         micro_batches = self.plan.micro_batches(indices, self.accelerator.process_index)
         for hook in self.hooks.values():
@@ -126,7 +147,7 @@ class Trainer:
             self.metrics.add(metrics)
         parameters = list(self.parameters.values())
         norm = sharding.clip(self.accelerator, self.torch_optimizer, parameters, self.optimizer.max_grad_norm)
-        self._require_finite(step, indices, torch.cat(losses), norm)
+        stopping = self._require_finite(step, indices, torch.cat(losses), norm, asked)
         self.torch_optimizer.step()
         self.torch_optimizer.zero_grad(set_to_none=self.static is None)
         if self.ema is not None:
@@ -136,6 +157,7 @@ class Trainer:
         self.metrics.add(
             {"grad_norm": norm.detach(), "learning_rate": torch.tensor(self.peak * factor).to(norm.device)}
         )
+        return stopping
 
     def _micro_step(self, indices: list[int], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the gradient of some examples' share in the mean loss; return their losses [B] and metrics, detached."""
@@ -146,13 +168,17 @@ class Trainer:
         self.accelerator.backward(loss.mean())
         return loss.detach(), metrics
 
-    def _require_finite(self, step: int, indices: list[int], losses: Tensor, norm: Tensor) -> None:
-        """Stop before a step that would ruin the weights; float16 gradients may overflow, its scaler skips those."""
+    def _require_finite(self, step: int, indices: list[int], losses: Tensor, norm: Tensor, asked: Asked) -> bool:
+        """Stop before a step that would ruin the weights; float16 gradients may overflow, its scaler skips those.
+
+        Return whether any process was asked to stop: told along, so that it costs no message of its own.
+        """
         scaled = self.accelerator.mixed_precision == "fp16"
-        finite = torch.isfinite(losses.sum() if scaled else losses.sum() + norm)
-        finite = self.accelerator.reduce(finite.float(), reduction="mean") == 1
-        if finite:
-            return
+        finite = torch.isfinite(losses.sum() if scaled else losses.sum() + norm).float()
+        both = torch.stack([finite, torch.full_like(finite, float(bool(asked)))])
+        finite, stopping = self.accelerator.reduce(both, reduction="mean").tolist()
+        if finite == 1:
+            return stopping > 0
         report = self.output_dir / f"nonfinite-step-{step}-rank-{self.accelerator.process_index}.json"
         mine = [i for micro in self.plan.micro_batches(indices, self.accelerator.process_index) for i in micro]
         rows = [{"index": i, "loss": str(loss)} for i, loss in zip(mine, losses.tolist(), strict=True)]
@@ -168,7 +194,11 @@ class Trainer:
     def _resume(self) -> int:
         """Restore the checkpoint that was asked for, if there is one; return the number of finished steps."""
         wanted = self.train.resume_from_checkpoint
-        path = checkpoint.find(self.output_dir, wanted) if wanted else None
+        if wanted and self.accelerator.is_main_process:
+            for note in checkpoints.verify(self.output_dir, wanted):
+                self.console.print(note, markup=False, highlight=False, soft_wrap=True)
+        self.accelerator.wait_for_everyone()
+        path = checkpoints.find(self.output_dir, wanted) if wanted else None
         step = 0 if path is None else self._restore(path)
         steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).tolist()
         if len(set(steps)) > 1:
@@ -177,7 +207,7 @@ class Trainer:
                 "be on a file system that all machines share."
             )
         if path is None and self.accelerator.is_main_process:
-            for note in checkpoint.set_aside(self.output_dir):
+            for note in checkpoints.set_aside(self.output_dir):
                 self.console.print(note)
         return step
 
@@ -199,6 +229,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for name, hook in self.hooks.items():
             hook.load_state_dict(state["hooks"][name])
+        self.metrics.load_state_dict(state.get("metrics", {}), self.accelerator.device)
         self.console.print(f"Resuming from {path} at step {step}.")
         return step
 
@@ -208,6 +239,7 @@ class Trainer:
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
         state = sharding.whole(state, keep=self.accelerator.is_main_process)
+        state["metrics"] = self.metrics.state_dict(self.accelerator)
         weights = self.weights()
         if self.accelerator.is_main_process:
             if self.accelerator.scaler is not None:

@@ -111,10 +111,10 @@ class TestRuns:
         assert (run.weights / "diffusion_pytorch_model.safetensors").is_file()
 
     def test_an_interrupted_run_leaves_all_as_it_was_and_goes_on(self, content, tmp_path, monkeypatch, seeded):
-        def interrupt(trainer, step, indices):
+        def interrupt(trainer, step, *what):
             if step == 3:
                 raise KeyboardInterrupt
-            return steps(trainer, step, indices)
+            return steps(trainer, step, *what)
 
         steps = Trainer._optimizer_step
         with monkeypatch.context() as patched:

@@ -1,15 +1,24 @@
 """`diffalign reward`: train and convert on the tiny scorers."""
 
+import importlib
 import json
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import reward_models
 from diffalign.cli import app
 from diffalign.errors import UserError
+from diffalign.jobs.rewards.reward_pairs import read_pairs
+from diffalign.jobs.rewards.stored_pictures import Stored, storing
+from reward_models import training
+from reward_models.preprocess import to_rgb
+from reward_models.training_state import states
 from tests.jobs.material import png, write_pairs
 
 
@@ -18,6 +27,9 @@ def pairs(tmp_path_factory):
     """Return pairs of two grey levels; the brighter one wins."""
     rows = [(png(200, i), png(40, i), 1.0, f"a circle {i % 5}") for i in range(20)]
     return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet", rows)
+
+
+root = importlib.import_module("diffalign.cli.app")  # the package has the app itself under this name
 
 
 def invoke(*arguments):
@@ -73,8 +85,61 @@ def test_a_step_aware_model_starts_from_a_pickscore_and_learns_from_predictions(
     image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(scorer.score([image], ["a"], 0), scorer.score([image], ["a"], 951))
     stamps = [file.stat().st_mtime_ns for file in kept]
-    assert invoke("train", "step_aware", pairs, *common, "--validation-fraction", 0.2).exit_code == 0
+    again = invoke("train", "step_aware", pairs, *common, "--validation-fraction", 0.2)
+    assert "holds the state of an earlier run. Go on with that by --resume" in str(again.exception)
+    assert invoke("train", "step_aware", pairs, *common, "--validation-fraction", 0.2, "--overwrite").exit_code == 0
     assert [file.stat().st_mtime_ns for file in kept] == stamps
+
+
+def history(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on_to_the_same_weights(
+    scorer_folders, pairs, tmp_path, monkeypatch
+):
+    arguments = ["--init", scorer_folders["pickscore"], "--max-steps", 6, "--batch-size", 8, "--warmup-steps", 0]
+    arguments += ["--learning-rate", 1e-3, "--eval-every", 4]
+    through = invoke("train", "pickscore", pairs, *arguments, "--out", tmp_path / "through", "--resume")
+    assert through.exit_code == 0, through.output
+    assert "There is nothing to resume in" in " ".join(through.output.split())
+
+    def told_to_stop(run, batch, weights, optimizer, step):
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return take(run, batch, weights, optimizer, step)
+
+    out, take = tmp_path / "told", training._train_step
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_train_step", told_to_stop)
+        with pytest.raises(root._Stopped) as caught:
+            invoke("train", "pickscore", pairs, *arguments, "--out", out)
+    stopped = caught.value.__cause__
+    assert stopped.exit_code == 143
+    assert str(stopped) == (
+        f"Stopped after step 2 of 6, which is saved in {out}. The same command with --resume goes on."
+    )
+    assert [file.name for file in states(out)] == ["training-state-2.pt"]
+    assert list(out.glob(".pictures-*")) == []
+    with (out / "metrics.jsonl").open("a") as lines:  # of a step after the one that was saved
+        lines.write(json.dumps({"step": 3, "learning_rate": 0.0, "loss": 9.0}) + "\n")
+    done = invoke("train", "pickscore", pairs, *arguments, "--out", out, "--resume")
+    assert done.exit_code == 0, done.output
+    assert history(out) == history(tmp_path / "through")
+    first, second = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "through"))
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    assert [file.name for file in states(out)] == ["training-state-4.pt", "training-state-6.pt"]
+
+
+def test_pictures_of_a_table_are_read_one_at_a_time(pairs, tmp_path):
+    with storing(tmp_path / "pictures") as stored:
+        found = read_pairs(str(pairs), tmp_path / "left_out.jsonl", False, stored, None)
+        assert len(found) == 20
+        assert all(isinstance(image, Stored) for pair in found for image in pair[:2])
+        assert [np.asarray(to_rgb(image)).mean() > 100 for image in found[3][:2]] == [True, False]
+        assert found[3].image_0.read_bytes() == png(200, 3)
+        assert (tmp_path / "pictures").stat().st_size == sum(image.size for pair in found for image in pair[:2])
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_converting_keeps_every_score(scorer_folders, tmp_path):

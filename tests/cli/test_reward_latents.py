@@ -175,7 +175,6 @@ WRONG = {
     "no model": (["--model", "missing/folder/here"], "There is no model at"),
     "draws": (["--draws", "2"], "leave --draws out"),
     "no judge": (["--init", "assets/tiny-pickscore"], "holds no judge of latents: it has no unet/"),
-    "resume": (["--resume"], "There is nothing to resume"),
 }
 
 

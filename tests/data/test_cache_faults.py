@@ -142,3 +142,43 @@ def test_online_replaces_a_pair_whose_file_vanished(tmp_path):
     batch = OnlinePairs(source, TinyEncoder(), TRANSFORM).batch([0, 2], fixed([False] * 2, [False] * 2))
     assert batch.example_ids.tolist() == [ids[1], ids[2]]
     assert source.counts.skipped == {"missing image": 1}
+
+
+class TestEqualSizeDamage:
+    """A bit that turns on the disk changes no size; it is found where it is read."""
+
+    @pytest.fixture
+    def cache(self, parquet, tmp_path):
+        return build(parquet, tmp_path / "cache")
+
+    def turn(self, file, at):
+        content = bytearray(file.read_bytes())
+        content[at] ^= 1
+        file.write_bytes(content)
+
+    @pytest.mark.parametrize("name", ["latents", "prompt_embeds", "pooled_prompt_embeds"])
+    def test_of_what_is_read_by_the_row(self, cache, name):
+        whole = cache.batch([0, 1, 2], fixed([False] * 3, [False] * 3))
+        self.turn(cache.folder / f"{name}.npy", -1)  # of the last row
+        again = type(cache)(cache.folder)
+        assert torch.equal(again.batch([0, 1, 2], fixed([False] * 3, [False] * 3)).latent_mean, whole.latent_mean)
+        rows = list(range(len(again)))
+        with pytest.raises(DataError, match=rf"{name}\.npy is damaged: by its checksum.* Delete .* and build it again"):
+            again.batch(rows, fixed([True] * len(rows), [False] * len(rows)))
+
+    @pytest.mark.parametrize("name", ["example_ids.npy", "pair_images.npy", "sizes.npy", "prompts.jsonl"])
+    def test_of_what_is_read_when_it_is_opened(self, cache, name):
+        self.turn(cache.folder / name, -2)
+        with pytest.raises(DataError, match=rf"{name} is damaged"):
+            type(cache)(cache.folder)
+
+    def test_a_cache_from_before_checksums_is_read(self, cache):
+        whole = cache.batch([0, 1], fixed([False] * 2, [False] * 2))
+        for file in cache.folder.glob("*.crc.npy"):
+            file.unlink()
+        record = json.loads((cache.folder / "complete.json").read_text())
+        del record["checksums"]
+        record["files"] = {name: size for name, size in record["files"].items() if not name.endswith(".crc.npy")}
+        (cache.folder / "complete.json").write_text(json.dumps(record))
+        before = type(cache)(cache.folder).batch([0, 1], fixed([False] * 2, [False] * 2))
+        assert torch.equal(before.latent_mean, whole.latent_mean)

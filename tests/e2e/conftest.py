@@ -46,12 +46,15 @@ def content(tiny_sdxl, pairs_folder, cache_dir, tmp_path):
 
 @pytest.fixture
 def run():
-    """Return a function that trains a configuration; accelerate's process-wide state is reset around it."""
+    """Return a function that trains a configuration; accelerate's process-wide state is reset around it.
 
-    def start(content):
+    Runs take the place of earlier ones in their folder, unless told not to.
+    """
+
+    def start(content, overwrite=True):
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
-        return train(configuration.check(content))
+        return train(configuration.check(content), overwrite=overwrite)
 
     yield start
     for state in (AcceleratorState, GradientState, PartialState):

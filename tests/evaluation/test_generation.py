@@ -98,7 +98,53 @@ def test_finished_pictures_are_not_drawn_again(pipeline, tmp_path):
     again = generate_to(tmp_path, pipeline, PROMPTS, [4, 5, 6], SETTINGS, identity="m", progress=False)
     assert pipeline.calls == (1,)
     assert np.abs(pixels([Image.open(path) for path in again.paths]) - before).max() <= 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*again.table["file"], "manifest.parquet"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*again.table["file"], ".lock", "manifest.parquet"]
+    )
+
+
+def test_an_interrupted_folder_goes_on_in_the_batches_it_had(pipeline, tmp_path):
+    prompts, seeds, options = [PROMPTS[i % 3] for i in range(5)], list(range(5)), {"identity": "m", "progress": False}
+    whole = generate_to(tmp_path / "whole", pipeline, prompts, seeds, SETTINGS, **options)
+
+    def killed(*words, **given):
+        if len(pipeline.calls) == 2:
+            raise KeyboardInterrupt
+        return StableDiffusionXLPipeline.__call__(pipeline, *words, **given)
+
+    pipeline.calls = ()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Counting, "__call__", lambda self, *w, **g: _noted(self, killed, *w, **g))
+        with pytest.raises(KeyboardInterrupt):
+            generate_to(tmp_path / "told", pipeline, prompts, seeds, SETTINGS, **options)
+    told = Manifest.read(tmp_path / "told")
+    assert [path.exists() for path in told.paths] == [True, True, False, False, False]
+    told.paths[1].unlink()  # as if it had been killed between the files of the first batch
+    pipeline.calls = ()
+    generate_to(tmp_path / "told", pipeline, prompts, seeds, SETTINGS, **options)
+    assert pipeline.calls == (2, 2, 1)
+    assert [path.read_bytes() for path in told.paths] == [path.read_bytes() for path in whole.paths]
+    assert not (tmp_path / "told" / ".drawing.json").exists()
+
+
+def _noted(pipeline, draw, prompt, **options):
+    pipeline.calls = (*pipeline.calls, len(prompt))
+    return draw(prompt, **options)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "a flipped bit", "empty", "another file"])
+def test_a_damaged_picture_is_drawn_again(pipeline, tmp_path, kind):
+    options = {"identity": "m", "progress": False}
+    first = generate_to(tmp_path, pipeline, PROMPTS, [4, 5, 6], SETTINGS, **options)
+    whole = [path.read_bytes() for path in first.paths]
+    content = bytearray(whole[2])
+    content[len(content) // 2] ^= 1
+    kinds = {"truncated": whole[2][:-5], "a flipped bit": content, "empty": b"", "another file": b"GIF89a" * 9}
+    first.paths[2].write_bytes(kinds[kind])
+    pipeline.calls = ()
+    generate_to(tmp_path, pipeline, PROMPTS, [4, 5, 6], SETTINGS, **options)
+    assert pipeline.calls == (1,)
+    assert [path.read_bytes() for path in first.paths] == whole
 
 
 def test_a_folder_can_be_extended(pipeline, tmp_path):

@@ -1,6 +1,7 @@
 """Real things for the commands to work on: a finished run, tiny scorers, labelled pairs."""
 
 import io
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from diffalign import config as configuration
 from diffalign.backbones import adapters, export
 from diffalign.backbones.files import LORA_FILE
 from diffalign.training import checkpoint
+from diffalign.training.sealing import MANIFEST
 from reward_models.tiny import TinySizes, build_tiny_hpsv2, build_tiny_pickscore
 from reward_models.tokenization import learn_merges, write_bpe_file, write_hf_tokenizer
 from tests.backbones.drawing import perturb
@@ -64,11 +66,18 @@ def write_run(folder: Path, base: Path, tune: str = "lora", seed: int = 1, alpha
 
 
 def as_it_was(folder: Path) -> Path:
-    """Give a checkpoint of a LoRA the layout it had before 2026-12: weights by the names of the parameters."""
+    """Give a checkpoint of a LoRA the layout it had before 2026-12: weights by the names of the parameters.
+
+    There was no manifest either.
+    """
     tensors = load_file(folder / LORA_FILE)
     named = {re.sub(r"^unet\.(.+\.lora_[AB])\.", r"\1.default.", key): tensor for key, tensor in tensors.items()}
     save_file(named, folder / checkpoint.WEIGHTS)
     (folder / LORA_FILE).unlink()
+    (folder / MANIFEST).unlink()
+    state = json.loads((folder / checkpoint.STATE).read_text())
+    del state["manifest"]
+    (folder / checkpoint.STATE).write_text(json.dumps(state))
     return folder
 
 

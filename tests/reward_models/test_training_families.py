@@ -16,6 +16,7 @@ from reward_models.step_aware import EVALUATED_AT, StepAware
 from reward_models.training import RewardRecipe, train_reward, validation_accuracy
 from reward_models.training_families import family_of, pair_weights
 from reward_models.training_recipes import IMAGE_REWARD, PAL, RECIPES, STEP_AWARE_SDXL
+from reward_models.training_state import states
 from tests.reward_models.toy import brightness_pairs
 
 SHORT = RewardRecipe(
@@ -113,6 +114,25 @@ def test_a_stopped_run_goes_on_with_the_same_bits(name, scorer_places, tmp_path)
         train_reward(scorer, pairs, changed, directory=tmp_path / "stopped", resume=True)
     with pytest.raises(ScorerError, match="nothing to resume"):
         train_reward(scorer, pairs, recipe, directory=tmp_path / "none", resume=True)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "a flipped bit", "without its proof"])
+def test_the_last_state_that_is_whole_is_gone_on_from(tiny_scorer_folders, tmp_path, kind):
+    pairs, told = brightness_pairs(16, seed=0), []
+    recipe = dataclasses.replace(SHORT, max_steps=4, eval_every=1, warmup_steps=0)
+    scorer, again = (reward_models.load("pickscore", tiny_scorer_folders["pickscore"]) for _ in range(2))
+    train_reward(scorer, pairs, recipe, directory=tmp_path)
+    assert [file.name for file in states(tmp_path)] == ["training-state-3.pt", "training-state-4.pt"]
+    last = states(tmp_path)[-1]
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes({"truncated": content[:-10], "a flipped bit": content}.get(kind, last.read_bytes()))
+    if kind == "without its proof":
+        last.with_suffix(".sha256").unlink()
+    result = train_reward(again, pairs, recipe, directory=tmp_path, resume=True, say=told.append)
+    assert told == [f"Warning: {last} is damaged or incomplete, and is not used."]
+    assert [record["step"] for record in result.history] == [1, 2, 3, 4]
+    assert all(torch.equal(value, state_of(again)[key]) for key, value in state_of(scorer).items())
 
 
 def one_of_two(rank, folder, out):

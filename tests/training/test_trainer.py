@@ -1,12 +1,17 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from diffalign import interrupts
+from diffalign.interrupts import Interrupted
+from diffalign.training import sealing
 from diffalign.training.checkpoint import CheckpointError
 from diffalign.training.trainer import NonFiniteLoss
 from tests.training import toy
@@ -205,8 +210,35 @@ def test_optimizer_state_without_names_is_refused(tmp_path):
     file = tmp_path / "checkpoint-3" / "optimizer.pt"
     state = torch.load(file, weights_only=True)
     torch.save({"optimizer": {"state": dict(enumerate(state["optimizer"].values())), "param_groups": []}}, file)
+    sealing.seal(file.parent, step=3)
     with pytest.raises(CheckpointError, match=r"checkpoint-3 keeps its optimizer state by number"):
         run(tmp_path, resume_from_checkpoint="latest")
+
+
+def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(tmp_path):
+    straight = run(tmp_path / "straight")
+    run(tmp_path / "damaged", checkpointing_steps=3)
+    file = tmp_path / "damaged" / "checkpoint-6" / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    trainer = toy.trainer(tmp_path / "damaged", resume_from_checkpoint="latest")
+    trainer.fit()
+    said = trainer.console.file.getvalue()
+    assert "checkpoint-6 is damaged: optimizer.pt is not what was written, by its SHA-256. It is now called" in said
+    assert f"Resuming from {tmp_path / 'damaged' / 'checkpoint-3'} at step 3." in said.replace("\n", "")
+    assert torch.equal(toy.weights(trainer.policy), straight)
+    assert toy.trajectory(tmp_path / "damaged") == toy.trajectory(tmp_path / "straight")
+
+
+def test_dropout_is_a_function_of_seed_and_step(tmp_path, monkeypatch):
+    plain = toy.policy
+    monkeypatch.setattr(toy, "policy", lambda: torch.nn.Sequential(torch.nn.Dropout(0.5), plain()))
+    straight = run(tmp_path / "straight")
+    run(tmp_path / "halves", max_train_steps=3)
+    torch.manual_seed(1)  # as a new process has another state
+    assert torch.equal(run(tmp_path / "halves", resume_from_checkpoint="latest"), straight)
+    assert not torch.equal(run(tmp_path / "other", seed=1), straight)
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
@@ -228,7 +260,50 @@ def test_a_run_of_another_identity_is_not_resumed(tmp_path):
         run(tmp_path, resume_from_checkpoint="latest", identity={"objective": {"beta": 2.0}})
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT"])
+def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, name):
+    number = getattr(signal, name)
+    common = {"checkpointing_steps": 4, "logging_steps": 2, "use_ema": True}
+    straight = run(tmp_path / "straight", **common)
+    with pytest.raises(Interrupted) as caught:
+        run(tmp_path / "told", loss=toy.told_to_stop(2, number), **common)
+    assert caught.value.exit_code == 128 + number
+    assert str(caught.value) == (
+        f"Stopped after step 3 of 6, which is saved in {tmp_path / 'told' / 'checkpoint-3'}. The same command with "
+        "--resume latest goes on."
+    )
+    assert [line["step"] for line in toy.trajectory(tmp_path / "told")] == [2]
+    assert torch.equal(run(tmp_path / "told", resume_from_checkpoint="latest", **common), straight)
+    assert toy.trajectory(tmp_path / "told") == toy.trajectory(tmp_path / "straight")  # means over 3 and 4 too
+
+
+def test_the_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(interrupts, "SAME", 0.0)
+    seen = []
+
+    def impatient(network, indices, step):
+        seen.append(step)
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.01)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, loss=impatient)
+    assert seen == [0]
+    assert list(tmp_path.glob("checkpoint-*")) == []
+
+
+def test_a_ctrl_c_that_a_launcher_passes_on_is_no_second_one(tmp_path):
+    def twice(network, indices, step):
+        for _ in range(2 if step == 1 else 0):
+            signal.raise_signal(signal.SIGINT)
+        return toy.loss(network, indices, step)
+
+    with pytest.raises(Interrupted, match="Stopped after step 2 of 6"):
+        run(tmp_path, loss=twice)
+
+
+def test_two_processes_equal_one_when_one_of_them_is_told_to_stop(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -240,7 +315,8 @@ def test_two_processes_equal_one(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    one = run(tmp_path / "one", micro=2, accumulate=2)
+    assert (tmp_path / "two" / "checkpoint-3").is_dir()  # where both stopped, and went on
+    one = run(tmp_path / "one", micro=2, accumulate=2, logging_steps=2)
     assert moved(one) > 0.05
     torch.testing.assert_close(toy.saved(tmp_path / "two" / "checkpoint-6"), one, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(toy.trajectory(tmp_path / "two"), toy.trajectory(tmp_path / "one"), strict=True):

@@ -1,20 +1,24 @@
 """A regression that trains in milliseconds, for everything the trainer promises whatever it trains.
 
-`python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.training.toy DIRECTORY` runs it on two ranks.
+`python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.training.toy DIRECTORY` runs it on two ranks,
+of which one is told to stop at step 3; it then goes on.
 """
 
 import io
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
 from diffalign.data import PairSampler
+from diffalign.interrupts import Interrupted
 from diffalign.training import metrics, zero
 from diffalign.training.batching import BatchPlan
 from diffalign.training.settings import LoggingSettings, OptimizerSettings, TrainSettings
@@ -50,7 +54,15 @@ def loss(network: nn.Module, indices: list[int], step: int):
 
 
 def trainer(
-    directory: Path, *, micro: int = 2, accumulate: int = 2, loss=loss, identity=None, on_step=None, **settings
+    directory: Path,
+    *,
+    micro: int = 2,
+    accumulate: int = 2,
+    loss=loss,
+    identity=None,
+    on_step=None,
+    logging_steps: int = 1,
+    **settings,
 ):
     """Build a trainer of the toy; `settings` go to the sections they belong to."""
     optimizer = {**OPTIMIZER, **{k: v for k, v in settings.items() if k in OptimizerSettings.model_fields}}
@@ -68,7 +80,7 @@ def trainer(
         plan=plan,
         train=TrainSettings(output_dir=str(directory), **{"max_train_steps": 6, **train}),
         optimizer=OptimizerSettings(**optimizer),
-        logging=LoggingSettings(logging_steps=1, report_to=[]),
+        logging=LoggingSettings(logging_steps=logging_steps, report_to=[]),
         identity=identity or {},
         on_step=on_step,
         console=Console(file=io.StringIO()),
@@ -92,5 +104,19 @@ def trajectory(directory: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k not in ("pairs_per_second", "peak_memory_gib")} for line in lines]
 
 
+def told_to_stop(during: int, number: int = signal.SIGTERM, rank: int = 0):
+    """Return the loss of the toy, which sends `rank` a signal while optimizer step `during` (from 0) is computed."""
+
+    def signalling(network: nn.Module, indices: list[int], step: int):
+        if step == during and PartialState().process_index == rank:
+            signal.raise_signal(number)
+        return loss(network, indices, step)
+
+    return signalling
+
+
 if __name__ == "__main__":
-    trainer(Path(sys.argv[1]), micro=2, accumulate=1).fit()
+    folder = Path(sys.argv[1])
+    with suppress(Interrupted):
+        trainer(folder, micro=2, accumulate=1, loss=told_to_stop(2, rank=1), logging_steps=2).fit()
+    trainer(folder, micro=2, accumulate=1, resume_from_checkpoint="latest", logging_steps=2).fit()

@@ -118,13 +118,13 @@ def _safe(value: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", value).strip("-") or "empty"
 
 
-def examine(runs: Sequence[Run]) -> list[preflight.Findings]:
+def examine(runs: Sequence[Run], overwrite: bool = False) -> list[preflight.Findings]:
     """Look at everything that could stop any of the runs; data that they share is opened once."""
     opened: dict[str, Any] = {}
     found = []
     for run in runs:
         key = run.config.data.model_dump_json()
-        found.append(preflight.examine(run.config, source=opened.get(key)))
+        found.append(preflight.examine(run.config, source=opened.get(key), overwrite=overwrite))
         opened[key] = found[-1].source
     return found
 
@@ -142,13 +142,20 @@ def require(runs: Sequence[Run], found: Sequence[preflight.Findings]) -> None:
     preflight.Findings(faults=faults).require()
 
 
-def dry_run(runs: Sequence[Run], console: Console, gpu_memory: float | None = None, full: bool = False) -> None:
+def dry_run(
+    runs: Sequence[Run],
+    console: Console,
+    gpu_memory: float | None = None,
+    full: bool = False,
+    *,
+    overwrite: bool = False,
+) -> None:
     """Print which runs there would be, and the summary of the first.
 
     Raises:
         UserError: what would stop any of them, all of it.
     """
-    found = examine(runs)
+    found = examine(runs, overwrite)
     console.print(f"{len(runs)} runs, one after another:")
     for run in runs:
         state = ", finished" if run.config.train.resume_from_checkpoint and finished(run) else ""
@@ -158,7 +165,9 @@ def dry_run(runs: Sequence[Run], console: Console, gpu_memory: float | None = No
     require(runs, found)
 
 
-def sweep(runs: Sequence[Run], console: Console, judging: Judging | None = None) -> pd.DataFrame:
+def sweep(
+    runs: Sequence[Run], console: Console, judging: Judging | None = None, *, overwrite: bool = False
+) -> pd.DataFrame:
     """Train every run that is not finished, then compare them: print a table, write sweep.csv and sweep.md.
 
     Under `accelerate launch` all processes train each run together.
@@ -166,7 +175,7 @@ def sweep(runs: Sequence[Run], console: Console, judging: Judging | None = None)
     Raises:
         UserError: what would stop any of the runs, before the first of them starts.
     """
-    require(runs, examine(runs))
+    require(runs, examine(runs, overwrite))
     main = os.environ.get("RANK", "0") == "0"
     todo = [run for run in runs if not (run.config.train.resume_from_checkpoint and finished(run))]
     outcomes = {run.name: DONE for run in runs}
@@ -174,7 +183,7 @@ def sweep(runs: Sequence[Run], console: Console, judging: Judging | None = None)
         if main:
             console.rule(f"{number}/{len(runs)}  {run.name}{'' if run in todo else ': finished before'}")
         if run in todo:
-            outcomes[run.name] = _train(run, console)
+            outcomes[run.name] = _train(run, console, overwrite)
     if not main:
         return pd.DataFrame()
     table = compared(runs, outcomes)
@@ -184,10 +193,10 @@ def sweep(runs: Sequence[Run], console: Console, judging: Judging | None = None)
     return table
 
 
-def _train(run: Run, console: Console) -> str:
+def _train(run: Run, console: Console, overwrite: bool) -> str:
     """Train one run and return how it ended; a loss that is not finite ends this run only."""
     try:
-        train(run.config)
+        train(run.config, overwrite=overwrite)
     except NonFiniteLoss as error:
         console.print(f"{run.name}: {error}", markup=False, highlight=False)
         return STOPPED

@@ -1,6 +1,8 @@
 """`diffalign reward train` and `diffalign reward convert`: reward models of one's own."""
 
 import json
+import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,16 +14,21 @@ from rich.console import Console
 import reward_models
 from diffalign.backbones import inspection, loading
 from diffalign.backbones.base import Backbone
-from diffalign.data import RowError, open_pairs
-from diffalign.data.pairs import ImageRef
-from diffalign.errors import DataError, UserError, suggestion
+from diffalign.errors import ConfigError, UserError, suggestion
+from diffalign.evaluation.manifest import atomic_write
+from diffalign.folder_lock import held
+from diffalign.interrupts import deferred
 from diffalign.jobs import skipped
 from diffalign.jobs.devices import launched_processes, pick_device, together_on_cpus
 from diffalign.jobs.rewards import reward_latents
 from diffalign.jobs.rewards.reward_latents import NoisyLatents
+from diffalign.jobs.rewards.reward_pairs import read_pairs
 from diffalign.jobs.rewards.reward_pictures import OneStepPictures
+from diffalign.jobs.rewards.stored_pictures import Pictures as StoredPictures
+from diffalign.jobs.rewards.stored_pictures import storing
 from diffalign.progress import Progress
 from diffalign.rollout import LatentReward
+from diffalign.training.metrics import read as read_lines
 from reward_models import training
 from reward_models.base import Scorer
 from reward_models.checkpoints import read_state_dict
@@ -30,6 +37,7 @@ from reward_models.pairs import RewardPair
 from reward_models.pal import CONFIG_FILE, Pal, PalConfig
 from reward_models.step_aware import StepAware
 from reward_models.training_families import Pictures
+from reward_models.training_state import forget_states, is_resumable
 
 JUDGES_OF_LATENTS = ("lrm", "lrm_sdxl")  # LPO's; both are used as rollout.scorer=lrm=FOLDER
 
@@ -57,6 +65,7 @@ def train(
     console: Console,
     steps: Steps | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     dry_run: bool = False,
     skip_broken: bool = False,
     root: Path | None = None,
@@ -72,38 +81,85 @@ def train(
         recipe: the name of a scorer; None takes that of `name`.
         changes: fields of the recipe that differ from the published ones.
         steps: for models that judge steps.
-        resume: go on from the state in `out`.
+        resume: go on from the state in `out`, if there is one.
+        overwrite: take the place of an earlier run in `out`.
         skip_broken: leave out unusable rows (which decodes every picture once more); otherwise stop at the first.
         root: images that the pairs name may lie in it too.
 
     Raises:
-        UserError: a scorer that cannot be trained here, or an unknown recipe.
+        UserError: a scorer that cannot be trained here, an unknown recipe, or an earlier run in `out`.
+        Interrupted: a signal; the step is saved.
     """
     wanted = replace(_recipe(recipe or name), **changes)
     where, first = _place(device)
-    with skipped.skippable():
-        told = console if first else None
-        pairs = _pairs(data, out / skipped.FILE, skip_broken, told, root)
-        listed = out / f"validation_{skipped.FILE}"
-        held_out = _pairs(validation, listed, skip_broken, told, root) if validation else None
-    scorer, pictures = _start(name, init, pairs, steps or Steps(), wanted, out)
-    scorer.to(where)
-    if pictures is not None:
-        pictures.to(where)
-    if first:
-        _tell(console, name, scorer, wanted, *training.split(pairs, held_out, wanted))
-    if dry_run:
-        return None
+    told = console if first else None
+    resume = _goes_on(out, resume, overwrite, told)
     with ExitStack() as stack:
-        log = _log(stack, out, wanted, console, resume) if first else None
-        result = training.train_reward(
-            scorer, pairs, wanted, validation=held_out, directory=out, log=log, pictures=pictures, resume=resume
-        )
-    if first:
-        if result.best_accuracy is None:
-            scorer.save(out)  # without validation the last weights are the result
-        _conclude(console, name, out, result)
+        stored = None if dry_run else _settle(stack, out, first)  # a dry run looks at no picture
+        with skipped.skippable():
+            pairs = read_pairs(data, out / skipped.FILE, skip_broken, stored, told, root)
+            listed = out / f"validation_{skipped.FILE}"
+            held_out = read_pairs(validation, listed, skip_broken, stored, told, root) if validation else None
+        scorer, pictures = _start(name, init, pairs, steps or Steps(), wanted, out)
+        scorer.to(where)
+        if pictures is not None:
+            pictures.to(where)
+        if first:
+            _tell(console, name, scorer, wanted, *training.split(pairs, held_out, wanted))
+        if dry_run:
+            return None
+        log = _log(stack, out, wanted, console, overwrite) if first else None
+        data = {"validation": held_out, "directory": out, "pictures": pictures}
+        result = _fit(scorer, pairs, wanted, **data, log=log, say=_say(told), resume=resume)
+        if first:
+            if result.best_accuracy is None:
+                scorer.save(out)  # without validation the last weights are the result
+            _conclude(console, name, out, result)
     return result
+
+
+def _settle(stack: ExitStack, out: Path, first: bool) -> StoredPictures:
+    """Take the folder, and return where pictures are kept until the stack is unwound."""
+    if first:
+        stack.enter_context(held(out))
+    return stack.enter_context(storing(out / f".pictures-{os.environ.get('RANK', '0')}"))
+
+
+def _say(console: Console | None) -> Callable[[str], None]:
+    return lambda said: console.print(said, markup=False, highlight=False, soft_wrap=True) if console else None
+
+
+def _fit(
+    scorer: Scorer | LatentReward, pairs: list[RewardPair], recipe: training.RewardRecipe, **how: Any
+) -> training.TrainingResult:
+    """Train; a signal is heeded after the step at work."""
+    with deferred() as asked:
+        try:
+            return training.train_reward(scorer, pairs, recipe, **how, stopping=lambda: asked)
+        except training.TrainingStopped as stopped:
+            raise asked.stop(
+                f"Stopped after step {stopped.step} of {recipe.max_steps}, which is saved in {how['directory']}. The "
+                "same command with --resume goes on."
+            ) from None
+
+
+def _goes_on(out: Path, resume: bool, overwrite: bool, console: Console | None) -> bool:
+    """Return whether there is something to go on with, as was asked.
+
+    Raises:
+        ConfigError: there is an earlier run, and nothing was asked about it; or both were.
+    """
+    if resume and overwrite:
+        raise ConfigError("--resume goes on with the run in OUT, --overwrite replaces it: give one of them.")
+    there = is_resumable(out)
+    if there and not resume and not overwrite:
+        raise ConfigError(
+            f"{out} holds the state of an earlier run. Go on with that by --resume, replace it with --overwrite, or "
+            "name another --out."
+        )
+    if resume and not there and console:
+        _say(console)(f"There is nothing to resume in {out}: starting afresh.")
+    return resume and there
 
 
 def _recipe(name: str) -> training.RewardRecipe:
@@ -199,16 +255,26 @@ def _tell(
     console.print("\n".join(lines), markup=False, highlight=False)
 
 
-def _log(stack: ExitStack, out: Path, recipe: training.RewardRecipe, console: Console, resume: bool) -> training.Log:
-    """Return what is called after every step: it writes metrics.jsonl and moves the bar."""
+def _log(stack: ExitStack, out: Path, recipe: training.RewardRecipe, console: Console, overwrite: bool) -> training.Log:
+    """Return what is called after every step: it writes metrics.jsonl and moves the bar.
+
+    The first step it is told of says where the run goes on: later lines, of a run that died, are cut off.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        forget_states(out)
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1), encoding="utf8")
     shown = stack.enter_context(Progress("step", recipe.max_steps, console=console))
-    metrics = stack.enter_context((out / "metrics.jsonl").open("a" if resume else "w", encoding="utf8"))
+    file, started = out / "metrics.jsonl", []
 
     def log(record: dict[str, float]) -> None:
-        metrics.write(json.dumps(record) + "\n")
-        metrics.flush()
+        if not started:
+            kept = [line for line in read_lines(file) if line["step"] < record["step"]]
+            with atomic_write(file) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf8")
+            started.append(record["step"])
+        with file.open("a", encoding="utf8") as metrics:
+            metrics.write(json.dumps(record) + "\n")
         shown.reach(int(record["step"]), note=f"loss {record['loss']:.3f}")
 
     return log
@@ -224,44 +290,3 @@ def _conclude(console: Console, name: str, out: Path, result: training.TrainingR
     use = f"rollout.scorer=lrm={out}" if name in JUDGES_OF_LATENTS else f"--with {name}={out}"
     said = f"{name}: {told} (step {result.best_step}). Use it: {use}"
     console.print(said, markup=False, highlight=False, soft_wrap=True)
-
-
-def _pairs(
-    source: str, listed: Path, skip_broken: bool, console: Console | None, root: Path | None
-) -> list[RewardPair]:
-    """Return the pairs of a source, the chosen picture first; ties are dropped by the reader.
-
-    Unusable rows raise RowError, or are left out and told to the console, if one is given.
-    """
-    how = {"on_error": "skip" if skip_broken else "raise", "error_log": listed if console else None}
-    found = open_pairs(source, root=root, **how)
-    if found.images_per_example != 2:
-        raise DataError(f"{source} holds lists or single images; a reward model learns from pairs.")
-    pairs = []
-    for row in found:
-        try:
-            if skip_broken:
-                for image in row.images:
-                    image.load()
-            user = row.extra.get("user_id")
-            pairs.append(
-                RewardPair(
-                    _encoded(row.chosen),
-                    _encoded(row.rejected),
-                    row.prompt,
-                    1.0 if row.preference is None else row.preference,
-                    None if user is None else str(user),
-                )
-            )
-        except RowError as error:
-            found.rejects.add(error)
-    if not pairs:
-        raise DataError(f"{source} holds no usable pair: {found.counts}.")
-    if console:
-        skipped.tell(found.rejects, console)
-    return pairs
-
-
-def _encoded(image: ImageRef) -> Path | bytes:
-    """Return where a picture is, or its bytes: it is decoded when a batch needs it."""
-    return image.path or image.content

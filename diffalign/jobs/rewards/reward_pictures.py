@@ -15,6 +15,7 @@ from diffalign.denoising import draws
 from diffalign.denoising.ddim import guided
 from diffalign.denoising.paths import add_noise, to_x0
 from diffalign.errors import ConfigError
+from diffalign.jobs.rewards.stored_pictures import Stored
 from diffalign.rollout import PromptEncoder
 from reward_models.pairs import RewardPair
 from reward_models.preprocess import ImageLike, resize, to_rgb, to_tensor
@@ -135,7 +136,7 @@ class PairIds:
         return torch.tensor([self._of(pair) for pair in pairs], dtype=torch.int64)
 
     def _of(self, pair: RewardPair) -> int:
-        if not all(isinstance(image, str | bytes | Path) for image in pair[:2]):
+        if not all(isinstance(image, str | bytes | Path | Stored) for image in pair[:2]):
             return _id(pair)
         if pair[:3] not in self._known:
             self._known[pair[:3]] = _id(pair)

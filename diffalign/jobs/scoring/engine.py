@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -90,6 +91,24 @@ def scan(
             values = judge.score(prepared, rows.tolist()) if len(rows) else np.empty(0, np.float32)
             scores.append((rows, values))
         yield Scored(prepared, scores)
+
+
+@contextmanager
+def helpers_alive() -> Iterator[None]:
+    """Say in one sentence that a worker was killed; torch raises a RuntimeError for it wherever this process is.
+
+    Raises:
+        DataError: it was.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"A process that decodes pictures died ({str(error).splitlines()[0].strip()}), perhaps because memory ran "
+            "out. What was scored is kept: run the same command again, with fewer --workers (0 starts none)."
+        ) from error
 
 
 def pick_workers(asked: int | None, count: int, processes: int = 1) -> int:

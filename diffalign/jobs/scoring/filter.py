@@ -21,6 +21,7 @@ from diffalign.filtering.components import KEPT_NEIGHBOURS, Components
 from diffalign.filtering.files import weights_identity
 from diffalign.filtering.importance import ImportanceSettings
 from diffalign.filtering.language_model import LanguageModelRater
+from diffalign.folder_lock import held
 from diffalign.jobs import skipped
 from diffalign.jobs.devices import pick_device, pick_dtype
 from diffalign.jobs.scoring import score, scorers, tables
@@ -76,7 +77,7 @@ def filter_pairs(request: Request, *, command: str = "", console: Console) -> pd
         UserError: unusable data, a part that the method needs and nothing gives, or nothing left to choose.
     """
     how = {"on_error": "skip" if request.skip_broken else "raise", "error_log": request.out / skipped.FILE}
-    with skipped.skippable():
+    with held(request.out), skipped.skippable():
         source = open_pairs(request.source, split=request.split, max_samples=request.limit, root=request.root, **how)
         components = _components(source, request, console)
         _require(components, request)

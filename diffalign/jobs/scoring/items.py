@@ -1,5 +1,7 @@
 """Pictures to score, by position: where their bytes are, and the prompt. Nothing here is decoded."""
 
+import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +42,10 @@ class Source(ABC):
     def items(self, start: int, stop: int) -> Iterator[Item]:
         """Yield the pictures at positions start <= p < stop, each position once, in order."""
 
+    @abstractmethod
+    def content(self) -> str:
+        """Return a hash by which all processes tell the same pictures and prompts from others."""
+
 
 class PictureSource(Source):
     """Offer pictures that have a row in a table each."""
@@ -47,6 +53,21 @@ class PictureSource(Source):
     @abstractmethod
     def table(self) -> pd.DataFrame:
         """Return file, prompt and model [N]; prompt_id and seed too where the source has them."""
+
+    def content(self) -> str:
+        """Return a hash of names, prompts and sizes: no file is read for it."""
+        table = self.table()
+        digest = hashlib.blake2b(str(_size(self.name)).encode(), digest_size=8)
+        for file, prompt in zip(table["file"], table["prompt"], strict=True):
+            digest.update(f"{file}\0{prompt}\0{_size(file)}\0".encode())
+        return digest.hexdigest()
+
+
+def _size(file: str) -> int | None:
+    try:
+        return os.stat(file).st_size
+    except (OSError, ValueError):  # in a tar or a table
+        return None
 
 
 @dataclass(frozen=True)
@@ -99,6 +120,11 @@ class Joined(PictureSource):
                 prompt = item.prompt if self.prompts is None else self.prompts[position]
                 yield item._replace(position=position, prompt=prompt)
             begin += len(part)
+
+    def content(self) -> str:
+        """Return a hash of the parts and of the prompts that are given."""
+        parts = [part.content() for part in self.parts]
+        return hashlib.blake2b(repr((parts, self.prompts)).encode(), digest_size=8).hexdigest()
 
     def table(self) -> pd.DataFrame:
         """Return the tables below one another; pictures of equal prompts share a prompt_id, unless they had one."""

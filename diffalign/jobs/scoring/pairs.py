@@ -1,5 +1,6 @@
 """Preference pairs: their images as a source to score, and what the scores say about the labels."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,10 @@ class PairImages(Source):
                 data = ref.data if ref.data is not None else str(ref.path)
                 name = f"{ref.place.file}, {ref.place.unit} {ref.place.row}"
                 yield Item(2 * index + side, name, row.prompts[0], data, None, caption)
+
+    def content(self) -> str:
+        """Return a hash of the data, all of which is read for it."""
+        return digest_bytes(json.dumps(self.pairs.identify(), sort_keys=True, default=str).encode()).hex()
 
     def fault(self, position: int, detail: str) -> RowError:
         """Return the error of the row that a broken image stands in."""

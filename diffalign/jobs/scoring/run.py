@@ -14,7 +14,7 @@ from rich.console import Console
 from diffalign.errors import DataError, UserError
 from diffalign.evaluation.manifest import atomic_write
 from diffalign.jobs.scoring import scorers
-from diffalign.jobs.scoring.engine import CHUNK, CHUNK_ON_GPU, Judge, pick_workers, scan
+from diffalign.jobs.scoring.engine import CHUNK, CHUNK_ON_GPU, Judge, helpers_alive, pick_workers, scan
 from diffalign.jobs.scoring.items import Source
 from diffalign.jobs.scoring.shares import Index, Share, read_indices, request_id, write_index
 from diffalign.jobs.scoring.store import Known, Store
@@ -84,7 +84,7 @@ def run(source: Source, out: Path, judges: list[Judge], options: Options, consol
         if share.count > 1:
             raise UserError(f"With several processes, delete {folder} yourself instead of --fresh.")
         shutil.rmtree(folder)
-    store, request = Store(folder), request_id(source)
+    store, request = Store(folder), request_id(source, share.count)
     identities = [judge.identity for judge in judges]
     try:
         index, computed = _score_share(source, share, judges, store.known(identities), store, options, console)
@@ -120,7 +120,7 @@ def _score_share(
     items = source.items(start, stop)
     what = f"Scoring, part {share.index + 1} of {share.count}" if share.count > 1 else "Scoring"
     # Only the first has the terminal to itself.
-    with Progress(what, stop - start, bar=share.index == 0, console=console) as shown:
+    with Progress(what, stop - start, bar=share.index == 0, console=console) as shown, helpers_alive():
         for scored in scan(items, judges, known, workers=workers, chunk=_chunk(options, judges)):
             prepared = scored.prepared
             for judge, (rows, values) in zip(judges, scored.scores, strict=True):

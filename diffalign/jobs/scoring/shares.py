@@ -78,9 +78,13 @@ class Index:
         return bool(np.isfinite(known.of(self.keys)[self.whole]).all())
 
 
-def request_id(source: Source) -> str:
-    """Return a name for what is scored, the same in all processes."""
-    return hashlib.blake2b(f"{source.name}\0{len(source)}".encode(), digest_size=8).hexdigest()
+def request_id(source: Source, count: int) -> str:
+    """Return a name for what is scored, the same in all `count` processes.
+
+    Of several it depends on the content: what another process left of earlier pictures is not taken for its part.
+    """
+    content = source.content() if count > 1 else ""
+    return hashlib.blake2b(f"{source.name}\0{len(source)}\0{content}".encode(), digest_size=8).hexdigest()
 
 
 def write_index(folder: Path, request: str, share: Share, index: Index) -> None:

@@ -17,7 +17,7 @@ from diffalign.jobs.devices import pick_dtype
 from diffalign.jobs.drawing import models
 from diffalign.jobs.drawing.checkpoints import is_checkpoint
 from diffalign.jobs.training import meta_model, networks
-from diffalign.training import checkpoint
+from diffalign.training import checkpoint, checkpoints
 
 FORMATS = {
     "diffusers": "what diffusers' pipelines take: a LoRA, or unet/ (transformer/) of a run that tuned all weights",
@@ -53,9 +53,11 @@ class Trained:
             )
         moved = [] if base is None else [f"model.pretrained_model_name_or_path={base}"]
         config = configuration.load(run / models.RUN_FILE, moved)
+        if place != run:
+            checkpoints.require_whole(place)
         weights = (LORA_FILE,) if config.model.tune == "lora" else DENOISERS
         if place == run and not any((run / name).exists() for name in weights):
-            steps = ", ".join(path.name for path in checkpoint.folders(run)) or "none yet"
+            steps = ", ".join(path.name for path in checkpoints.folders(run)) or "none yet"
             raise ModelError(f'The run "{run}" has not finished. Name one of its checkpoints ({steps}).')
         return cls(run, place, config)
 

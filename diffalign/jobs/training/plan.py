@@ -37,7 +37,9 @@ WIDTH = 18  # of the names of lines
 THOUSAND = 1000
 
 
-def dry_run(config: Config, console: Console, gpu_memory: float | None = None, full: bool = False) -> None:
+def dry_run(
+    config: Config, console: Console, gpu_memory: float | None = None, full: bool = False, *, overwrite: bool = False
+) -> None:
     """Print what a run would do and what stands in its way.
 
     Args:
@@ -45,11 +47,12 @@ def dry_run(config: Config, console: Console, gpu_memory: float | None = None, f
         console: where to print.
         gpu_memory: of the GPU it is planned for, GiB; None: of this machine's, if it has one.
         full: print all keys of the configuration, not only those that differ from their defaults.
+        overwrite: the run may take the place of an earlier one.
 
     Raises:
         UserError: what would stop the run, all of it.
     """
-    found = preflight.examine(config)
+    found = preflight.examine(config, overwrite=overwrite)
     show(config, found, console, gpu_memory, full)
     found.require()
 

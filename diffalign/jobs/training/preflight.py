@@ -34,7 +34,7 @@ from diffalign.jobs.training import (
     storage,
 )
 from diffalign.places import is_hub_id
-from diffalign.training import checkpoint, optimizer, zero
+from diffalign.training import checkpoint, checkpoints, optimizer, zero
 from diffalign.training.batching import BatchPlan
 from reward_models.base import UNPUBLISHED
 
@@ -69,13 +69,16 @@ class Findings:
             raise Refused(f"{len(self.faults)} things would stop this run:{listed}")
 
 
-def examine(config: Config, error_log: Path | None = None, source: PairSource | None = None) -> Findings:
+def examine(
+    config: Config, error_log: Path | None = None, source: PairSource | None = None, *, overwrite: bool = False
+) -> Findings:
     """Look at everything that could stop a run later.
 
     Args:
         config: of the run.
         error_log: JSONL file for rows that cannot be used.
         source: the data, if it is open already.
+        overwrite: the run may take the place of an earlier one.
     """
     found = Findings(faults=[*launch(config), *packages(config)], source=source)
     plan = found.attempt(lambda: BatchPlan.of(config.train, world_size()))
@@ -94,7 +97,7 @@ def examine(config: Config, error_log: Path | None = None, source: PairSource | 
     if isinstance(given, str) and is_prompt_file(given):
         found.attempt(lambda: read_prompts(given))
     if plan is not None:
-        found.attempt(lambda: _examine_checkpoints(config, plan, found))
+        found.attempt(lambda: _examine_checkpoints(config, plan, found, overwrite))
     return found
 
 
@@ -205,15 +208,32 @@ def _check_weights(wanted: str) -> None:
             raise ConfigError(f"Nobody has published weights for {name}: write {name}=PATH of your own.")
 
 
-def _examine_checkpoints(config: Config, plan: BatchPlan, found: Findings) -> None:
+def _examine_checkpoints(config: Config, plan: BatchPlan, found: Findings, overwrite: bool) -> None:
     """See whether a run that is to be continued can be, and what a fresh one would find in its folder."""
     folder, wanted = Path(config.train.output_dir), config.train.resume_from_checkpoint
-    path = checkpoint.find(folder, wanted) if wanted else None
+    path = checkpoints.find(folder, wanted) if wanted else None
     if path is not None:
         checkpoint.check(path, identity.settings_identity(config, plan), config.train.max_train_steps)
         found.notes.append(f"Continues from {path}.")
-    elif earlier := checkpoint.folders(folder):
+    elif not overwrite:
+        require_unused(config)
+    elif earlier := checkpoints.folders(folder):
         found.notes.append(
             f"{folder} holds {', '.join(path.name for path in earlier)} of an earlier run, which this one replaces: "
             "they are set aside when it starts. Add --resume latest to continue it instead."
+        )
+
+
+def require_unused(config: Config) -> None:
+    """Refuse a fresh run where an earlier one has left checkpoints.
+
+    Raises:
+        ConfigError: it has.
+    """
+    folder = Path(config.train.output_dir)
+    earlier = [] if config.train.resume_from_checkpoint else checkpoints.folders(folder)
+    if earlier:
+        raise ConfigError(
+            f"{folder} holds {', '.join(path.name for path in earlier)} of an earlier run. Continue that with --resume "
+            "latest, replace it with --overwrite, or name another train.output_dir."
         )

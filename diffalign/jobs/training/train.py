@@ -1,8 +1,10 @@
 """`diffalign train`: from a configuration to an aligned model that diffusers loads."""
 
 import json
+import os
 import platform
 import sys
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +22,8 @@ from diffalign.backbones.base import Backbone
 from diffalign.backbones.files import LORA_FILE
 from diffalign.config import Config
 from diffalign.data import PairSource
+from diffalign.folder_lock import held
+from diffalign.interrupts import Interrupted
 from diffalign.jobs import skipped
 from diffalign.jobs.devices import together_on_cpus
 from diffalign.jobs.training import (
@@ -43,6 +47,7 @@ from diffalign.objectives.base import UNITS
 from diffalign.training import zero
 from diffalign.training.batching import BatchPlan
 from diffalign.training.checkpoint import WeightsFile
+from diffalign.training.ranks import together
 from diffalign.training.trainer import Sampler, Trainer
 
 PACKAGES = (
@@ -51,16 +56,29 @@ PACKAGES = (
 )
 
 
-def train(config: Config, console: Console | None = None) -> dict[str, float]:
-    """Run a training job; return its last metrics.
+def train(config: Config, console: Console | None = None, *, overwrite: bool = False) -> dict[str, float]:
+    """Run a training job; return its last metrics. Its folder is its own until it ends.
 
     Leaves in `train.output_dir`: config.yaml, environment.json, metrics.jsonl, checkpoints, the LoRA
     (pytorch_lora_weights.safetensors) or the denoiser (unet/ or transformer/), README.md, and validation grids if
     asked for.
+
+    Args:
+        config: of the run.
+        console: where to tell of it; None: here, from the main process.
+        overwrite: take the place of an earlier run in the folder.
     """
     output_dir = Path(config.train.output_dir)
-    found = preflight.examine(config, output_dir / skipped.FILE)
+    found = preflight.examine(config, output_dir / skipped.FILE, overwrite=overwrite)
     found.require()
+    with held(output_dir) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        if not overwrite:
+            preflight.require_unused(config)  # another run may have ended meanwhile
+        return _train(config, found, console)
+
+
+def _train(config: Config, found: preflight.Findings, console: Console | None) -> dict[str, float]:
+    output_dir = Path(config.train.output_dir)
     accelerator = make_accelerator(config)
     distributed.check(config, accelerator)
     console = console or Console(quiet=not accelerator.is_main_process)
@@ -72,7 +90,12 @@ def train(config: Config, console: Console | None = None) -> dict[str, float]:
     if accelerator.is_main_process:
         write_provenance(output_dir, config, trainer.identity)
     start_trackers(config, accelerator)
-    line = trainer.fit()
+    try:
+        with together(accelerator.num_processes):
+            line = trainer.fit()
+    except Interrupted:
+        accelerator.end_training()  # trackers write what they hold
+        raise
     weights = trainer.weights()  # on every process: those of FSDP2 hold parts
     if accelerator.is_main_process:
         export_model(config, backbone, output_dir, weights)

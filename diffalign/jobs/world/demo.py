@@ -40,12 +40,16 @@ TINY_SCORERS = {"pickscore": Path("assets/tiny-pickscore"), "hpsv2": Path("asset
 RECIPES = {"sdxl": Path("tiny/dpo"), "sd3": Path("tiny-sd3/dpo")}  # by the embedded model
 
 
-def demo(config_file: Path, output_dir: Path, prompts: Path, seed: int, console: Console) -> dict[str, Any]:
-    """Run the demo and return its summary."""
+def demo(
+    config_file: Path, output_dir: Path, prompts: Path, seed: int, console: Console, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Run the demo, or go on with one that was interrupted, and return its summary."""
     started = time.perf_counter()
-    config = configuration.load(config_file, [f"train.output_dir={output_dir}", f"train.seed={seed}"])
+    changes = [f"train.output_dir={output_dir}", f"train.seed={seed}"]
+    changes += [] if overwrite else ["train.resume_from_checkpoint=latest"]
+    config = configuration.load(config_file, changes)
     console.rule("1/3  Align the base model with preference pairs")
-    metrics = train(config, console)
+    metrics = train(config, console, overwrite=overwrite)
     console.rule("2/3  Draw held-out prompts with both models")
     base, aligned = draw(config, output_dir, read_prompts(prompts, N_PROMPTS), seed)
     console.rule("3/3  Score and show")

@@ -160,12 +160,39 @@ def test_two_processes_give_what_one_gives(folder, judge, machines):
     assert len(list((folder.parent / "shared.parquet.parts").glob("part-*"))) == 2
 
 
+def test_what_another_machine_left_of_other_pictures_is_no_part_of_these(folder, judge, tmp_path):
+    halves = [score.Options(batch_size=4, workers=0, shard=f"{part}/2") for part in (1, 2)]
+    assert run(folder, judge, halves[0]) is None
+    assert run(folder, judge, halves[1]) is not None
+    (folder / f"{COUNT - 1}.png").write_bytes(png(3, 200))  # the same name, in the part of the second
+    (folder.parent / "scores.parquet").unlink()
+    assert run(folder, judge, halves[0]) is None  # it waits for the second
+    again = run(folder, judge, halves[1])
+    pd.testing.assert_frame_equal(again, run(folder, judge, out="alone.parquet"), rtol=1e-5)
+
+
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_worker_processes_change_nothing(folder, judge, monkeypatch, start):
     alone = run(folder, judge)
     monkeypatch.setattr(engine, "START", start)
     helped = run(folder, judge, score.Options(batch_size=4, workers=1), out="helped.parquet")
     assert helped["score"].tolist() == alone["score"].tolist()
+
+
+def test_a_worker_that_dies_is_one_sentence_and_costs_what_it_had(folder, judge, monkeypatch):
+    inner, parent = Decoder.__getitem__, os.getpid()
+
+    def dying(decoder, items):
+        if items[0].position == 12 and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(decoder, items)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Decoder, "__getitem__", dying)
+        with pytest.raises(DataError, match=r"A process that decodes pictures died .*run the same command again"):
+            run(folder, judge, score.Options(batch_size=4, workers=1))
+    assert not (folder.parent / "scores.parquet").exists()
+    pd.testing.assert_frame_equal(run(folder, judge), run(folder, judge, out="alone.parquet"), rtol=1e-5)
 
 
 def test_what_a_worker_needs_can_be_sent_to_it(folder, judge):

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from diffalign import config as configuration
+from diffalign.errors import ConfigError
 from diffalign.jobs.training import assemble, identity, preflight
 from diffalign.training import checkpoint
 from diffalign.training.batching import BatchPlan
@@ -168,7 +169,19 @@ def test_a_checkpoint_of_another_run_is_refused(checkpointed, sections, message)
         examined(checkpointed, **sections).require()
 
 
-def test_a_fresh_run_is_told_of_earlier_checkpoints(checkpointed):
-    found = examined(checkpointed)
+def test_a_fresh_run_does_not_replace_earlier_checkpoints_unasked(checkpointed):
+    with pytest.raises(ConfigError, match=r"run holds checkpoint-2 of an earlier run\. Continue that with --resume"):
+        examined(checkpointed).require()
+    found = preflight.examine(configuration.check(checkpointed), overwrite=True)
     assert found.faults == []
-    assert "run holds checkpoint-2 of an earlier run" in found.notes[0]
+    assert "run holds checkpoint-2 of an earlier run, which this one replaces" in found.notes[0]
+
+
+def test_a_checkpoint_that_is_cut_is_passed_over_or_refused(checkpointed):
+    (Path("run") / "checkpoint-9").mkdir()
+    assert examined(checkpointed, train={"resume_from_checkpoint": "latest"}).notes == [
+        "Continues from run/checkpoint-2."
+    ]
+    checkpointed["train"]["resume_from_checkpoint"] = "checkpoint-9"
+    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint-9 is damaged: state\.json cannot be read"):
+        examined(checkpointed).require()
