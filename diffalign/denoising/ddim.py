@@ -109,8 +109,9 @@ def ddim_step(
     DDPM's.
     """
     path.require_ddpm(*_DDIM)
-    (_, noise_t), (signal_p, noise_p) = path.alpha_sigma(timesteps), path.alpha_sigma(previous)
+    (signal_t, noise_t), (signal_p, noise_p) = path.alpha_sigma(timesteps), path.alpha_sigma(previous)
     share = (noise_t.square() - noise_p.square()) / (signal_p * noise_t).square()
+    share = share.where(signal_t > 0, 1.0)  # from pure noise exactly: abar_p is small there, and its rounding is not
     variance = eta**2 * share * noise_p.square()
     direction = (noise_p.square() - variance).clamp(min=0).sqrt()
     x0, eps = to_x0(path, xt, pred, timesteps), to_epsilon(path, xt, pred, timesteps)
