@@ -115,7 +115,7 @@ def unets(dtype: torch.dtype) -> tuple[Run, Run]:
     fuse_activations(fused, wanted=True)
     text = backbone.encode_prompts(["a red circle on a blue background"] * 32)
     cond = backbone.condition(text, torch.full((32, 6), 64.0))
-    xt, steps = torch.randn(32, 4, 16, 16), torch.full((32,), 500)
+    xt, steps = torch.randn(32, backbone.latent_channels, 16, 16), torch.full((32,), 500)
     first, second = (partial(backbone.predict, unet, xt, steps, cond) for unet in (plain, fused))
     return first, second
 

@@ -79,13 +79,15 @@ def script_step(config: Config) -> Step:
             noise = torch.randn_like(x0).chunk(2)[0].repeat(2, 1, 1, 1)
             timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (count,)).repeat(2)
             xt = scheduler.add_noise(x0, noise, timesteps)
+            is_v = scheduler.config.prediction_type == "v_prediction"
+            target = scheduler.get_velocity(x0, noise, timesteps) if is_v else noise
             pred = backbone.predict(unet, xt, timesteps, cond).float()
-            policy_w, policy_l = functional.mse_loss(pred, noise, reduction="none").mean((1, 2, 3)).chunk(2)
+            policy_w, policy_l = functional.mse_loss(pred, target, reduction="none").mean((1, 2, 3)).chunk(2)
             unet.disable_adapters()
             with torch.no_grad():
                 frozen = backbone.predict(unet, xt, timesteps, cond).float()
             unet.enable_adapters()
-        reference_w, reference_l = functional.mse_loss(frozen, noise, reduction="none").mean((1, 2, 3)).chunk(2)
+        reference_w, reference_l = functional.mse_loss(frozen, target, reduction="none").mean((1, 2, 3)).chunk(2)
         logit = -0.5 * beta * ((policy_w - policy_l) - (reference_w - reference_l))
         loss = -functional.logsigmoid(logit).mean()
         loss.backward()

@@ -29,7 +29,7 @@ def script_step(family: str, tune: str, side: int, pairs: int, device: torch.dev
         for parameter in unet.parameters():
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     unet.enable_gradient_checkpointing()
-    vae = AutoencoderKL(**_vae(tiny)).to(device).requires_grad_(False)
+    vae = AutoencoderKL(**_vae(tiny) | {"latent_channels": unet.config.in_channels}).to(device).requires_grad_(False)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     trained = [p for p in unet.parameters() if p.requires_grad]
     moves = torch.optim.AdamW(trained, lr=1e-5)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import AutoencoderKL, EulerDiscreteScheduler
 
 from diffalign import config as configuration
 from diffalign.backbones import loading, published
@@ -125,7 +126,7 @@ def our_step(config: Config, family: str, device: torch.device, tiny: bool) -> C
 
 
 def random_backbone(family: str, dtype: torch.dtype, device: torch.device, tiny: bool) -> Backbone:
-    """Return the published UNet with random weights, or the embedded one if `tiny`, with encoders that are not used."""
+    """Return the published UNet with random weights, or the embedded one if `tiny`; its encoders are not used."""
     small = loading.load("assets/tiny-sdxl", torch_dtype=torch.float32)
     if tiny:
         move(small.denoiser, device, dtype)
@@ -133,10 +134,10 @@ def random_backbone(family: str, dtype: torch.dtype, device: torch.device, tiny:
     encoders = 2 if family == "sdxl" else 1
     return (SDXL if family == "sdxl" else SD15)(
         denoiser=published.random_unet(family, dtype, device),
-        vae=small.vae,
+        vae=AutoencoderKL(),  # of 4 channels, as theirs
         tokenizers=small.tokenizers[:encoders],
         text_encoders=small.text_encoders[:encoders],
-        scheduler=small.scheduler,
+        scheduler=EulerDiscreteScheduler.from_config(published.COMPONENTS[family]["scheduler"][2]),
         source=f"random {family}",
     )
 

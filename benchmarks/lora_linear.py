@@ -47,7 +47,7 @@ def unets(rank: int, targets: list[str], half: bool) -> dict[str, Run]:
     adapters.add_lora(peft, rank, target_modules=targets)
     text = backbone.encode_prompts(["a red circle on a blue background"] * 2 * PAIRS)
     cond = backbone.condition(text, torch.full((2 * PAIRS, 6), 64.0))
-    xt, timesteps = torch.randn(2 * PAIRS, 4, 16, 16), torch.full((2 * PAIRS,), 500)
+    xt, timesteps = torch.randn(2 * PAIRS, backbone.latent_channels, 16, 16), torch.full((2 * PAIRS,), 500)
     fused = copy.deepcopy(peft)
     fuse_lora(fused)
     grouped = copy.deepcopy(fused)

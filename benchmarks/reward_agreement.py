@@ -56,8 +56,8 @@ def run(output: Path) -> dict[str, Any]:
         found[folder] = {kind: agreement(scores, truth, pairs) for kind, pairs in kinds.items()}
         if name == "step_aware":
             found[folder]["noised"] = agreement_at(EVALUATED_AT, clear, ahead_in_predictions(scorer))
-    latents = ahead_in_latents(ROOT / "assets" / "tiny-lrm", output / "latents")
-    found["tiny-lrm"] = {"noised": agreement_at(LatentReward.validated_at, clear, latents)}
+    judge, latents = ahead_in_latents(ROOT / "assets" / "tiny-lrm", output / "latents")
+    found["tiny-lrm"] = {"noised": agreement_at(judge.validated_at, clear, latents)}
     return found
 
 
@@ -116,8 +116,8 @@ def ahead_in_predictions(scorer: StepAware) -> Ahead:
     return ahead
 
 
-def ahead_in_latents(folder: Path, scratch: Path) -> Ahead:
-    """Return what compares noisy latents by LPO's judge in `folder`; clean ones are kept in `scratch`."""
+def ahead_in_latents(folder: Path, scratch: Path) -> tuple[LatentReward, Ahead]:
+    """Return LPO's judge in `folder` and what compares noisy latents by it; clean ones are kept in `scratch`."""
     base = loading.load(PIPELINE)
     side = base.denoiser.config.sample_size * base.vae_scale_factor
     judge = LatentReward.load(folder, base, torch.device("cpu"), side)
@@ -128,4 +128,4 @@ def ahead_in_latents(folder: Path, scratch: Path) -> Ahead:
         prompts = [pair.prompt for pair in pairs]
         return judge(first, prompts, timesteps)[0] > judge(second, prompts, timesteps)[0]
 
-    return ahead
+    return judge, ahead

@@ -1,6 +1,6 @@
 """From clean latents to errors: noise paths, keyed randomness, noisings, inversion, frozen passes, the step."""
 
-from diffalign.denoising.ddim import Ladder, StepDistribution, ddim_step, guided, ladder
+from diffalign.denoising.ddim import Ladder, StepDistribution, ddim_step, ends_in_noise, guided, ladder
 from diffalign.denoising.densities import DENSITIES, FixedList, LogitNormal, Mode, TimestepSampling, Uniform
 from diffalign.denoising.draws import normal, uniform
 from diffalign.denoising.frozen import FrozenDenoiser, Predict
@@ -72,6 +72,7 @@ __all__ = [
     "denoising_step",
     "draw_noises",
     "drift",
+    "ends_in_noise",
     "errors",
     "flux2_mu",
     "generating",

@@ -47,6 +47,9 @@ def ladder(path: NoisePath, num_inference_steps: int) -> Ladder:
     A step goes to max(t - T // S, 0); the last one therefore ends at timestep 0, not at the clean image, and its std is
     not 0 (0.0206 for S = 20). All repositories of the SD family do so.
 
+    Where the schedule ends in pure noise only its last level is what sampling starts from, so that the spacing is
+    trailing there (999, 949, ..., 99, 49), as Lin et al. 2023 (2305.08891) ask for; the last step ends at 0 again.
+
     Raises:
         ConfigError: fewer than 1 step, more than half as many as the schedule has levels, or another path than DDPM's.
     """
@@ -57,9 +60,18 @@ def ladder(path: NoisePath, num_inference_steps: int) -> Ladder:
             f"num_inference_steps must be between 1 and {total // 2} for {total} noise levels, got "
             f"{num_inference_steps}. 20 is usual."
         )
+    if ends_in_noise(path):
+        timesteps = (torch.arange(num_inference_steps, 0, -1) * (total / num_inference_steps)).round().long() - 1
+        return Ladder(timesteps, torch.cat([timesteps[1:], torch.zeros(1, dtype=torch.int64)]))
     stride = total // num_inference_steps
     timesteps = torch.arange(num_inference_steps - 1, -1, -1) * stride + 1
     return Ladder(timesteps, (timesteps - stride).clamp(min=0))
+
+
+def ends_in_noise(path: NoisePath) -> bool:
+    """Tell whether the last level of a DDPM path holds nothing of x0: a zero terminal signal-to-noise ratio."""
+    alpha, _ = path.alpha_sigma(torch.tensor([path.num_train_timesteps - 1]))
+    return alpha.item() == 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,12 +104,14 @@ def ddim_step(
 ) -> StepDistribution:
     """Return where a step from xt [N,...] goes: timesteps, previous [N] int64, pred as the path says.
 
-    std is computed from differences of 1 - abar, which float32 holds better than abar near 1. Raises ConfigError for
-    another path than DDPM's.
+    std is computed from differences of 1 - abar, which float32 holds better than abar near 1. A step from pure noise
+    (abar_t = 0) has std eta * sqrt(1 - abar_p) and needs a prediction of v. Raises ConfigError for another path than
+    DDPM's.
     """
     path.require_ddpm(*_DDIM)
-    (_, noise_t), (signal_p, noise_p) = path.alpha_sigma(timesteps), path.alpha_sigma(previous)
+    (signal_t, noise_t), (signal_p, noise_p) = path.alpha_sigma(timesteps), path.alpha_sigma(previous)
     share = (noise_t.square() - noise_p.square()) / (signal_p * noise_t).square()
+    share = share.where(signal_t > 0, 1.0)  # from pure noise exactly: abar_p is small there, and its rounding is not
     variance = eta**2 * share * noise_p.square()
     direction = (noise_p.square() - variance).clamp(min=0).sqrt()
     x0, eps = to_x0(path, xt, pred, timesteps), to_epsilon(path, xt, pred, timesteps)

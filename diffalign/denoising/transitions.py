@@ -86,22 +86,25 @@ def transition_likelihoods(
         label=batch.label,
         advantages=batch.advantages,
         behavior_log_prob=batch.behavior_log_prob,
-        drift=None if pairs or reference is None else _drift(path, batch, policy, reference),
+        drift=None if pairs or reference is None else _drift(policy, reference),
     )
 
 
-def _drift(path: NoisePath, batch: TransitionBatch, policy: Tensor, reference: Tensor) -> Tensor:
-    """Return the mean over C, H, W of (eps of the policy - eps of the reference)^2 [N] (DPOK)."""
-    xt, timesteps, _ = batch.starts()
-    eps, other = (to_epsilon(path, xt, pred, timesteps) for pred in (policy, reference.detach()))
-    return (eps - other).square().flatten(1).mean(1)
+def _drift(policy: Tensor, reference: Tensor) -> Tensor:
+    """Return the mean over C, H, W of (policy - reference)^2 [N] (DPOK).
+
+    Predictions are compared as they are, eps or v: in eps, a v model could leave the reference freely at pure noise,
+    where the noise is known whatever is predicted (eps = alpha v + sigma xt), and the picture is not.
+    """
+    return (policy.float() - reference.detach().float()).square().flatten(1).mean(1)
 
 
 def score_matching(eps: Tensor, behavior: Tensor, shift: Tensor) -> list[Tensor]:
     """Return GradSPO's log-likelihoods of winner and loser, [N] each: -mean (eps - (behavior -+ shift))^2.
 
     `shift` is grad_scale * sqrt(1 - abar_t) * (z_w - z_l) / 2: along the noise that made the winner better. There is no
-    1/std^2, which lets the last steps dominate the Gaussians.
+    1/std^2, which lets the last steps dominate the Gaussians. At pure noise the score does not depend on what a v model
+    predicts, and such a step teaches nothing.
     """
     targets = behavior - shift, behavior + shift
     return [-(eps - target.detach()).square().flatten(1).mean(1) for target in targets]

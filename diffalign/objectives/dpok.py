@@ -15,7 +15,8 @@ class DPOK(Objective[Transitions]):
     L = -w A clamp(r, 1 - clip, 1 + clip) + kl_weight * mean (eps - eps_ref)^2,  r = p(x_p | x_t) / p_old(x_p | x_t)
 
     The clamp is a plain one, not PPO's: outside the clip only the second term has a gradient. That term is the KL
-    divergence of the steps up to 1/(2 std^2), as in the authors' code; eps are the guided predictions.
+    divergence of the steps up to a factor of the noise level, as in the authors' code; eps are the guided predictions,
+    of a v model v.
 
     Args:
         reward_weight: w, of the clipped advantage term, > 0. The authors' code: 100.

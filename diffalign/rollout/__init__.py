@@ -4,7 +4,7 @@ from diffalign.rollout.advantages import PerPromptTracker, normalised
 from diffalign.rollout.differentiable import RewardGradients
 from diffalign.rollout.guidance import WinnerGuidance
 from diffalign.rollout.human_labels import HumanLabels
-from diffalign.rollout.latent_reward import LatentReward
+from diffalign.rollout.latent_reward import LatentReward, judged_levels
 from diffalign.rollout.prompts import PromptBatch, PromptEncoder
 from diffalign.rollout.sampler import Evaluations, Sampler
 from diffalign.rollout.scoring import PictureScorer, StepScorer
@@ -30,6 +30,7 @@ __all__ = [
     "WinnerGuidance",
     "best_and_worst",
     "dynamic_threshold",
+    "judged_levels",
     "normalised",
     "pareto",
     "probability_gap",

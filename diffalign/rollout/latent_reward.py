@@ -28,12 +28,15 @@ from diffalign.backbones.base import Backbone
 from diffalign.backbones.conditioning import Conditioning
 from diffalign.backbones.files import check_weights, load_errors, write_atomically
 from diffalign.backbones.unet_encoder import cut, load_encoder
+from diffalign.denoising import NoisePath, ends_in_noise, ladder
 from diffalign.errors import ModelError
 from diffalign.rollout.prompts import conditioning
 
 HEADS, OFFICIAL_HEADS = "heads.safetensors", "state_dict.pt"
 GUIDANCE = 7.5  # of the middle block's features, as the authors train it
 INITIAL_LOGIT_SCALE = 2.6592  # CLIP's, log(1 / 0.07)
+JUDGED_STEPS = 20  # of the sampler whose latents are judged
+VALIDATED = (0, 5, 10, 14, 19)  # of its levels: for SD1.5 and SDXL the timesteps 1, 251, 501, 701 and 951
 _NOT_NESTED = (KeyError, TypeError, AttributeError)  # what other contents raise when they are read as heads
 
 
@@ -53,7 +56,6 @@ class LatentReward:
 
     reads_prediction = False
     scale = 1.0
-    validated_at = (1, 251, 501, 701, 951)  # of the timesteps it is trained at
 
     def __init__(
         self, backbone: Backbone, heads: Mapping[str, Tensor], logit_scale: Tensor, resolution: int, batch_size: int
@@ -61,6 +63,7 @@ class LatentReward:
         if wrong := _misfit(backbone, heads):
             raise ModelError(f"{backbone.source} does not fit together: {wrong}. Use parts of one model family.")
         self.backbone, self.resolution, self.batch_size = backbone, resolution, batch_size
+        self.validated_at = tuple(judged_levels(backbone.path)[list(VALIDATED)].tolist())
         self.module = nn.Module()  # all that can be trained
         self.module.unet = backbone.denoiser
         self.module.text_encoders = nn.ModuleList(backbone.text_encoders)
@@ -163,6 +166,16 @@ class LatentReward:
         heads["logit_scale"] = self.module.logit_scale
         write_atomically(directory / HEADS, lambda file: save_file(_on_cpu(heads), file))
         return directory
+
+
+def judged_levels(path: NoisePath) -> Tensor:
+    """Return the timesteps that such a judge is trained at, the cleanest first: those of 20 sampler steps [20] int64.
+
+    At pure noise, where the last level of some schedules lies, there is nothing to judge: there they are the levels
+    that the steps lead to.
+    """
+    rungs = ladder(path, JUDGED_STEPS)
+    return (rungs.previous if ends_in_noise(path) else rungs.timesteps).flip(0)
 
 
 def _save(module: nn.Module, save_config: Callable[[Path], None], file: Path) -> None:

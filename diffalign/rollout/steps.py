@@ -63,6 +63,7 @@ class StepPairs:
                 "Pairs of GradSPO and TailorPO-G have no inner steps: num_inner_steps must be 0, got "
                 f"{self.num_inner_steps}."
             )
+        self._check_levels_told()
         self._thresholds = self._threshold_by_step()
 
     @property
@@ -171,6 +172,16 @@ class StepPairs:
             return scores.argmax(0)
         fraction = denoising.uniform(self.sampler.seed, step, prompts.ids, stream=f"rollout_resample{index}")
         return (fraction * self.num_candidates).to(torch.int64)
+
+    def _check_levels_told(self) -> None:
+        """Refuse to tell a judge of noisy latents that candidates are pure noise, a level at which none is trained."""
+        first, noise = self.divert_start_step == 0, denoising.ends_in_noise(self.sampler.path)
+        if self.timesteps_of == "current" and not self.scorer.reads_prediction and first and noise:
+            raise ConfigError(
+                "This model's schedule ends in pure noise, where the first step starts: with rollout.timesteps_of "
+                '"current" the judge would be told that its candidates are that. Use "candidate", or divert_start_step '
+                "1."
+            )
 
     def _threshold_by_step(self) -> Tensor:
         """Return the threshold of every step [S]."""

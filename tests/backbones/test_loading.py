@@ -109,6 +109,14 @@ def test_impossible_schedules_are_refused(tiny_sdxl):
         backbones.load(tiny_sdxl, prediction_type="sample")
 
 
+def test_a_folder_whose_epsilon_model_ends_in_pure_noise_is_refused_unless_it_is_said_to_predict_v(copy):
+    file = copy / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
+    with pytest.raises(ModelError, match=r"ends in pure noise .*Set model\.prediction_type: v_prediction if"):
+        backbones.load(copy)
+    assert backbones.load(copy, prediction_type="v_prediction").path.alphas_cumprod[-1] == 0
+
+
 @pytest.mark.parametrize("name", ["runs/of/yesterday/model", "./model", "missing.safetensors", "/nowhere/model"])
 def test_missing_path(name):
     with pytest.raises(ModelError, match="There is no model") as caught:

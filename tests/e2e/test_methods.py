@@ -100,6 +100,16 @@ def test_it_trains(name, method, run):
         assert lines[1][distance] != 0.0
 
 
+@pytest.mark.parametrize("name", ["inpo", "dspo", "spo", "dpok", "refl"])
+def test_it_trains_where_the_schedule_ends_in_pure_noise(name, method, run):
+    given = objectives.objective_class(name).layout == "pair"  # sampling starts there, given pictures are noised so
+    only = {"timestep_low": 999, "timestep_high": 1000} if given else {}
+    content = method(name, model={"prediction_type": "v_prediction", "zero_terminal_snr": True}, denoising=only)
+    assert all(math.isfinite(value) for value in run(content).values())
+    moved = [tensor for key, tensor in weights(content, 2).items() if "lora_B" in key]
+    assert max(tensor.abs().max() for tensor in moved) > 1e-4
+
+
 @pytest.mark.parametrize("name", ["inpo", "smpo", "rankdpo"])
 def test_accumulation_equals_the_large_batch(name, method, run, tmp_path):
     # Both take 4 examples a step; the inversion runs once for all of them.

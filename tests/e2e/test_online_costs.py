@@ -22,6 +22,11 @@ RUNS = {
     "d3po, best and worst": {"rollout": {"samples_per_prompt": 3, "pairs": "best_and_worst"}},
     "ddpo": {"rollout": {"samples_per_prompt": 2}},
     "ddpo, high noise": {"rollout": {"samples_per_prompt": 2}, "denoising": {"timestep_low": 500}},
+    "ddpo, high noise down from pure noise": {
+        "rollout": {"samples_per_prompt": 2},
+        "denoising": {"timestep_low": 600},  # steps start at 999 and 749 there, else at 751
+        "model": {"prediction_type": "v_prediction", "zero_terminal_snr": True},
+    },
     "dpok": {"rollout": {"samples_per_prompt": 2}},
     "refl": {"rollout": {"one_step_range": [2, 2], "guidance_scale": 1.0}},
     "draft": {"rollout": {"backprop_steps": 2}},
@@ -58,6 +63,7 @@ def one_step(content, tiny_sdxl, tmp_path):
         changed = copy.deepcopy(content)
         changed["objective"] = {"name": name.partition(",")[0].replace("lpo", "spo")}
         changed["data"] = {"prompts_file": str(ASSETS / "prompts" / "tiny-train.txt"), "resolution": 64}
+        changed["model"] |= sections.get("model", {})
         changed["denoising"] = sections.get("denoising", {})
         changed["rollout"] = ROLLOUT | sections.get("rollout", {})
         if changed["rollout"]["scorer"] == "lrm":

@@ -30,7 +30,7 @@ def make_sampler(backbone):
 
     def make(**settings):
         network = FrozenDenoiser(backbone.denoiser, backbone.predict, micro_batch_size=16)
-        return Sampler(path=backbone.path, network=network, shape=(4, 8, 8), seed=3, **settings)
+        return Sampler(**{"path": backbone.path, "network": network, "shape": (4, 8, 8), "seed": 3, **settings})
 
     return make
 

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from diffalign.backbones import loading
+from diffalign.denoising import DDPMPath, zero_terminal_snr
 from diffalign.errors import ModelError
-from diffalign.rollout import LatentReward, StepPairs
+from diffalign.rollout import LatentReward, StepPairs, judged_levels
 from tests.tiny import tiny_text_config, tiny_unet_sd15, tiny_unet_sdxl
 
 TEXTS = ["a red circle", "a blue square on a green background", "a red circle"]
@@ -109,6 +110,12 @@ def test_batches_do_not_matter_and_the_timestep_does(family, base, tmp_path):
     whole, split = (LatentReward.load(folder, base, CPU, 64, batch_size=size) for size in (8, 2))
     torch.testing.assert_close(whole(latents, TEXTS, timesteps), split(latents, TEXTS, timesteps))
     assert not torch.allclose(whole(latents, TEXTS, timesteps - 200), whole(latents, TEXTS, timesteps))
+
+
+def test_it_is_trained_where_sampler_steps_start_and_never_at_pure_noise(base):
+    assert judged_levels(base.path).tolist() == [*range(1, 952, 50)]
+    noise = DDPMPath(zero_terminal_snr(base.path.alphas_cumprod), "v_prediction")
+    assert judged_levels(noise).tolist() == [0, *range(49, 950, 50)]
 
 
 def test_an_encoder_that_was_not_tuned_is_the_base_s(tiny_sdxl, tmp_path):

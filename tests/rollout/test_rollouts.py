@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffalign.backbones.conditioning import Conditioning
-from diffalign.denoising import FrozenDenoiser, guided, transition_likelihoods
+from diffalign.denoising import STABLE_DIFFUSION, DDPMPath, FrozenDenoiser, guided, transition_likelihoods
 from diffalign.errors import ConfigError
 from diffalign.rollout import PictureScorer, PromptEncoder, StepPairs, Trajectories, TrajectoryPairs
 from tests.rollout.conftest import TEXTS, Brightness
@@ -214,3 +214,31 @@ def test_impossible_rollouts_are_refused(make_sampler):
         StepPairs(sampler=sampler, scorer=Brightness(), divert_start_step=4)
     with pytest.raises(ConfigError, match="samples_per_prompt >= 2"):
         TrajectoryPairs(sampler=sampler, scorer=Brightness(), samples_per_prompt=1)
+
+
+PURE_NOISE = DDPMPath.from_config(
+    {**STABLE_DIFFUSION, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+)
+
+
+@pytest.mark.parametrize("reads_prediction", [True, False])
+def test_rollouts_from_pure_noise_are_finite(make_sampler, prompts, reads_prediction):
+    sampler, scorer = make_sampler(path=PURE_NOISE, num_inference_steps=4), Brightness(reads_prediction)
+    batch = StepPairs(sampler=sampler, scorer=scorer, divert_start_step=0, threshold=0.0)(prompts, 0).transitions
+    assert batch.timesteps.tolist() == [level for level in (999, 749, 499, 249) for _ in range(len(prompts))]
+    assert scorer.timesteps == [749, 499, 249, 0]
+    assert_follows(batch, sampler)
+    trajectories = Trajectories(sampler=sampler, scorer=Brightness(), advantages=lambda _, rewards: rewards)
+    singles = trajectories(prompts, 0).transitions
+    for tensor in (batch.xt, batch.x_prev, singles.x_prev, singles.advantages, singles.behavior_log_prob):
+        assert tensor.isfinite().all()
+        assert tensor.abs().max() < 100
+
+
+def test_a_judge_is_not_told_that_candidates_are_pure_noise(make_sampler):
+    how = {"scorer": Brightness(reads_prediction=False), "timesteps_of": "current"}
+    sampler = make_sampler(path=PURE_NOISE, num_inference_steps=4)
+    with pytest.raises(ConfigError, match=r'ends in pure noise.*Use "candidate", or divert_start_step 1'):
+        StepPairs(sampler=sampler, divert_start_step=0, **how)
+    StepPairs(sampler=sampler, divert_start_step=1, **how)
+    StepPairs(sampler=make_sampler(num_inference_steps=4), divert_start_step=0, **how)

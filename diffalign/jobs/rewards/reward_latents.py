@@ -13,17 +13,16 @@ from diffalign.denoising import draws
 from diffalign.denoising.paths import add_noise
 from diffalign.errors import ModelError
 from diffalign.jobs.rewards.reward_pictures import PairIds, kept_or_made, squares
-from diffalign.rollout import LatentReward
+from diffalign.rollout import LatentReward, judged_levels
 from reward_models.checkpoints import read_state_dict
 from reward_models.hf_clip import locate
 from reward_models.pairs import RewardPair
 
-LADDER = range(1, 952, 50)  # the timesteps of 20 sampler steps, which the judge is asked about
 SD15_CLIP = "openai/clip-vit-large-patch14"  # whose text encoder SD1.5 took, without its projection
 
 
 class NoisyLatents:
-    """Noise both pictures of a pair: xt = alpha x0 + sigma eps at one t of the ladder, each with an eps of its own.
+    """Noise both pictures of a pair: xt = alpha x0 + sigma eps at one of `judged_levels`, each with an eps of its own.
 
     x0 is the mean of the VAE's posterior (the authors draw from it); t and eps are pure functions of seed, visit and
     content of the pair. Each pair is encoded once.
@@ -65,8 +64,8 @@ class NoisyLatents:
         return torch.stack(x0.chunk(2), dim=1).half().cpu().numpy()
 
     def _timesteps(self, ids: Tensor, visit: int) -> Tensor:
-        place = (draws.uniform(self.seed, visit, ids, "lrm_t") * len(LADDER)).long()
-        return LADDER.start + LADDER.step * place
+        levels = judged_levels(self.backbone.path)
+        return levels[(draws.uniform(self.seed, visit, ids, "lrm_t") * len(levels)).long()]
 
 
 def start(base: Backbone, init: str | None, seed: int) -> LatentReward:

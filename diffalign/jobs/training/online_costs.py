@@ -1,11 +1,13 @@
 """What a method that samples while it trains costs, from its configuration alone; tests count the same in real runs."""
 
+import json
 import math
 
 from diffalign.config import Config
 from diffalign.denoising import STABLE_DIFFUSION, DDPMPath, ladder
 from diffalign.jobs.training import human_labels
 from diffalign.jobs.training.online_judges import latent_reward_place
+from diffalign.places import local
 from diffalign.vocabulary import BACKPROPAGATIONS
 
 
@@ -77,9 +79,20 @@ def branch_points(config: Config) -> int:
 
 def _learnt_steps(config: Config) -> int:
     """Return how many steps of a trajectory start where denoising.timestep_low and timestep_high allow it."""
-    levels = ladder(DDPMPath.from_config(STABLE_DIFFUSION), config.rollout.num_inference_steps).timesteps
+    path = DDPMPath.from_config(STABLE_DIFFUSION | {"rescale_betas_zero_snr": _ends_in_noise(config)})
+    levels = ladder(path, config.rollout.num_inference_steps).timesteps
     high = config.denoising.timestep_high or int(levels.max()) + 1
     return int(((levels >= config.denoising.timestep_low) & (levels < high)).sum())
+
+
+def _ends_in_noise(config: Config) -> bool:
+    """Tell whether the model's schedule ends in pure noise, as far as this machine knows: its steps then lie higher."""
+    file = local(config.model.pretrained_model_name_or_path) / "scheduler" / "scheduler_config.json"
+    try:
+        said = json.loads(file.read_text(encoding="utf8")).get("rescale_betas_zero_snr")
+    except (OSError, ValueError):
+        said = False  # not here; what is damaged is refused where it is loaded
+    return bool(said or config.model.zero_terminal_snr)
 
 
 def _steps_with_gradient(config: Config) -> int:

@@ -12,7 +12,7 @@ from diffalign import backbones
 from diffalign.backbones import adapters, export
 from diffalign.cli import app
 from diffalign.data import open_pairs
-from diffalign.denoising.paths import add_noise
+from diffalign.denoising.paths import add_noise, target
 from diffalign.errors import UserError
 from diffalign.jobs.scoring import scorers
 from diffalign.jobs.scoring.implicit import ImplicitReward
@@ -36,12 +36,12 @@ def trained(tmp_path_factory):
     for _ in range(12):
         noise = torch.randn(8, *x0.shape[1:], generator=generator).repeat(2, 1, 1, 1)
         times = torch.randint(0, 1000, (8,), generator=generator).repeat(2)
-        xt = add_noise(backbone.path, x0, noise, times)
+        xt, wanted = add_noise(backbone.path, x0, noise, times), target(backbone.path, x0, noise, times)
         backbone.denoiser.disable_adapters()
         with torch.no_grad():
-            reference = (backbone.predict(backbone.denoiser, xt, times, cond) - noise).square().mean((1, 2, 3))
+            reference = (backbone.predict(backbone.denoiser, xt, times, cond) - wanted).square().mean((1, 2, 3))
         backbone.denoiser.enable_adapters()
-        gain = reference - (backbone.predict(backbone.denoiser, xt, times, cond) - noise).square().mean((1, 2, 3))
+        gain = reference - (backbone.predict(backbone.denoiser, xt, times, cond) - wanted).square().mean((1, 2, 3))
         loss = -torch.nn.functional.logsigmoid(1000 * (gain[:8] - gain[8:])).mean()
         loss.backward()
         optimizer.step()
