@@ -13,6 +13,7 @@ from diffalign.shapes.tokenizer import build_tokenizer
 
 RESOLUTION = 64
 PROMPT_LENGTH = 24
+LATENT_CHANNELS = 4
 _TEXT_WIDTHS = (64, 96)
 _TIME_ID_WIDTH = 32  # of each of the six time ids
 
@@ -24,7 +25,7 @@ def build_vae() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=LATENT_CHANNELS,
         norm_num_groups=16,
         sample_size=RESOLUTION,
     )
