@@ -21,6 +21,6 @@ MODELS = {
     "sdxl": EmbeddedModel(build=pipeline.build_pipeline, recipe=Pretraining()),
     "sd3": EmbeddedModel(
         build=sd3.build_pipeline,
-        recipe=Pretraining(denoiser_steps=9_000, denoiser_learning_rate=1e-3, denoiser_bf16=False),
+        recipe=Pretraining(epsilon_steps=0, denoiser_steps=9_000, denoiser_learning_rate=1e-3, denoiser_bf16=False),
     ),
 }

@@ -67,19 +67,22 @@ def build_text_encoder(width: int, activation: str, projection: bool, tokenizer)
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
+_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def build_epsilon_scheduler() -> EulerDiscreteScheduler:
+    """Return SDXL base's scheduler."""
+    return EulerDiscreteScheduler(**_SCHEDULE, prediction_type="epsilon", timestep_spacing="leading", steps_offset=1)
+
+
 def build_scheduler() -> EulerDiscreteScheduler:
     """Return SDXL's noise levels, rescaled to end in pure noise, which asks for v-prediction and trailing timesteps.
 
     SDXL's own last level lets the mean colour through, so that a model of so few pixels draws muddy backgrounds (Lin et
-    al. 2023, 2305.08891). Fine-tunes of SDXL such as NoobAI's are made like this.
+    al. 2023, 2305.08891). Fine-tunes of SDXL such as NoobAI's are made like this, from weights that predict epsilon.
     """
     return EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
+        **_SCHEDULE, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
 
 

@@ -27,7 +27,7 @@ from diffalign.progress import Progress
 from diffalign.shapes.autoencoder import batches, encode, one_cycle, train_decoder, train_vae
 from diffalign.shapes.captions import Scene, scenes
 from diffalign.shapes.confusion import confuse
-from diffalign.shapes.pipeline import RESOLUTION
+from diffalign.shapes.pipeline import RESOLUTION, build_epsilon_scheduler
 from diffalign.shapes.recipe import Pretraining
 from diffalign.shapes.render import render
 
@@ -77,7 +77,7 @@ def _noised(
     return add_noise(*problem), target(*problem), timesteps
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Stage:
     """Say what one training of a denoiser learns, and for how long."""
 
@@ -88,7 +88,7 @@ class Stage:
 
 
 def train_denoiser(
-    pipeline: DiffusionPipeline, x0: torch.Tensor, stage: Stage, recipe: Pretraining, console: Console
+    pipeline: DiffusionPipeline, x0: torch.Tensor, recipe: Pretraining, console: Console, stage: Stage
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Train text encoders and denoiser on scaled latents [N, C, 16, 16] and keep their average.
 
@@ -146,16 +146,21 @@ def pretrain(pipeline: DiffusionPipeline, recipe: Pretraining, console: Console,
     errors = {"vae_error": train_vae(pipeline.vae, images, recipe, console)}
     x0, captions = scaled_latents(pipeline.vae, images), told(drawn, recipe.wrong_captions, recipe.seed + 4)
     errors["decoder_error"] = train_decoder(pipeline.vae, images, recipe, console)
-    stage = Stage(captions=captions, steps=recipe.denoiser_steps, learning_rate=recipe.denoiser_learning_rate, number=0)
-    errors["denoising_error"], early = train_denoiser(pipeline, x0, stage, recipe, console)
+    true, known = [scene.caption() for scene in drawn], (pipeline, x0, recipe, console)
+    if recipe.epsilon_steps:
+        own, pipeline.scheduler = pipeline.scheduler, build_epsilon_scheduler()
+        errors["epsilon_error"], _ = train_denoiser(
+            *known, Stage(true, recipe.epsilon_steps, recipe.epsilon_learning_rate, 0)
+        )
+        pipeline.scheduler = own
+    stage = Stage(captions, recipe.denoiser_steps, recipe.denoiser_learning_rate, 1)
+    errors["denoising_error"], early = train_denoiser(*known, stage)
     model = TextToLatent(pipeline)
     base = {name: weight.clone() for name, weight in model.state_dict().items()}
     for name, weights in (("early", early), ("base", base)):
         model.load_state_dict(weights)
         keep(name)
-    true = [scene.caption() for scene in drawn]
-    stage = Stage(captions=true, steps=recipe.strong_steps, learning_rate=recipe.strong_learning_rate, number=1)
-    errors["strong_error"], _ = train_denoiser(pipeline, x0, stage, recipe, console)
+    errors["strong_error"], _ = train_denoiser(*known, Stage(true, recipe.strong_steps, recipe.strong_learning_rate, 2))
     keep("strong")
     return errors
 

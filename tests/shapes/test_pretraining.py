@@ -20,6 +20,7 @@ RECIPE = Pretraining(
     vae_batch_size=8,
     decoder_steps=30,
     decoder_learning_rate=1e-3,
+    epsilon_steps=2,
     denoiser_steps=20,
     denoiser_batch_size=8,
     denoiser_learning_rate=2e-3,
@@ -94,8 +95,8 @@ def test_a_few_steps_lower_the_errors_of_every_part(name):
 
     before = _error(pipeline, x0, captions)
     encoder = pipeline.text_encoder_2.text_model.embeddings.token_embedding.weight.clone()
-    stage = Stage(captions=captions, steps=20, learning_rate=2e-3, number=0)
-    reported, early = pretraining.train_denoiser(pipeline, x0, stage, recipe, QUIET)
+    stage = Stage(captions, 20, 2e-3, 0)
+    reported, early = pretraining.train_denoiser(pipeline, x0, recipe, QUIET, stage)
     assert 0 < reported < 2
     after = _error(pipeline, x0, captions)
     assert after < 0.9 * before
@@ -115,6 +116,7 @@ def test_the_whole_training_keeps_an_early_a_base_and_a_strong_model():
         pipeline, replace(RECIPE, vae_steps=2, decoder_steps=2, denoiser_steps=6), QUIET, keep
     )
     assert list(kept) == ["early", "base", "strong"]
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert not torch.equal(kept["early"], kept["base"])
     assert not torch.equal(kept["base"], kept["strong"])
-    assert list(errors) == ["vae_error", "decoder_error", "denoising_error", "strong_error"]
+    assert list(errors) == ["vae_error", "decoder_error", "epsilon_error", "denoising_error", "strong_error"]

@@ -24,7 +24,14 @@ from diffalign.shapes.recipe import Pretraining
 
 ASSETS = Path(__file__).parents[3] / "assets"
 RECIPE = Pretraining(
-    images=32, vae_steps=2, vae_batch_size=4, decoder_steps=1, denoiser_steps=2, strong_steps=1, denoiser_batch_size=4
+    images=32,
+    vae_steps=2,
+    vae_batch_size=4,
+    decoder_steps=1,
+    epsilon_steps=0,
+    denoiser_steps=2,
+    strong_steps=1,
+    denoiser_batch_size=4,
 )
 
 
