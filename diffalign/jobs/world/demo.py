@@ -34,7 +34,7 @@ from diffalign.jobs.training.train import train, versions
 from diffalign.places import local
 from diffalign.shapes.oracle import Oracle
 
-SAMPLING = SamplingSettings(num_inference_steps=20, guidance_scale=5.0, batch_size=64)
+SAMPLING = SamplingSettings(num_inference_steps=20, guidance_scale=2.5, batch_size=64)
 N_PROMPTS = 256
 TINY_SCORERS = {"pickscore": Path("assets/tiny-pickscore"), "hpsv2": Path("assets/tiny-hpsv2")}
 RECIPES = {"sdxl": Path("tiny/dpo"), "sd3": Path("tiny-sd3/dpo")}  # by the embedded model
