@@ -23,7 +23,7 @@ class Pretraining:
     denoiser_bf16: bool = True  # autocast, as always in the VAE; 1.6 times as fast for a UNet, slower for SD3's class
     wrong_captions: float = 0.3  # share of wrong captions meanwhile, an attribute (`confusion.py`)
     early_step: int = 500  # of these, at which its average is kept as another generator of pairs
-    strong_steps: int = 800  # more, with captions that are right, from the base to a third generator
+    strong_steps: int = 700  # more, with captions that are right, from the base to a third generator
     strong_learning_rate: float = 3e-4
     caption_dropout: float = 0.1
     ema_decay: float = 0.998
