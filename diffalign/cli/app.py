@@ -55,6 +55,9 @@ for module in (training, exporting, pictures, scoring, ranking, evaluating, labe
 def main() -> None:
     """Run the command line; a user's mistake ends with exit code 2 and a message, never with a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):  # file names need not be text, and terminals need not know UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except KeyboardInterrupt:

@@ -195,7 +195,7 @@ class StreamingPairs(PairSource):
     def _records(self) -> Iterator[dict[str, Any]]:
         try:
             yield from self._dataset
-        except (pa.ArrowException, OSError, RuntimeError) as error:
+        except (pa.ArrowException, OSError, RuntimeError, UnicodeDecodeError) as error:
             raise DataError(f"The stream {self.name} broke off: {error} Finished work is kept; run again.") from error
 
     def _judge(self, record: dict[str, Any], index: int, place: Place, *, fresh: bool) -> Example | None:

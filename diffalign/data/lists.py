@@ -59,7 +59,8 @@ class ListSchema(TableSchema):
     def judge(self, table: pa.Table, file: str) -> Verdicts:
         """Judge rows by scores and captions."""
         outcome, faults = [], {}
-        for row, record in enumerate(table.to_pylist()):
+        numbers = table.select([name for name in self.label_columns if name in table.column_names])
+        for row, record in enumerate(numbers.to_pylist()):
             try:
                 labels = self.labels(record, Place(file, row))
                 outcome.append(labels if isinstance(labels, int) else len(labels))
@@ -67,7 +68,7 @@ class ListSchema(TableSchema):
                 outcome.append(INVALID)
                 faults[row] = error.reason, error.detail
         verdicts = Verdicts(np.array(outcome, dtype=np.int64), faults)
-        self.mark_empty_captions(table, file, verdicts)
+        self.mark_bad_captions(table, verdicts)
         return verdicts
 
     def read(self, record: Mapping[str, Any], index: int, place: Place, folder: Path | None = None) -> ListRow | int:

@@ -113,7 +113,7 @@ class Columns(PairSchema, TableSchema):
         verdicts = Verdicts(np.where(winner >= 0, 2, winner), soft=not np.isnan(preference).all())
         for row in np.flatnonzero(winner == INVALID):
             verdicts.faults[int(row)] = "label", f"the labels are {[float(x[row]) for x in labels]}"
-        self.mark_empty_captions(table, file, verdicts)
+        self.mark_bad_captions(table, verdicts)
         return verdicts
 
     def read(self, record: Mapping[str, Any], index: int, place: Place, folder: Path | None = None) -> PairRow | int:

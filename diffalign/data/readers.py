@@ -1,7 +1,6 @@
 """Open preferences, whatever holds them."""
 
 import glob
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,13 +19,14 @@ from diffalign.data.shards import Shards, downloaded_snapshot, files_of
 from diffalign.data.source import PairSource
 from diffalign.errors import DataError, suggestion
 from diffalign.places import find, is_hub_id
+from diffalign.text_files import mapped, numbered_lines, parse_json
 
 PARQUET = ".parquet"
 FORMATS = ("pickapic", "jsonl", "folders", "lists", "singles")
 # train-00000-of-00645-b66ac786bf6fb553.parquet, train-00000.parquet or train.parquet: split "train".
 SHARD = re.compile(r"-\d+-of-\d+")
 SPLITS = {"train", "validation", "valid", "val", "dev", "test", "validation_unique", "test_unique"}
-SPLIT_FILE = re.compile(r"(?P<split>[A-Za-z_]\w*?)(?:-\d+(?:-of-\d+)?(?:-\w+)?)?\.parquet")
+SPLIT_FILE = re.compile(r"(?P<split>[A-Za-z_]\w*?)(?:-\d+(?:-of-\d+)?(?:-\w+)?)?\.(?i:parquet)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ def _open_hub(source: str, reading: Reading, **settings: Any) -> PairSource:
     streaming = reading.streaming
     if reading.max_samples is not None and not streaming:  # no more is downloaded than is read
         files = _first_files(source, where)
-        if files and all(str(file).endswith(PARQUET) for file in files):
+        if files and all(str(file).lower().endswith(PARQUET) for file in files):
             parquet = Shards(source, files, **where) if isinstance(files[0], str) else files
             return _open_files(parquet, reading, name=source, **settings)
         streaming = bool(files)
@@ -164,14 +164,13 @@ def _open_files(files: Sequence[Path], reading: Reading, **settings: Any) -> Pai
 
 def _first_keys(file: Path) -> list[str]:
     """Return the keys of the first line that holds an object; faulty lines are reported by the reader."""
-    with open(file, "rb") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                return list(record)
+    for _, _, line in numbered_lines(mapped(file)):
+        try:
+            record = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            return list(record)
     return []
 
 
@@ -205,7 +204,7 @@ def parquet_files(source: str | Path | Sequence[str | Path], split: str) -> list
     root = _existing(source)
     if root.is_file():
         return [root]
-    files = sorted(f for f in root.rglob("*.parquet") if not any(p.startswith(".") for p in f.relative_to(root).parts))
+    files = sorted(f for f in root.rglob("*") if f.suffix.lower() == PARQUET and not _is_hidden(f, root))
     if not files:
         raise DataError(f"{root} holds no parquet file.")
     splits = {file: _split_of(file, root) for file in files}
@@ -221,6 +220,10 @@ def parquet_files(source: str | Path | Sequence[str | Path], split: str) -> list
     return chosen
 
 
+def _is_hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
 def _split_of(file: Path, root: Path) -> str:
     """Return the split a file belongs to: the folder it is in (train/0000.parquet) or the start of its name."""
     match = SPLIT_FILE.fullmatch(file.name)
@@ -234,11 +237,11 @@ def _container(source: str | Path | Sequence[str | Path], format: str | None) ->
     if format == "pickapic" or not isinstance(source, str | Path):
         return "parquet"
     path = Path(source)
-    if path.suffix in (".jsonl", ".ndjson"):
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
         return "jsonl"
     if format is None and (path / "w").is_dir() and (path / "l").is_dir():
         return "folders"
-    if path.is_file() and path.suffix != ".parquet":
+    if path.is_file() and path.suffix.lower() != PARQUET:
         if format is not None:
             return "jsonl"
         raise DataError(

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from diffalign.text_files import nameable, shown
+
 
 class Span(NamedTuple):
     """Point at a stretch of a file: a member of a tar shard."""
@@ -67,7 +69,8 @@ class Files(PictureSource):
         """Yield the files at these positions."""
         part = self.rows.iloc[start:stop]
         for position, (file, prompt) in enumerate(zip(part["file"], part["prompt"], strict=True), start):
-            yield Item(position, file, prompt, file)
+            fault = None if nameable(file) else "its name is not UTF-8, which no table can hold: rename it"
+            yield Item(position, shown(file), prompt, file, fault)
 
     def table(self) -> pd.DataFrame:
         """Return the table."""

@@ -4,13 +4,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
 
 from diffalign.data import RowError
 from diffalign.data.local_files import CAPTIONS_FILE, read_captions
-from diffalign.data.pairs import ImageRef
+from diffalign.data.pairs import ImageRef, Place
+from diffalign.data.schema import check_caption
+from diffalign.data.tables import captions, read_columns
 from diffalign.errors import DataError, UserError
 from diffalign.evaluation import Manifest
 from diffalign.evaluation.manifest import FILE_NAME, atomic_write
@@ -18,6 +21,7 @@ from diffalign.evaluation.prompt_sets import PromptSet
 from diffalign.jobs import skipped
 from diffalign.jobs.drawing import models, pictures
 from diffalign.jobs.scoring.tars import CAPTIONS, TEXTS
+from diffalign.text_files import caption_fault, nameable, read_text, shown, well_formed
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 Found = Mapping[str, Mapping[str, list[Path]]]  # folder -> name without its end -> files
@@ -142,6 +146,8 @@ def _fault(
             return ("no partner", f"{folder.path} has none") if not files else ("several of one name", str(files[1]))
     for folder in folders:
         file = found[folder.name][stem][0]
+        if not nameable(file):
+            return "name", f"the name of {shown(file)} is not UTF-8, which no table can hold: rename it"
         if not file.resolve().is_relative_to(folder.path.resolve()):
             return "outside the folder", f"{file} leads out of {folder.path}"
         try:
@@ -194,7 +200,7 @@ def _beside(picture: Path) -> str:
     for suffix in TEXTS:
         file = picture.with_suffix(suffix)
         if file.is_file():
-            return file.read_text(encoding="utf-8", errors="replace").strip()
+            return well_formed(read_text(file).strip())
     return ""
 
 
@@ -205,23 +211,30 @@ def _captions(folder: Folder) -> dict[str, str]:
         return dict(zip(table["file"].map(lambda name: Path(name).stem), table["prompt"], strict=True))
     for file in (folder.path / CAPTIONS_FILE, folder.path.resolve().parent / CAPTIONS_FILE):
         if file.is_file():
-            return {Path(name).stem if Path(name).suffix.lower() in pictures.SUFFIXES else name: str(text).strip()
-                    for name, text in read_captions(file).items()}  # fmt: skip
+            return _of_names(read_captions(file), file)
     for name in METADATA:
         if (folder.path / name).is_file():
             return _metadata(folder.path / name)
     return {}
 
 
+def _of_names(written: Mapping[str, Any], file: Path) -> dict[str, str]:
+    """Return the captions of a captions.json, whose names may have their ends."""
+    found = {}
+    for number, (name, caption) in enumerate(written.items()):
+        stem = Path(name).stem if Path(name).suffix.lower() in pictures.SUFFIXES else name
+        found[stem] = check_caption(caption, Place(str(file), number, "entry")).strip()
+    return found
+
+
 def _metadata(file: Path) -> dict[str, str]:
-    try:
-        table = pd.read_csv(file) if file.suffix == ".csv" else pd.read_json(file, lines=True)
-    except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read {file} ({error}).") from error
+    table = read_columns(file)
     caption = next((name for name in CAPTIONS if name in table), None)
     if "file_name" not in table or caption is None:
         raise DataError(f"{file} needs file_name and one of {', '.join(CAPTIONS)}; it has {', '.join(table)}.")
-    rows = table.dropna(subset=["file_name", caption])
+    captions(table, caption, file)  # judges them
     return {
-        Path(str(name)).stem: str(text).strip() for name, text in zip(rows["file_name"], rows[caption], strict=True)
+        Path(name).stem: well_formed(text).strip()
+        for name, text in zip(table["file_name"], table[caption], strict=True)
+        if isinstance(name, str) and caption_fault(text) is None
     }

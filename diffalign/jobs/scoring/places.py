@@ -13,6 +13,7 @@ from diffalign.jobs.drawing.prompts import read_prompts
 from diffalign.jobs.scoring.items import Files, Joined, PictureSource
 from diffalign.jobs.scoring.tabular import JsonRows, ParquetRows
 from diffalign.jobs.scoring.tars import TarShard
+from diffalign.text_files import well_formed
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 TABLES = {".parquet": ParquetRows, ".jsonl": JsonRows, ".ndjson": JsonRows}
@@ -62,6 +63,7 @@ def open_places(
     """
     if prompts_file is not None and prompt is not None:
         raise DataError("Give --prompts FILE (one a picture) or --prompt TEXT (for all), not both.")
+    prompt = None if prompt is None else well_formed(prompt)
     own = with_prompts and prompts_file is None and prompt is None  # captions come from the data
     columns = {"image": image_column, "caption": caption_column, "with_prompts": own}
     named = [name for place in places for written in _written(place) for name in _contents(written)]

@@ -16,6 +16,7 @@ from diffalign.evaluation.manifest import atomic_write
 from diffalign.jobs.scoring.decode import KEY
 from diffalign.jobs.scoring.items import Source
 from diffalign.jobs.scoring.store import Known
+from diffalign.text_files import shown
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Index:
 
 def request_id(source: Source) -> str:
     """Return a name for what is scored, the same in all processes."""
-    return hashlib.blake2b(f"{source.name}\0{len(source)}".encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(f"{shown(source.name)}\0{len(source)}".encode(), digest_size=8).hexdigest()
 
 
 def write_index(folder: Path, request: str, share: Share, index: Index) -> None:

@@ -1,16 +1,16 @@
 """WebDataset shards: a tar whose members cat.jpg and cat.txt, or cat.json, belong together."""
 
-import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from diffalign.errors import DataError
 from diffalign.jobs.drawing.pictures import SUFFIXES
 from diffalign.jobs.scoring.items import Item, PictureSource, Span
+from diffalign.text_files import caption_fault, decode, parse_json, shown, well_formed
 
 TEXTS = (".txt", ".caption", ".prompt")
 CAPTIONS = ("caption", "prompt", "text")  # what a JSON object or a column may call it
@@ -34,6 +34,7 @@ class TarShard(PictureSource):
         self.name, self.with_prompts = str(file), with_prompts
         self.members: list[_Member] = []
         self.captions: dict[str, str] = {}
+        self.faults: dict[str, str] = {}  # why a caption is none
         try:
             with tarfile.open(file, "r:") as tar:
                 for member in tar:
@@ -55,9 +56,23 @@ class TarShard(PictureSource):
         if suffix in SUFFIXES:
             self.members.append(_Member(member.name, key, Span(self.name, member.offset_data, member.size)))
         elif suffix in TEXTS or suffix == ".json":
-            content = tar.extractfile(member).read().decode("utf-8", "replace")
-            if caption := _from_json(content) if suffix == ".json" else content.strip():
-                self.captions[key] = caption
+            self._add_text(key, suffix, tar.extractfile(member).read(), member.name)
+
+    def _add_text(self, key: str, suffix: str, content: bytes, name: str) -> None:
+        """Take a caption; of several the one of a text file."""
+        try:
+            text = decode(content, name)
+            if suffix == ".json" and key in self.captions:
+                return
+            found = _from_json(text) if suffix == ".json" else text.strip()
+        except DataError as error:
+            self.faults.setdefault(key, str(error).rstrip("."))
+            return
+        fault = caption_fault(found)
+        if fault is None:
+            self.captions[key] = well_formed(found)
+        elif found is not None:
+            self.faults.setdefault(key, fault[1])
 
     def __len__(self) -> int:
         return len(self.members)
@@ -66,25 +81,29 @@ class TarShard(PictureSource):
         """Yield the members at these positions."""
         for position, member in enumerate(self.members[start:stop], start):
             caption = self.captions.get(member.key)
-            fault = NO_CAPTION if caption is None and self.with_prompts else None
-            yield Item(position, f"{self.name}:{member.name}", caption or "", member.span, fault)
+            fault = None
+            if caption is None and self.with_prompts:
+                fault = self.faults.get(member.key, NO_CAPTION)
+            yield Item(position, shown(f"{self.name}:{member.name}"), caption or "", member.span, fault)
 
     def table(self) -> pd.DataFrame:
         """Return file ("shard.tar:member"), prompt and model (the shard) of every picture."""
         return pd.DataFrame(
             {
-                "file": [f"{self.name}:{member.name}" for member in self.members],
+                "file": [shown(f"{self.name}:{member.name}") for member in self.members],
                 "prompt": [self.captions.get(member.key, "") for member in self.members],
-                "model": self.name,
+                "model": shown(self.name),
             }
         )
 
 
-def _from_json(text: str) -> str:
+def _from_json(text: str) -> Any:
+    """Return the caption of an object, whatever it is; None where nothing is called so."""
     try:
-        record = json.loads(text)
+        record = parse_json(text)
     except ValueError:
-        return ""
+        return None
     if not isinstance(record, dict):
-        return ""
-    return next((record[name] for name in CAPTIONS if isinstance(record.get(name), str) and record[name].strip()), "")
+        return None
+    named = [record[name] for name in CAPTIONS if record.get(name) is not None]
+    return next((value for value in named if caption_fault(value) is None), named[0] if named else None)

@@ -19,6 +19,7 @@ from diffalign.errors import DataError
 from diffalign.evaluation import SamplingSettings, generate
 from diffalign.shapes.captioner import describe
 from diffalign.shapes.oracle import Oracle
+from diffalign.text_files import read_lines
 
 SAMPLING = SamplingSettings(num_inference_steps=16, guidance_scale=5.0, batch_size=64)
 
@@ -61,7 +62,7 @@ def read_captions(assets: Path) -> list[str]:
     file = assets / "prompts" / "tiny-train.txt"
     if not file.is_file():
         raise DataError(f"There is no {file}. Build the part prompts first: diffalign shapes build --parts prompts.")
-    return file.read_text(encoding="utf8").splitlines()
+    return read_lines(file)
 
 
 def sample(assets: Path, world: World, prompts: list[str], seed: int) -> list[Image.Image]:
