@@ -101,12 +101,14 @@ class ListColumns(ListSchema):
         caption: the column of the caption.
         images: the column of the images.
         scores: the column of the numbers; a list whose numbers say nothing (all equal) counts as a tie.
+        ranked: whether the numbers are ranks, of which the lowest is the best.
         list_labels: "win_rate" turns any scores into win rates, "as_is" takes numbers in [0, 1].
     """
 
     images: str = "images"
     scores: str = "scores"
     list_labels: str = "win_rate"
+    ranked: bool = False  # the numbers are ranks: 1 is the best, equal ones are ties
 
     noise_names: ClassVar[tuple[tuple[str, ...], ...]] = (("noises",),)
     unit: ClassVar[str] = "lists"
@@ -138,6 +140,8 @@ class ListColumns(ListSchema):
         if given is None:
             return UNLABELLED
         scores = _matrix(given)
+        if scores is not None and self.ranked:
+            scores = -scores
         if scores is None:
             detail = f"the scores are {_short(given)}, expected a number for each image, or one a scorer for each"
             raise RowError(place, "scores", detail)
@@ -150,7 +154,7 @@ class ListColumns(ListSchema):
         return TIE if min(phi) == max(phi) else phi
 
     def _as_is(self, given: Any, scores: np.ndarray, place: Place) -> list[float]:
-        if isinstance(given[0], Sequence) or scores.min() < 0 or scores.max() > 1:
+        if self.ranked or isinstance(given[0], Sequence) or scores.min() < 0 or scores.max() > 1:
             detail = (
                 f'the scores are {_short(given)}, but list_labels "as_is" takes one number in [0, 1] for each image; '
                 'set list_labels to "win_rate" to turn any scores into win rates'

@@ -89,7 +89,7 @@ class JsonlPairs(FilePairs):
         try:
             row = self._parse(line, number, self.counts.pairs)
             if isinstance(row, Example):
-                _check_files(row)
+                check_files(row)
             return self.fitting(row, Place(str(self.file), number, "line"))
         except RowError as error:
             return error
@@ -207,7 +207,8 @@ def _images(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _check_files(row: Example) -> None:
+def check_files(row: Example) -> None:
+    """Raise RowError unless the image files of an example exist."""
     for image in row.images:
         if image.path is not None and not image.path.is_file():
             raise RowError(image.place, "missing image", f"there is no file {image.path}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,8 +54,8 @@ def is_table(file: str | Path) -> bool:
 def captions(table: pd.DataFrame, name: str, file: Path, what: str = "caption") -> list[str]:
     """Return the texts of a column in order, without empty cells; raise DataError for a cell that holds no text."""
     found = []
-    for row, value in enumerate(table[name]):
-        fault = caption_fault(value, what)
+    for row, value in enumerate(table[name].tolist()):
+        fault = caption_fault(value.tolist() if isinstance(value, np.ndarray) else value, what)
         if fault is None:
             found.append(well_formed(value))
         elif not fault[0].startswith("empty"):

@@ -99,7 +99,7 @@ def _from_manifests(files: Sequence[Path]) -> pd.DataFrame:
         if not (folder / FILE_NAME).is_file():
             raise DataError(
                 f'No prompts: "{folder}" has no {FILE_NAME} that would say them. Give --prompts FILE with one a '
-                "picture, or --prompt TEXT for all."
+                "picture, --prompt TEXT for all, or write NAME.txt beside each NAME.png."
             )
         manifest = Manifest.read(folder)
         tables.append(manifest.table.assign(file=[str(path) for path in manifest.paths]))

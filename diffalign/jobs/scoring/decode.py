@@ -13,7 +13,8 @@ from torch import Tensor
 
 from diffalign.data.fingerprints import digest_bytes
 from diffalign.data.pairs import DECODE_ERRORS, MAX_ASPECT_RATIO
-from diffalign.jobs.scoring.items import Item, Span
+from diffalign.data.tars import Span
+from diffalign.jobs.scoring.items import Item
 from reward_models.preprocess import to_rgb
 
 KEY = "S32"  # hash of the encoded picture, hash of the prompt; 16 bytes each
@@ -85,13 +86,10 @@ def read(item: Item) -> bytes:
     """Return the encoded picture; raise OSError."""
     if isinstance(item.data, bytes):
         return item.data
-    file, offset, size = item.data if isinstance(item.data, Span) else (item.data, 0, -1)
-    with open(file, "rb") as opened:
-        opened.seek(offset)
-        content = opened.read(size)
-    if size > len(content):
-        raise OSError(f"{file} ends in the middle of it")
-    return content
+    if isinstance(item.data, Span):
+        return item.data.read()
+    with open(item.data, "rb") as opened:
+        return opened.read()
 
 
 def decode(content: bytes) -> Image.Image | str:

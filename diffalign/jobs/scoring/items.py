@@ -1,21 +1,16 @@
 """Pictures to score, by position: where their bytes are, and the prompt. Nothing here is decoded."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import pandas as pd
 
+from diffalign.data.tars import Span
 from diffalign.text_files import nameable, shown
 
-
-class Span(NamedTuple):
-    """Point at a stretch of a file: a member of a tar shard."""
-
-    file: str
-    offset: int  # bytes
-    size: int  # bytes
+UNNAMEABLE = "its name is not UTF-8, which no table can hold: rename it"
 
 
 class Item(NamedTuple):
@@ -53,9 +48,13 @@ class PictureSource(Source):
 
 @dataclass(frozen=True)
 class Files(PictureSource):
-    """Offer picture files of a table with file, prompt_id, prompt, seed and model."""
+    """Offer picture files of a table with file, prompt_id, prompt, seed and model.
+
+    faults: why the prompt of a picture is none, by file.
+    """
 
     rows: pd.DataFrame
+    faults: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -69,7 +68,7 @@ class Files(PictureSource):
         """Yield the files at these positions."""
         part = self.rows.iloc[start:stop]
         for position, (file, prompt) in enumerate(zip(part["file"], part["prompt"], strict=True), start):
-            fault = None if nameable(file) else "its name is not UTF-8, which no table can hold: rename it"
+            fault = self.faults.get(file) if nameable(file) else UNNAMEABLE
             yield Item(position, shown(file), prompt, file, fault)
 
     def table(self) -> pd.DataFrame:

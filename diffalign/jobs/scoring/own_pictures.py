@@ -4,26 +4,21 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from rich.console import Console
 
 from diffalign.data import RowError
-from diffalign.data.local_files import CAPTIONS_FILE, read_captions
-from diffalign.data.pairs import ImageRef, Place
-from diffalign.data.schema import check_caption
-from diffalign.data.tables import captions, read_columns
+from diffalign.data.local_files import CAPTIONS_FILE
+from diffalign.data.pairs import ImageRef
 from diffalign.errors import DataError, UserError
 from diffalign.evaluation import Manifest
 from diffalign.evaluation.manifest import FILE_NAME, atomic_write
 from diffalign.evaluation.prompt_sets import PromptSet
 from diffalign.jobs import skipped
-from diffalign.jobs.drawing import models, pictures
-from diffalign.jobs.scoring.tars import CAPTIONS, TEXTS
-from diffalign.text_files import caption_fault, nameable, read_text, shown, well_formed
+from diffalign.jobs.drawing import captions, models, pictures
+from diffalign.text_files import nameable, shown
 
-METADATA = ("metadata.jsonl", "metadata.csv")
 Found = Mapping[str, Mapping[str, list[Path]]]  # folder -> name without its end -> files
 
 
@@ -170,12 +165,12 @@ def _tell(faults: Mapping[str, tuple[str, str]], total: int, listed: Path, conso
 
 def _prompts(stems: Sequence[str], folders: Sequence[Folder], found: Found, console: Console) -> list[str]:
     """Return the prompt of every name; say how many are only the name."""
-    written = {folder.path: _captions(folder) for folder in folders}
+    written = {folder.path: captions.of_folder(folder.path) for folder in folders}
     prompts, guessed = [], []
     for stem in stems:
         said: dict[str, Path] = {}
         for folder in folders:
-            caption = _beside(found[folder.name][stem][0]) or written[folder.path].get(stem, "")
+            caption = captions.beside(found[folder.name][stem][0]) or written[folder.path].get(stem, "")
             if caption:
                 said.setdefault(caption, folder.path)
         if len(said) > 1:
@@ -193,48 +188,3 @@ def _prompts(stems: Sequence[str], folders: Sequence[Folder], found: Found, cons
             soft_wrap=True,
         )
     return prompts
-
-
-def _beside(picture: Path) -> str:
-    """Return the text in a file beside a picture, or ""."""
-    for suffix in TEXTS:
-        file = picture.with_suffix(suffix)
-        if file.is_file():
-            return well_formed(read_text(file).strip())
-    return ""
-
-
-def _captions(folder: Folder) -> dict[str, str]:
-    """Return the captions by name that files about the whole folder hold."""
-    if folder.has_manifest:
-        table = Manifest.read(folder.path).table
-        return dict(zip(table["file"].map(lambda name: Path(name).stem), table["prompt"], strict=True))
-    for file in (folder.path / CAPTIONS_FILE, folder.path.resolve().parent / CAPTIONS_FILE):
-        if file.is_file():
-            return _of_names(read_captions(file), file)
-    for name in METADATA:
-        if (folder.path / name).is_file():
-            return _metadata(folder.path / name)
-    return {}
-
-
-def _of_names(written: Mapping[str, Any], file: Path) -> dict[str, str]:
-    """Return the captions of a captions.json, whose names may have their ends."""
-    found = {}
-    for number, (name, caption) in enumerate(written.items()):
-        stem = Path(name).stem if Path(name).suffix.lower() in pictures.SUFFIXES else name
-        found[stem] = check_caption(caption, Place(str(file), number, "entry")).strip()
-    return found
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    table = read_columns(file)
-    caption = next((name for name in CAPTIONS if name in table), None)
-    if "file_name" not in table or caption is None:
-        raise DataError(f"{file} needs file_name and one of {', '.join(CAPTIONS)}; it has {', '.join(table)}.")
-    captions(table, caption, file)  # judges them
-    return {
-        Path(name).stem: well_formed(text).strip()
-        for name, text in zip(table["file_name"], table[caption], strict=True)
-        if isinstance(name, str) and caption_fault(text) is None
-    }

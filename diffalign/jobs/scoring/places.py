@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+import pandas as pd
+
 from diffalign.errors import DataError
 from diffalign.evaluation.manifest import FILE_NAME
-from diffalign.jobs.drawing import pictures
+from diffalign.jobs.drawing import captions, pictures
 from diffalign.jobs.drawing.prompts import read_prompts
 from diffalign.jobs.scoring.items import Files, Joined, PictureSource
 from diffalign.jobs.scoring.tabular import JsonRows, ParquetRows
-from diffalign.jobs.scoring.tars import TarShard
+from diffalign.jobs.scoring.tars import NO_CAPTION, TarShard
 from diffalign.text_files import well_formed
 
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -92,10 +94,30 @@ def _prompts(file: Path | None, prompt: str | None, count: int) -> list[str] | N
 
 def _files(names: list[str], prompts_file: Path | None, prompt: str | None, own: bool) -> Files:
     files = pictures.find(names)
+    if own and not all((folder / FILE_NAME).is_file() for folder in {file.parent for file in files}):
+        return _with_captions(files)
     if not own and prompts_file is None and prompt is None:
         known = all((folder / FILE_NAME).is_file() for folder in {file.parent for file in files})
         prompt = None if known else ""  # nobody reads it
     return Files(pictures.with_prompts(files, prompts_file, prompt))
+
+
+def _with_captions(files: list[Path]) -> Files:
+    """Return picture files with what is written beside them; one without is a fault, none at all an error."""
+    known = {folder: captions.of_folder(folder) for folder in {file.parent for file in files}}
+    found, faults = [], {}
+    for file in files:
+        try:
+            found.append(captions.beside(file) or known[file.parent].get(file.stem, ""))
+        except DataError as error:
+            found.append("")
+            faults[str(file)] = str(error).rstrip(".")
+        if not found[-1]:
+            faults.setdefault(str(file), NO_CAPTION)
+    if not any(found) and set(faults.values()) == {NO_CAPTION}:
+        return Files(pictures.with_prompts(files, None, None))  # says what is missing
+    rows = pd.DataFrame({"file": list(map(str, files)), "prompt": found, "model": [str(f.parent) for f in files]})
+    return Files(rows.assign(prompt_id=pd.factorize(rows["prompt"])[0], seed=0), faults)
 
 
 def _written(place: str) -> list[str]:

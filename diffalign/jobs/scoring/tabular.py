@@ -12,8 +12,9 @@ from diffalign.data.pairs import Place
 from diffalign.data.parquet import READ_ERRORS, open_parquet
 from diffalign.data.schema import cell_value, image_ref
 from diffalign.errors import DataError, suggestion
+from diffalign.jobs.drawing.captions import CAPTIONS
 from diffalign.jobs.scoring.items import Item, PictureSource
-from diffalign.jobs.scoring.tars import CAPTIONS, NO_CAPTION
+from diffalign.jobs.scoring.tars import NO_CAPTION
 from diffalign.text_files import caption_fault, mapped, numbered_lines, parse_json, shown, well_formed
 
 IMAGES = ("image", "jpg", "png", "webp", "img", "picture", "file_name", "file", "path", "image_path")
@@ -67,7 +68,7 @@ class _Rows(PictureSource):
         """Take what the next row holds as its caption."""
         fault = caption_fault(value)
         if fault is not None:
-            self.faults[len(self.prompts)] = NO_CAPTION if value is None else fault[1]
+            self.faults[len(self.prompts)] = NO_CAPTION if fault[0].startswith("empty") else fault[1]
         self.prompts.append(None if fault else well_formed(value))
 
     def item(self, row: int, value: Any) -> Item:

@@ -1,26 +1,19 @@
 """WebDataset shards: a tar whose members cat.jpg and cat.txt, or cat.json, belong together."""
 
-import tarfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from diffalign.data.tars import Member, members
 from diffalign.errors import DataError
+from diffalign.jobs.drawing.captions import CAPTIONS, TEXTS
 from diffalign.jobs.drawing.pictures import SUFFIXES
-from diffalign.jobs.scoring.items import Item, PictureSource, Span
+from diffalign.jobs.scoring.items import Item, PictureSource
 from diffalign.text_files import caption_fault, decode, parse_json, shown, well_formed
 
-TEXTS = (".txt", ".caption", ".prompt")
-CAPTIONS = ("caption", "prompt", "text")  # what a JSON object or a column may call it
 NO_CAPTION = "it has no caption"
-
-
-class _Member(NamedTuple):
-    name: str
-    key: str  # what the members of a sample share
-    span: Span
 
 
 class TarShard(PictureSource):
@@ -32,46 +25,32 @@ class TarShard(PictureSource):
 
     def __init__(self, file: Path, *, with_prompts: bool = True):
         self.name, self.with_prompts = str(file), with_prompts
-        self.members: list[_Member] = []
+        self.members: list[Member] = []
         self.captions: dict[str, str] = {}
         self.faults: dict[str, str] = {}  # why a caption is none
-        try:
-            with tarfile.open(file, "r:") as tar:
-                for member in tar:
-                    self._add(tar, member)
-                    tar.members = []  # it keeps every header otherwise
-        except (tarfile.TarError, OSError) as error:
-            if self.members:
-                return  # it breaks off: the last picture will be found to be cut
-            raise DataError(f"Cannot read {file} as a tar shard ({error}). Compressed shards: gunzip first.") from error
+        for member in members(file):
+            if member.suffix in SUFFIXES:
+                self.members.append(member)
+            elif member.suffix in TEXTS or member.suffix == ".json":
+                self._add_text(member)
         if not self.members:
             raise DataError(f"{file} holds no picture ({', '.join(SUFFIXES)}).")
 
-    def _add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        path = PurePosixPath(member.name)
-        stem, dot, rest = path.name.partition(".")
-        key, suffix = str(path.parent / stem), f".{rest.lower().rpartition('.')[2]}" if dot else ""
-        if not member.isfile() or not stem:
-            return
-        if suffix in SUFFIXES:
-            self.members.append(_Member(member.name, key, Span(self.name, member.offset_data, member.size)))
-        elif suffix in TEXTS or suffix == ".json":
-            self._add_text(key, suffix, tar.extractfile(member).read(), member.name)
-
-    def _add_text(self, key: str, suffix: str, content: bytes, name: str) -> None:
+    def _add_text(self, member: Member) -> None:
         """Take a caption; of several the one of a text file."""
+        key, is_json = member.key, member.suffix == ".json"
+        if is_json and key in self.captions:
+            return
         try:
-            text = decode(content, name)
-            if suffix == ".json" and key in self.captions:
-                return
-            found = _from_json(text) if suffix == ".json" else text.strip()
-        except DataError as error:
+            text = decode(member.span.read(), member.name)
+            found = _from_json(text) if is_json else text.strip()
+        except (DataError, OSError) as error:
             self.faults.setdefault(key, str(error).rstrip("."))
             return
         fault = caption_fault(found)
         if fault is None:
             self.captions[key] = well_formed(found)
-        elif found is not None:
+        elif not fault[0].startswith("empty"):
             self.faults.setdefault(key, fault[1])
 
     def __len__(self) -> int:
