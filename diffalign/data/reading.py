@@ -47,8 +47,8 @@ class Reading:
         """Return the schema of parquet or of the hub: as the format says, or by the columns there are."""
         if self.format == "rankings":
             raise DataError(
-                'Format "rankings" is for JSON, JSON lines and tar shards. Read a table of lists with format "lists", or '
-                "write it as JSON lines."
+                'Format "rankings" is for JSON, JSON lines and tar shards. Read a table of lists with format "lists", '
+                "or write it as JSON lines."
             )
         return self._schema(Columns, self.image_columns or Columns.images, found)
 
