@@ -132,14 +132,17 @@ def _separated(file: Path, **dialect: Any) -> pd.DataFrame:
     return pd.DataFrame(cells, columns=names, dtype=object)
 
 
-def _arrow(file: Path) -> pd.DataFrame:
-    with pa.memory_map(str(file)) as opened:
+def open_arrow(file: Path) -> pa.Table:
+    """Return an Arrow file, mapped into memory; raise DataError where it is none."""
+    try:
+        opened = pa.memory_map(str(file))
         try:
-            table = pa.ipc.open_file(opened).read_all()
+            return pa.ipc.open_file(opened).read_all()
         except pa.ArrowInvalid:  # what `datasets` writes: a stream
             opened.seek(0)
-            table = pa.ipc.open_stream(opened).read_all()
-    return _of_arrow(table)
+            return pa.ipc.open_stream(opened).read_all()
+    except READ_ERRORS as error:
+        raise DataError(f"{file} is no readable Arrow file ({error}).") from error
 
 
 def _of_arrow(table: pa.Table) -> pd.DataFrame:
@@ -171,7 +174,7 @@ _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,
-    ".arrow": _arrow,
-    ".feather": _arrow,
+    ".arrow": lambda file: _of_arrow(open_arrow(file)),
+    ".feather": lambda file: _of_arrow(open_arrow(file)),
 }
 KINDS = tuple(_READERS)

@@ -8,18 +8,20 @@ from pathlib import Path
 
 import pandas as pd
 
+from diffalign.data.tables import read_json
 from diffalign.errors import DataError
 from diffalign.evaluation.manifest import FILE_NAME
 from diffalign.jobs.drawing import captions, pictures
 from diffalign.jobs.drawing.prompts import read_prompts
 from diffalign.jobs.scoring.items import Files, Joined, PictureSource
-from diffalign.jobs.scoring.tabular import JsonRows, ParquetRows
+from diffalign.jobs.scoring.tabular import ArrowRows, JsonRows, ParquetRows
 from diffalign.jobs.scoring.tars import NO_CAPTION, TarShard
 from diffalign.text_files import well_formed
 
 BRACES = re.compile(r"\{([^{}]*)\}")
-TABLES = {".parquet": ParquetRows, ".jsonl": JsonRows, ".ndjson": JsonRows}
+TABLES = {".parquet": ParquetRows, ".jsonl": JsonRows, ".ndjson": JsonRows, ".arrow": ArrowRows}
 CONTAINERS = (".tar", *TABLES)
+SAVED = "state.json"  # what save_to_disk of `datasets` leaves beside its Arrow files
 METADATA = "metadata.jsonl"  # beside the pictures of an imagefolder
 
 
@@ -136,6 +138,8 @@ def _contents(name: str) -> list[str]:
     if path.is_dir() and not (path / FILE_NAME).is_file():
         if (path / METADATA).is_file():
             return [str(path / METADATA)]
+        if (path / SAVED).is_file():
+            return [str(path / part["filename"]) for part in read_json(path / SAVED).get("_data_files", ())]
         entries = sorted(path.iterdir())
         if not any(entry.suffix.lower() in pictures.SUFFIXES for entry in entries):
             return [str(entry) for entry in entries if _container(str(entry))] or [name]

@@ -1,4 +1,4 @@
-"""Tables of pictures with captions: parquet files, and JSON lines with paths."""
+"""Tables of pictures with captions: parquet and Arrow files, and JSON lines with paths."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from diffalign.data import RowError
 from diffalign.data.pairs import Place
 from diffalign.data.parquet import READ_ERRORS, open_parquet
 from diffalign.data.schema import cell_value, image_ref
+from diffalign.data.tables import open_arrow
 from diffalign.errors import DataError, suggestion
 from diffalign.jobs.drawing.captions import CAPTIONS
 from diffalign.jobs.scoring.items import Item, PictureSource
@@ -126,6 +127,31 @@ class ParquetRows(_Rows):
             for broken in range(row, self.groups[group + 1]):
                 fault = f"row group {group} cannot be read ({error})"
                 yield Item(broken, shown(f"{self.name}:{broken}"), self.prompts[broken] or "", None, fault)
+
+
+class ArrowRows(_Rows):
+    """Offer the rows of an Arrow file, as `datasets` saves them; images are as in parquet.
+
+    Raises:
+        DataError: the file cannot be read, or a column is missing.
+    """
+
+    def __init__(self, file: Path, *, image: str | None = None, caption: str | None = None, with_prompts: bool = True):
+        super().__init__(file)
+        self.with_prompts = with_prompts
+        table = open_arrow(file)
+        self.images = table.column(column(image, IMAGES, table.column_names, file, "--image-column"))
+        self.numbers = range(len(table))
+        if not with_prompts:
+            self.prompts = [None] * len(table)
+            return
+        for cell in table.column(column(caption, CAPTIONS, table.column_names, file, "--caption-column")):
+            self.add_caption(cell_value(cell))
+
+    def items(self, start: int, stop: int) -> Iterator[Item]:
+        """Yield these rows."""
+        for row, cell in enumerate(self.images.slice(start, stop - start), start):
+            yield self.item(row, cell.as_py())
 
 
 class JsonRows(_Rows):

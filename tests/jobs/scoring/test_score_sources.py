@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 
+import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -171,6 +172,13 @@ def test_captions_beside_the_pictures(tmp_path, scorer_folders):
     assert [line["file"].rpartition("/")[2] for line in broken] == ["2.png", "3.png"]
     assert "not UTF-8" in broken[0]["reason"]
     assert broken[1]["reason"] == "it has no caption"
+
+
+def test_folders_of_save_to_disk(tmp_path):
+    rows = {"image": [{"bytes": content, "path": None} for content in PICTURES], "caption": TEXTS}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    source = open_places([str(tmp_path / "saved")])
+    assert [(item.data, item.prompt) for item in source.items(1, 4)] == list(zip(PICTURES, TEXTS, strict=True))[1:]
 
 
 def test_names_that_are_not_utf8_are_listed(tmp_path, scorer_folders):
