@@ -43,6 +43,8 @@ class RecordPairs(FilePairs):
         rejects: Rejects | None,
     ) -> None:
         """Judge every record and keep the usable ones."""
+        if not records:
+            raise DataError(f"{name} is empty.")
         records = _grouped(records)
         found = next((record for _, record in records if isinstance(record, dict)), {})
         self.schema = reading.of_records(found)

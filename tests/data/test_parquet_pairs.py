@@ -96,7 +96,7 @@ class TestParquet:
         data = [{k: v for k, v in r.items() if k != "label_0"} | {"prompt": "x"} for r in rows(2)]
         for row in data:
             del row["caption"]
-        with pytest.raises(DataError, match=r'a\.parquet lacks .*"label_0", "caption".* It has: jpg_0, jpg_1, label_1'):
+        with pytest.raises(DataError, match=r'a\.parquet lacks .*"label_0".* It has: jpg_0, jpg_1, label_1'):
             open_pairs(write_parquet(tmp_path / "a.parquet", data))
 
     def test_wrong_column_types_are_refused(self, tmp_path):

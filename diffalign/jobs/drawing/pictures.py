@@ -11,6 +11,7 @@ from diffalign.errors import DataError, suggestion
 from diffalign.evaluation import Manifest
 from diffalign.evaluation.manifest import FILE_NAME
 from diffalign.jobs.drawing.prompts import read_prompts
+from diffalign.text_files import shown
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -49,7 +50,7 @@ def with_prompts(files: Sequence[Path], prompts_file: Path | None, prompt: str |
     """
     if prompts_file is not None and prompt is not None:
         raise DataError("Give --prompts FILE (one a picture) or --prompt TEXT (for all), not both.")
-    table = pd.DataFrame({"file": [str(file) for file in files], "model": [str(file.parent) for file in files]})
+    table = pd.DataFrame({"file": list(map(shown, files)), "model": [shown(file.parent) for file in files]})
     if prompt is not None:
         return table.assign(prompt_id=0, prompt=prompt, seed=0)
     if prompts_file is None:

@@ -8,9 +8,6 @@ from typing import NamedTuple
 import pandas as pd
 
 from diffalign.data.tars import Span
-from diffalign.text_files import nameable, shown
-
-UNNAMEABLE = "its name is not UTF-8, which no table can hold: rename it"
 
 
 class Item(NamedTuple):
@@ -50,7 +47,7 @@ class PictureSource(Source):
 class Files(PictureSource):
     """Offer picture files of a table with file, prompt_id, prompt, seed and model.
 
-    faults: why the prompt of a picture is none, by file.
+    faults: why a picture cannot be scored, where that is known, by file.
     """
 
     rows: pd.DataFrame
@@ -68,8 +65,7 @@ class Files(PictureSource):
         """Yield the files at these positions."""
         part = self.rows.iloc[start:stop]
         for position, (file, prompt) in enumerate(zip(part["file"], part["prompt"], strict=True), start):
-            fault = self.faults.get(file) if nameable(file) else UNNAMEABLE
-            yield Item(position, shown(file), prompt, file, fault)
+            yield Item(position, file, prompt, file, self.faults.get(file))
 
     def table(self) -> pd.DataFrame:
         """Return the table."""

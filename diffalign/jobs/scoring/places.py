@@ -16,11 +16,12 @@ from diffalign.jobs.drawing.prompts import read_prompts
 from diffalign.jobs.scoring.items import Files, Joined, PictureSource
 from diffalign.jobs.scoring.tabular import ArrowRows, JsonRows, ParquetRows
 from diffalign.jobs.scoring.tars import NO_CAPTION, TarShard
-from diffalign.text_files import well_formed
+from diffalign.text_files import nameable, shown, well_formed
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 TABLES = {".parquet": ParquetRows, ".jsonl": JsonRows, ".ndjson": JsonRows, ".arrow": ArrowRows}
 CONTAINERS = (".tar", *TABLES)
+UNNAMEABLE = "its name is not UTF-8, which no table can hold: rename it"
 SAVED = "state.json"  # what save_to_disk of `datasets` leaves beside its Arrow files
 METADATA = "metadata.jsonl"  # beside the pictures of an imagefolder
 
@@ -96,29 +97,32 @@ def _prompts(file: Path | None, prompt: str | None, count: int) -> list[str] | N
 
 def _files(names: list[str], prompts_file: Path | None, prompt: str | None, own: bool) -> Files:
     files = pictures.find(names)
-    if own and not all((folder / FILE_NAME).is_file() for folder in {file.parent for file in files}):
-        return _with_captions(files)
+    faults = {shown(file): UNNAMEABLE for file in files if not nameable(file)}
+    known = all((folder / FILE_NAME).is_file() for folder in {file.parent for file in files})
+    if own and not known:
+        return _with_captions(files, faults)
     if not own and prompts_file is None and prompt is None:
-        known = all((folder / FILE_NAME).is_file() for folder in {file.parent for file in files})
         prompt = None if known else ""  # nobody reads it
-    return Files(pictures.with_prompts(files, prompts_file, prompt))
+    return Files(pictures.with_prompts(files, prompts_file, prompt), faults)
 
 
-def _with_captions(files: list[Path]) -> Files:
+def _with_captions(files: list[Path], faults: dict[str, str]) -> Files:
     """Return picture files with what is written beside them; one without is a fault, none at all an error."""
     known = {folder: captions.of_folder(folder) for folder in {file.parent for file in files}}
-    found, faults = [], {}
+    prompts: list[str] = []
     for file in files:
         try:
-            found.append(captions.beside(file) or known[file.parent].get(file.stem, ""))
+            prompts.append(captions.beside(file) or known[file.parent].get(file.stem, ""))
+            fault = None if prompts[-1] else NO_CAPTION
         except DataError as error:
-            found.append("")
-            faults[str(file)] = str(error).rstrip(".")
-        if not found[-1]:
-            faults.setdefault(str(file), NO_CAPTION)
-    if not any(found) and set(faults.values()) == {NO_CAPTION}:
+            prompts.append("")
+            fault = str(error).rstrip(".")
+        if fault:
+            faults.setdefault(shown(file), fault)
+    if not any(prompts) and NO_CAPTION in faults.values():
         return Files(pictures.with_prompts(files, None, None))  # says what is missing
-    rows = pd.DataFrame({"file": list(map(str, files)), "prompt": found, "model": [str(f.parent) for f in files]})
+    rows = pd.DataFrame({"file": list(map(shown, files)), "prompt": prompts})
+    rows["model"] = [shown(file.parent) for file in files]
     return Files(rows.assign(prompt_id=pd.factorize(rows["prompt"])[0], seed=0), faults)
 
 

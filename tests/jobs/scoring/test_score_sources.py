@@ -161,7 +161,7 @@ def test_cells_that_are_no_captions_are_judged_alike_in_all_layouts(cell, verdic
 def test_captions_beside_the_pictures(tmp_path, scorer_folders):
     for number, content in enumerate(PICTURES):
         (tmp_path / f"{number}.png").write_bytes(content)
-    (tmp_path / "0.txt").write_bytes("\ufeffa red circle\r\n".encode("utf-16"))
+    (tmp_path / "0.txt").write_bytes("a red circle\r\n".encode("utf-16"))
     (tmp_path / "1.caption").write_text(TEXTS[1])
     (tmp_path / "2.txt").write_bytes("a café".encode("cp1252"))
     found = score.score_images(
