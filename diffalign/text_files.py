@@ -134,6 +134,14 @@ def nameable(file: str | os.PathLike) -> bool:
     return _LONE.search(os.fspath(file)) is None
 
 
+def possible_name(file: str) -> bool:
+    """Tell whether a file can be called so."""
+    try:
+        return b"\0" not in os.fsencode(file)
+    except UnicodeEncodeError:
+        return False
+
+
 def shown(name: str | os.PathLike) -> str:
     r"""Return a file name for people: its bytes that are not UTF-8 are written \xff."""
     name = os.fspath(name)

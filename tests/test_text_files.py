@@ -14,6 +14,7 @@ from diffalign.text_files import (
     nameable,
     numbered_lines,
     parse_json,
+    possible_name,
     read_lines,
     shown,
     split_lines,
@@ -83,6 +84,15 @@ def test_names_that_are_no_text_can_be_shown():
     assert [nameable(name), nameable("café.png")] == [False, True]
     assert [shown(name), shown("café.png")] == ["caf\\xe9.png", "café.png"]
     assert shown("\ud83d.png") == "\\ud83d.png"  # from JSON: no file has this name
+
+
+def test_names_that_no_file_can_have():
+    assert [possible_name(name) for name in ("a.png", "caf\udce9.png", "\ud83d.png", "a\0.png")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), "", " \n", "\u3000"])

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from diffalign.data.pairs import Example, ImageRef, Place, RowError
 from diffalign.data.rejects import Counts, Rejects, length_error
 from diffalign.errors import DataError, suggestion
-from diffalign.text_files import caption_fault, well_formed
+from diffalign.text_files import caption_fault, possible_name, well_formed
 
 TIE, UNLABELLED, INVALID = -1, -2, -3
 
@@ -230,6 +230,8 @@ def image_ref(value: Any, place: Place, folder: Path | None) -> ImageRef:
     if isinstance(value, bytes) and value:
         return ImageRef(data=value, place=place)
     if isinstance(value, str) and value:
+        if not possible_name(value):
+            raise RowError(place, "missing image", f"no file can be called {value!r}")
         return ImageRef(path=(folder or Path()) / value, place=place)
     raise RowError(place, "missing image", f"an image is {value!r}, expected its bytes or a path")
 

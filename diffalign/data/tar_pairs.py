@@ -84,7 +84,7 @@ def _record(found: Sequence[Member], place: Place) -> Record | RowError:
             elif member.field in CAPTIONS:
                 record["caption"] = decode(member.span.read(), member.name).strip()
             elif ending in ("txt", "cls"):
-                record[field] = _value(decode(member.span.read(), member.name).strip())
+                record[field or "label"] = _value(decode(member.span.read(), member.name).strip())
             elif not field and (member.field in SIDES or member.field.startswith(("jpg_", "image_"))):
                 record[SIDES.get(member.field, member.field)] = member.span
     except (DataError, ValueError, OSError) as error:

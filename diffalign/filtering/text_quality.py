@@ -14,7 +14,7 @@ import pandas as pd
 
 from diffalign.errors import DataError
 from diffalign.filtering.files import read_table
-from diffalign.text_files import read_lines
+from diffalign.text_files import read_lines, well_formed
 
 HARMFUL, UNPARSED, MISSING = "harmful", "unparsed", "missing"
 FALLBACK = 5.0  # the rating where there is none: the middle of the scale
@@ -84,8 +84,9 @@ def read_qualities(path: str | Path, prompts: Sequence[str], fallback: float = F
         raise DataError(f"{path}, row {row}: the score is {table['score'].iloc[row]!r}, expected a number.")
     harmful = table["harmful"].map(_is_true) if "harmful" in table else [False] * len(table)
     found: dict[str, Rating] = {}
-    for prompt, score, bad in zip(table["prompt"].astype(str), scores, harmful, strict=True):
+    for prompt, score, bad in zip(map(str, table["prompt"]), scores, harmful, strict=True):
         rating = Rating(float(score), HARMFUL if bad else "")
+        prompt = well_formed(prompt)
         if found.setdefault(prompt, rating) != rating:
             raise DataError(
                 f"{path} rates {prompt!r} both {found[prompt].score:g} and {score:g}. Keep one rating a prompt."

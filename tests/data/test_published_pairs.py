@@ -106,6 +106,13 @@ def test_tars_with_winners_and_json(tmp_path):
     assert opened.identify()["files"][0]["name"] == "p.tar"
 
 
+def test_tars_of_single_images(tmp_path):
+    members = [("0.jpg", PICTURES[0]), ("0.cls", b"1"), ("0.txt", b"a")]
+    members += [("1.jpg", PICTURES[1]), ("1.cls", b"0"), ("1.txt", b"b")]
+    opened = open_pairs(str(tar(tmp_path / "s.tar", members)))
+    assert [(row.prompt, row.scores) for row in opened] == [("a", (1.0,)), ("b", (0.0,))]
+
+
 def test_faulty_samples_of_a_tar_are_rows(tmp_path):
     members = [("0.w.png", PICTURES[0]), ("0.l.png", PICTURES[1]), ("0.txt", "caf\xe9".encode("cp1252"))]
     members += [("1.w.png", PICTURES[0]), ("1.txt", b"b"), ("2.w.png", PICTURES[0]), ("2.l.png", PICTURES[1])]

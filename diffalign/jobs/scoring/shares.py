@@ -89,7 +89,7 @@ def write_index(folder: Path, request: str, share: Share, index: Index) -> None:
     raw = np.ascontiguousarray(index.keys).view(np.uint8).reshape(-1, 32)
     columns = {"key": [row.tobytes() for row in raw], "name": index.names, "caption": index.captions}
     with atomic_write(_place(folder, request, share)) as temporary:
-        pd.DataFrame({**columns, "fault": index.faults}).to_parquet(temporary)
+        pd.DataFrame({**columns, "fault": list(map(shown, index.faults))}).to_parquet(temporary)
 
 
 def read_indices(folder: Path, request: str, count: int, source: Source) -> Iterator[Index]:

@@ -25,6 +25,13 @@ def test_prompts_are_what_is_written(name, encoding, newline, tmp_path):
     assert read_prompts(tmp_path / name) == TEXTS
 
 
+def test_prompts_cut_within_an_emoji_survive(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat \\ud83d"}\n{"prompt": "\\ud83d\\udc08"}\n')
+    (tmp_path / "p.json").write_text('["a cat \\ud83d", "\\ud83d\\udc08"]')
+    for name in ("p.jsonl", "p.json"):
+        assert read_prompts(tmp_path / name) == ["a cat \ufffd", "\U0001f408"]
+
+
 @pytest.mark.parametrize("value", [["a"], 7, 1.5, True])
 def test_what_is_no_text_is_no_prompt(value, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": value}))
