@@ -63,7 +63,9 @@ def _installed(wanted: frozenset[str]) -> str | None:
     def plainness(entry: font_manager.FontEntry) -> tuple[bool, bool, str]:
         return entry.style != "normal", entry.weight not in ("normal", "regular", 400), entry.fname
 
-    fonts = sorted(font_manager.fontManager.ttflist, key=plainness)
+    # Last Resort, which matplotlib ships, has a box for every character.
+    fonts = [entry for entry in font_manager.fontManager.ttflist if "last resort" not in entry.name.lower()]
+    fonts = sorted(fonts, key=plainness)
     return next((entry.fname for entry in fonts if wanted <= _known(entry.fname) and _sets(entry.fname)), None)
 
 

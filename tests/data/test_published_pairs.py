@@ -74,7 +74,7 @@ def test_an_imagefolder_names_winners_and_keeps_captions_as_they_are(tmp_path):
     (tmp_path / "metadata.csv").write_text(
         "chosen_file_name,rejected_file_name,prompt,preference\nw.png,l.png,007,0.8\n"
     )
-    assert seen(open_pairs(str(tmp_path))) == [("007", [0, 1], None)]
+    assert seen(open_pairs(str(tmp_path))) == [("007", [0, 1], 0.8)]
 
 
 def tar(file, members):
