@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePath
+from typing import Self
 
 from diffalign.errors import UserError
+from diffalign.text_files import possible_name, shown
 from reward_models.pictures import SUFFIXES
 
 __all__ = ["SUFFIXES", "OutsideError", "Reach", "is_hidden", "is_picture", "listed", "natural", "nfc", "pick", "tell"]
@@ -39,6 +41,11 @@ class Reach:
     folder: Path  # where relative names start
     wider: tuple[Path, ...] = ()
 
+    @classmethod
+    def of(cls, folder: Path, root: Path | None) -> Self:
+        """Return what the data in `folder` may name, given the folder that a user has named besides, or None."""
+        return cls(folder, () if root is None else (root,))
+
     @cached_property
     def _roots(self) -> tuple[str, ...]:
         folder = Path(os.path.abspath(self.folder))
@@ -48,19 +55,22 @@ class Reach:
 
     def file(self, name: str | Path) -> Path:
         """Return the file that `name` is; raise OutsideError where it leads out, or can be no name of a file."""
-        try:
-            if b"\0" in os.fsencode(name):
-                raise ValueError("it holds a NUL")
-            path = _as_on_disk(self.folder / name)
-            inside = self.holds(path)
-        except ValueError as error:  # a lone surrogate cannot be encoded
-            raise OutsideError(f"{str(name)[:80]!r} can be no file name ({error})") from None
-        if not inside:
+        if not possible_name(name):
+            raise OutsideError(f"no file can be called {str(name)[:80]!r}")
+        path = _as_on_disk(self.folder / name)
+        if not self.holds(path):
             raise OutsideError(
                 f"{path} leads out of {self.folder}; name a folder that holds both with --root (data.root in a "
                 "configuration) where that is meant"
             )
         return path
+
+    def finds(self, name: str | Path) -> bool:
+        """Tell whether there is a file of this name that data may name."""
+        try:
+            return os.path.isfile(self.file(name))
+        except OutsideError:
+            return False
 
     def holds(self, path: Path) -> bool:
         """Tell whether a file lies where the data may reach."""
@@ -99,7 +109,7 @@ def tell(where: object, left_out: Counter[str]) -> None:
     """Tell once what was left out of the pictures of a place."""
     if left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
-        message = f"{where}: left out {left_out.total()} file(s): {reasons}."
+        message = f"{shown(str(where))}: left out {left_out.total()} file(s): {reasons}."
         if message not in _told:
             _told.add(message)
             _log.warning("%s", message)

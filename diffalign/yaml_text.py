@@ -1,11 +1,13 @@
 """YAML as configurations use it: scalars as in YAML 1.2, every key once, and errors that name the place."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from diffalign.errors import ConfigError
+from diffalign.errors import ConfigError, DataError
+from diffalign.text_files import read_text
 
 _FLOAT = "tag:yaml.org,2002:float"
 _NUMBER = re.compile(r"^[-+]?(?:(?:\d[\d_]*)?\.\d+(?:[eE][-+]?\d+)?|\d[\d_]*\.(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$")
@@ -54,6 +56,15 @@ def parse_yaml(text: str, origin: str) -> Any:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise ConfigError(f"{origin} is not valid YAML: {problem or error}{where}.") from None
+
+
+def read_yaml(file: Path) -> Any:
+    """Parse a YAML file; raise ConfigError as `parse_yaml` and for what is no text, OSError where it cannot be read."""
+    try:
+        text = read_text(file)
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+    return parse_yaml(text, str(file))
 
 
 def split_values(text: str, origin: str) -> list[str]:

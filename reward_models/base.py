@@ -238,6 +238,8 @@ class Scorer(ABC):
             )
         if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
             raise ScorerError(f"A prompt must be a string, got {wrong[0]!r}.")
+        if wrong := [prompt for prompt in prompts if prompt != prompt.encode(errors="ignore").decode()]:
+            raise ScorerError(f"A prompt holds half of a character, which is no text: {wrong[0]!r}. Take it out.")
         return prompts
 
     def _report_cut(self, prompts: Sequence[str]) -> None:

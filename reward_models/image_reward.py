@@ -243,7 +243,7 @@ def bert_tokenizer(vocabulary: Path) -> Any:
     """Return the tokenizer of a vocab.txt with BLIP's two extra tokens; [CLS] stays the first of a prompt."""
     from transformers import BertTokenizer
 
-    words = vocabulary.read_text(encoding="utf-8").splitlines()
+    words = vocabulary.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a word may be a U+2028
     tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)}, do_lower_case=True)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_tokens(["[ENC]"], special_tokens=True)

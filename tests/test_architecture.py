@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. A module imports its own package and the layers below it, never a neighbour in its layer.
 LAYERS = (
     {"errors", "places", "vocabulary"},
+    {"text_files"},
     {"yaml_text", "plugins", "pictures", "progress", "interrupts", "folder_lock", "webpages"},
     {"objectives"},
     {"denoising"},

@@ -22,6 +22,7 @@ from diffalign.jobs.scoring import scorers as judges
 from diffalign.jobs.scoring import tables
 from diffalign.jobs.scoring.run import LISTED, broken_file
 from diffalign.jobs.scoring.shares import Share
+from diffalign.text_files import read_lines, well_formed
 
 Images = PathLike | Sequence[PathLike] | Sequence[Image.Image]
 
@@ -133,14 +134,14 @@ def _hold(images: Images, prompts: PathLike | Sequence[str] | None) -> _Held | N
     if prompts is None or isinstance(prompts, str | os.PathLike):
         return None
     files = pictures.find([os.fspath(images)]) if named else list(images)
-    return _Held(files, list(prompts), {"file": list(map(str, files))})
+    return _Held(files, list(map(well_formed, prompts)), {"file": list(map(str, files))})
 
 
 def _one_each(prompts: PathLike | Sequence[str] | None, count: int) -> list[str] | None:
     if prompts is None:
         return None
     if not isinstance(prompts, str | os.PathLike):
-        return list(prompts)
+        return list(map(well_formed, prompts))
     return read_prompts(prompts) if is_prompt_file(prompts) else [prompts] * count
 
 
@@ -172,7 +173,7 @@ def _stored(run: Callable[..., pd.DataFrame], out: PathLike | None, quiet: bool)
         file = place if out is not None else place / "scores.parquet"
         scores = run(out=file, console=console)
         if out is None and broken_file(file).is_file():
-            lines = broken_file(file).read_text(encoding="utf8").splitlines()
+            lines = read_lines(broken_file(file))
             shown = "".join(f"\n  {line}" for line in lines[:LISTED])
             warnings.warn(f"{len(lines)} pictures cannot be scored and are left out:{shown}", stacklevel=3)
     return scores

@@ -76,6 +76,9 @@ def main() -> None:
     A signal to stop ends it with 128 and the signal's number, and a message that says how to go on.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):  # file names need not be text, and terminals need not know UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with at_once():
             app()

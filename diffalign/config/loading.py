@@ -20,7 +20,8 @@ from diffalign import objectives, places
 from diffalign.config import checks, paths, spelling
 from diffalign.config.config import Config
 from diffalign.config.keys import sections, type_in_words
-from diffalign.errors import ConfigError, suggestion
+from diffalign.errors import ConfigError, DataError, suggestion
+from diffalign.text_files import read_text
 from diffalign.yaml_text import dump_yaml, parse_yaml
 
 SOURCES = ("dataset_name", "train_data_dir", "prompts_file")  # of data: a run learns from one of them
@@ -126,9 +127,9 @@ def dump(config: Config) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        text = read_text(path)
+    except (OSError, DataError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise ConfigError(f"Cannot read the configuration {path}: {reason}.") from None
     content = parse_yaml(text, str(path))
     if not isinstance(content, dict):

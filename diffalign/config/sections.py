@@ -67,8 +67,9 @@ class DataSettings(Settings):
     """Which configuration of the data set, where it has several."""
     dataset_split_name: str = "train"
     """Which split of the data set, or of the files in train_data_dir."""
-    format: Literal["pickapic", "jsonl", "folders", "lists", "singles"] | None = None
-    """null tells it from the files. lists: ranked images of a prompt; singles: images with a label each."""
+    format: Literal["pickapic", "jsonl", "folders", "lists", "singles", "rankings"] | None = None
+    """null tells it from the files. lists: ranked images of a prompt; rankings: pairs of these; singles: images with a
+    label each."""
     image_columns: list[str] | None = Field(None, min_length=2, max_length=2)
     """null: jpg_0 and jpg_1, in .jsonl files image_0 and image_1."""
     label_columns: list[str] = Field(["label_0", "label_1"], min_length=2, max_length=2)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.errors import DataError
+from diffalign.text_files import shown
 
 CHUNK = 1 << 22
 # A file this young may change again within the clock tick of its time stamp, unseen: do not remember its hash yet.
@@ -77,7 +78,7 @@ def _stamp(path: Path) -> str:
         stat = path.stat()
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from error
-    return f"{path.absolute()}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
+    return f"{shown(path.absolute())}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
 
 
 def _recall(memo: Path | None, stamps: Sequence[str]) -> dict[str, str]:

@@ -78,10 +78,11 @@ class HubPairs(PairSource):
         max_samples: int | None = None,
         rejects: Rejects | None = None,
         wider: tuple[Path, ...] = (),
+        reach: Reach | None = None,
     ):
         self.schema = schema or Columns()
         super().__init__(rejects, self.schema)
-        self.name, self.max_samples, self._reach = name, max_samples, cache_reach(wider)
+        self.name, self.max_samples, self._reach = name, max_samples, reach or cache_reach(wider)
         self.schema.require(dataset.column_names, name)
         self._fingerprint = dataset._fingerprint  # the hash under which datasets itself caches: origin and processing
         self._dataset = undecoded(dataset, self.schema).with_format(None)
@@ -209,7 +210,7 @@ class StreamingPairs(PairSource):
     def _records(self) -> Iterator[dict[str, Any]]:
         try:
             yield from self._dataset
-        except (pa.ArrowException, OSError, RuntimeError) as error:
+        except (pa.ArrowException, OSError, RuntimeError, UnicodeDecodeError) as error:
             raise DataError(f"The stream {self.name} broke off: {error} Finished work is kept; run again.") from error
 
     def _judge(self, record: dict[str, Any], index: int, place: Place, *, fresh: bool) -> Example | None:

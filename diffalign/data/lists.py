@@ -59,7 +59,8 @@ class ListSchema(TableSchema):
     def judge(self, table: pa.Table, file: str) -> Verdicts:
         """Judge rows by scores and captions."""
         outcome, faults = [], {}
-        for row, record in enumerate(table.to_pylist()):
+        numbers = table.select([name for name in self.label_columns if name in table.column_names])
+        for row, record in enumerate(numbers.to_pylist()):
             try:
                 labels = self.labels(record, Place(file, row))
                 outcome.append(labels if isinstance(labels, int) else len(labels))
@@ -67,7 +68,7 @@ class ListSchema(TableSchema):
                 outcome.append(INVALID)
                 faults[row] = error.reason, error.detail
         verdicts = Verdicts(np.array(outcome, dtype=np.int64), faults)
-        self.mark_empty_captions(table, file, verdicts)
+        self.mark_bad_captions(table, verdicts)
         return verdicts
 
     def read(self, record: Mapping[str, Any], index: int, place: Place, reach: Reach) -> ListRow | int:
@@ -100,12 +101,14 @@ class ListColumns(ListSchema):
         caption: the column of the caption.
         images: the column of the images.
         scores: the column of the numbers; a list whose numbers say nothing (all equal) counts as a tie.
+        ranked: whether the numbers are ranks, of which the lowest is the best.
         list_labels: "win_rate" turns any scores into win rates, "as_is" takes numbers in [0, 1].
     """
 
     images: str = "images"
     scores: str = "scores"
     list_labels: str = "win_rate"
+    ranked: bool = False  # the numbers are ranks: 1 is the best, equal ones are ties
 
     noise_names: ClassVar[tuple[tuple[str, ...], ...]] = (("noises",),)
     unit: ClassVar[str] = "lists"
@@ -137,6 +140,8 @@ class ListColumns(ListSchema):
         if given is None:
             return UNLABELLED
         scores = _matrix(given)
+        if scores is not None and self.ranked:
+            scores = -scores
         if scores is None:
             detail = f"the scores are {_short(given)}, expected a number for each image, or one a scorer for each"
             raise RowError(place, "scores", detail)
@@ -149,7 +154,7 @@ class ListColumns(ListSchema):
         return TIE if min(phi) == max(phi) else phi
 
     def _as_is(self, given: Any, scores: np.ndarray, place: Place) -> list[float]:
-        if isinstance(given[0], Sequence) or scores.min() < 0 or scores.max() > 1:
+        if self.ranked or isinstance(given[0], Sequence) or scores.min() < 0 or scores.max() > 1:
             detail = (
                 f'the scores are {_short(given)}, but list_labels "as_is" takes one number in [0, 1] for each image; '
                 'set list_labels to "win_rate" to turn any scores into win rates'

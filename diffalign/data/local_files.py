@@ -1,10 +1,10 @@
 """Preferences whose images are files: a JSONL list, or a folder of winners beside a folder of losers."""
 
-import json
 import mmap
 import os
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from diffalign.data.pairs import Example, ImageRef, PairRow, Place, RowError
 from diffalign.data.rejects import Rejects
 from diffalign.data.schema import TIE, Schema, check_caption
 from diffalign.data.source import PairSource
+from diffalign.data.tables import read_json
 from diffalign.errors import DataError
 from diffalign.pictures import OutsideError, Reach, listed, nfc
+from diffalign.text_files import line_at, mapped, numbered_lines, parse_json, read_text
 
 CAPTIONS_FILE = "captions.json"
 
@@ -78,26 +80,26 @@ class JsonlPairs(FilePairs):
         super().__init__(rejects, schema)
         self._reach = Reach(file.parent, wider)
         self.name, self.file, self.schema, self.lists = str(file), file, schema, [file]
-        self._mapped: mmap.mmap | None = None
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty.")
         kept = [(row.images[0].place.row, self._offset) for row in self._admit(self._lines(), max_samples)]
         self._lines_of, self._offsets = np.array(kept, dtype=np.int64).reshape(-1, 2).T
         self._check_usable()
 
+    @cached_property
+    def _content(self) -> mmap.mmap | bytes:
+        return mapped(self.file)
+
     def _lines(self) -> Iterator[Example | int | RowError]:
-        self._offset = 0
-        with open(self.file, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield self._try(line, number)
-                self._offset += len(line)
+        for number, offset, line in numbered_lines(self._content):
+            self._offset = offset
+            yield self._try(line, number)
 
     def _try(self, line: bytes, number: int) -> Example | int | RowError:
         try:
             row = self._parse(line, number, self.counts.pairs)
             if isinstance(row, Example):
-                _check_files(row)
+                check_files(row)
             return self.fitting(row, Place(str(self.file), number, "line"))
         except RowError as error:
             return error
@@ -105,8 +107,8 @@ class JsonlPairs(FilePairs):
     def _parse(self, line: bytes, number: int, index: int) -> Example | int:
         place = Place(str(self.file), number, "line")
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line)
+        except ValueError as error:
             raise RowError(place, "malformed line", f"not valid JSON ({error})") from error
         if not isinstance(record, dict):
             raise RowError(place, "malformed line", f"expected a JSON object, got {type(record).__name__}")
@@ -116,12 +118,8 @@ class JsonlPairs(FilePairs):
         return len(self._offsets)
 
     def _fetch(self, index: int) -> Example:
-        if self._mapped is None:
-            with open(self.file, "rb") as file:
-                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start = int(self._offsets[index])
-        end = self._mapped.find(b"\n", start)
-        return self._parse(self._mapped[start : end if end >= 0 else None], int(self._lines_of[index]), index)
+        line = line_at(self._content, int(self._offsets[index]))
+        return self._parse(line, int(self._lines_of[index]), index)
 
     def _paths(self, index: int) -> tuple[Path, ...]:
         return tuple(image.path for image in self._fetch(index).images)
@@ -130,7 +128,7 @@ class JsonlPairs(FilePairs):
         return {**super()._describe(memo), "columns": self.schema.identity}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mapped": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_content"}  # worker processes map anew
 
 
 class FolderPairs(FilePairs):
@@ -150,7 +148,7 @@ class FolderPairs(FilePairs):
         super().__init__(rejects)
         self._reach = Reach(folder, wider)
         self.name, self.folder, self.lists = str(folder), folder, []
-        captions = read_captions(folder / CAPTIONS_FILE)
+        captions = read_captions(self._reach.file(CAPTIONS_FILE))
         winners, losers = (_images(folder / side, self._reach) for side in "wl")
         rows = (self._pair(stem, winners, losers, captions) for stem in sorted({*winners, *losers}))
         self._pairs = [(r.prompt, r.chosen.path, r.rejected.path) for r in self._admit(rows, max_samples)]
@@ -169,7 +167,7 @@ class FolderPairs(FilePairs):
         chosen, rejected = winners[stem][0], losers[stem][0]
         beside = Path(chosen.parent.name, f"{chosen.stem}.txt")
         try:
-            caption = captions[stem] if stem in captions else _text(self._reach.file(beside))
+            caption = captions[stem] if stem in captions else caption_beside(self._reach.file(beside), place)
             prompt = check_caption(caption, place)
         except FileNotFoundError:
             return RowError(place, "missing caption", f'expected {beside.name} beside it, or "{stem}" in captions.json')
@@ -200,13 +198,21 @@ def read_captions(file: Path) -> dict[str, Any]:
     """Return the captions by file name without its end that a captions.json holds; none if there is no such file."""
     if not file.is_file():
         return {}
-    try:
-        captions = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not valid JSON ({error}).") from error
+    captions = read_json(file)
     if not isinstance(captions, dict):
         raise DataError(f"{file} must map file names without extension to captions, got {type(captions).__name__}.")
     return {nfc(name): caption for name, caption in captions.items()}
+
+
+def caption_beside(file: Path, place: Place) -> str:
+    """Return the caption in a text file; raise RowError where it is no text, FileNotFoundError where there is none."""
+    if not file.is_file():  # a FIFO would be waited for
+        raise FileNotFoundError(file)
+    try:
+        return read_text(file).strip()
+    except (DataError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise RowError(place, "unreadable caption", reason) from error
 
 
 def _images(folder: Path, reach: Reach) -> dict[str, list[Path]]:
@@ -219,13 +225,8 @@ def _images(folder: Path, reach: Reach) -> dict[str, list[Path]]:
     return found
 
 
-def _text(file: Path) -> str:
-    if not file.is_file():  # a FIFO would be waited for
-        raise FileNotFoundError(file)
-    return file.read_text(encoding="utf-8").strip()
-
-
-def _check_files(row: Example) -> None:
+def check_files(row: Example) -> None:
+    """Raise RowError unless the image files of an example exist."""
     for image in row.images:
         if image.path is not None and not os.path.isfile(image.path):  # of a name that is too long, too
             raise RowError(image.place, "missing image", f"there is no file {image.path}")

@@ -1,6 +1,6 @@
 """Schemas of pairs: labelled as in Pick-a-Pic, or with the winner named."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -62,9 +62,11 @@ class PairSchema(Schema):
         reach: Reach,
         winner: int,
         preference: float | None,
+        cells: Sequence[Any] | None = None,
     ) -> PairRow:
-        """Make a PairRow, winner first."""
-        images = [image_ref(record[name], place, reach) for name in self.image_columns]
+        """Make a PairRow, winner first; `cells` hold the images where the columns do not."""
+        cells = [record[name] for name in self.image_columns] if cells is None else cells
+        images = [image_ref(cell, place, reach) for cell in cells]
         captions = [check_caption(record[name], place) for name in self.caption_columns]
         chosen, rejected = captions[winner % len(captions)], captions[(1 - winner) % len(captions)]
         other = rejected if rejected != chosen else None
@@ -113,7 +115,7 @@ class Columns(PairSchema, TableSchema):
         verdicts = Verdicts(np.where(winner >= 0, 2, winner), soft=not np.isnan(preference).all())
         for row in np.flatnonzero(winner == INVALID):
             verdicts.faults[int(row)] = "label", f"the labels are {[float(x[row]) for x in labels]}"
-        self.mark_empty_captions(table, file, verdicts)
+        self.mark_bad_captions(table, verdicts)
         return verdicts
 
     def read(self, record: Mapping[str, Any], index: int, place: Place, reach: Reach) -> PairRow | int:
@@ -128,13 +130,19 @@ class Columns(PairSchema, TableSchema):
 
 
 @dataclass(frozen=True)
-class ChosenColumns(PairSchema):
-    """Name the columns of a JSON line that names the winner; two captions are those of "chosen" and "rejected"."""
+class ChosenColumns(PairSchema, TableSchema):
+    """Name the columns of a row that names the winner; two captions are those of the winner and of the loser."""
+
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+
+    noise_names: ClassVar[tuple[tuple[str, ...], ...]] = (("noise_chosen", "noise_rejected"),)
+    remedy: ClassVar[str] = "Name the caption with caption_column."
 
     @property
     def image_columns(self) -> tuple[str, ...]:
         """Return the columns of winner and loser."""
-        return "chosen", "rejected"
+        return self.chosen, self.rejected
 
     @property
     def label_columns(self) -> tuple[str, ...]:
@@ -146,16 +154,33 @@ class ChosenColumns(PairSchema):
         """Return the columns that must be there."""
         return (*self.image_columns, *self.caption_columns)
 
+    def judge(self, table: pa.Table, file: str) -> Verdicts:
+        """Judge rows by preference and captions."""
+        verdicts = Verdicts(np.full(len(table), 2))
+        given = table.column("preference").to_pylist() if "preference" in table.column_names else ()
+        for row, value in enumerate(given):
+            if fault := _preference_fault(value):
+                verdicts.outcome[row], verdicts.faults[row] = INVALID, ("preference", fault)
+            elif value == 0.5:
+                verdicts.outcome[row] = TIE
+            verdicts.soft |= value not in (None, 0.5, 1)
+        self.mark_bad_captions(table, verdicts)
+        return verdicts
+
     def read(self, record: Mapping[str, Any], index: int, place: Place, reach: Reach) -> PairRow | int:
-        """Return the pair of a line, or TIE for a preference of 0.5."""
+        """Return the pair of a row, or TIE for a preference of 0.5."""
         value = record.get("preference")
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int | float) or not 0.5 <= value <= 1
-        ):
-            raise RowError(place, "preference", f"preference is {value!r}, expected P(chosen preferred) in [0.5, 1]")
+        if fault := _preference_fault(value):
+            raise RowError(place, "preference", fault)
         if value == 0.5:
             return TIE
         return self.pair(record, index, place, reach, 0, None if value in (None, 1) else value)
+
+
+def _preference_fault(value: Any) -> str | None:
+    """Return why a value is no P(chosen preferred), or None."""
+    fits = value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0.5 <= value <= 1)
+    return None if fits else f"preference is {value!r}, expected P(chosen preferred) in [0.5, 1]"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from diffalign.data.fingerprints import digest_files, digest_images
 from diffalign.data.pair_schemas import Columns
 from diffalign.data.pairs import Example, Place, RowError
 from diffalign.data.rejects import Rejects
-from diffalign.data.schema import Scan, TableSchema
+from diffalign.data.schema import Scan, TableSchema, cell_value
 from diffalign.data.source import PairSource
 from diffalign.errors import DataError
 from diffalign.pictures import Reach
@@ -84,7 +84,7 @@ class ParquetPairs(PairSource):
         place = Place(str(self.files[file]), row)
         if isinstance(table, str):
             raise RowError(place, "unreadable row group", table)
-        record = {name: table.column(name)[at].as_py() for name in table.column_names}
+        record = {name: cell_value(table.column(name)[at]) for name in table.column_names}
         return self.schema.read(record, index, place, self._reach(self.files[file].parent))
 
     def _reach(self, folder: Path) -> Reach:

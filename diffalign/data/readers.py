@@ -1,99 +1,28 @@
 """Open preferences, whatever holds them."""
 
-import glob
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffalign.data.fingerprints import digest_files
 from diffalign.data.hub import HubPairs, StreamingPairs, hub_revision, load_hub
-from diffalign.data.lists import ListColumns, SingleColumns
 from diffalign.data.local_files import FolderPairs, JsonlPairs
-from diffalign.data.pair_schemas import Columns, PairLines
 from diffalign.data.parquet import ParquetPairs, open_parquet
+from diffalign.data.parquet_files import PARQUET, below, existing, matching, parquet_files
+from diffalign.data.reading import FORMATS, Reading
+from diffalign.data.records import RecordPairs, metadata_file
 from diffalign.data.rejects import Rejects
+from diffalign.data.saved import ARROW, is_saved, open_saved
 from diffalign.data.schema import TableSchema
 from diffalign.data.shards import Shards, downloaded_snapshot, files_of
 from diffalign.data.source import PairSource
-from diffalign.errors import DataError, suggestion
+from diffalign.data.tables import is_table
+from diffalign.data.tar_pairs import TarPairs
+from diffalign.errors import DataError
 from diffalign.pictures import Reach
 from diffalign.places import find, is_hub_id
 
-PARQUET = ".parquet"
-FORMATS = ("pickapic", "jsonl", "folders", "lists", "singles")
-# train-00000-of-00645-b66ac786bf6fb553.parquet, train-00000.parquet or train.parquet: split "train".
-SHARD = re.compile(r"-\d+-of-\d+")
-SPLITS = {"train", "validation", "valid", "val", "dev", "test", "validation_unique", "test_unique"}
-SPLIT_FILE = re.compile(r"(?P<split>[A-Za-z_]\w*?)(?:-\d+(?:-of-\d+)?(?:-\w+)?)?\.parquet")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """Say how preferences are read, and what their columns mean.
-
-    Raises:
-        DataError: an unknown format, or no example at all.
-    """
-
-    split: str = "train"  # of a hub data set, or of a folder whose parquet files are named after splits
-    format: str | None = None  # of FORMATS; None tells by what the source is and by its columns
-    image_columns: Sequence[str] | None = None  # default ("jpg_0", "jpg_1"), in JSONL ("image_0", "image_1")
-    label_columns: Sequence[str] = ("label_0", "label_1")  # the second may be absent from the data
-    caption_column: str = "caption"  # JSONL files may also call it "prompt"
-    image_caption_columns: Sequence[str] | None = None  # of the two images of a pair (DCPO), in place of caption_column
-    list_labels: str = "win_rate"  # turns the scores of a list into win rates; "as_is" takes them, in [0, 1]
-    max_samples: int | None = None  # use the first so many examples (ties do not count)
-    streaming: bool = False  # read a hub data set or parquet files as a stream instead of at random
-    on_error: str = "raise"  # at the first unusable row, or "skip": count it, list it and go on
-    error_log: str | Path | None = None  # JSONL file for the unusable rows
-    config_name: str | None = None  # configuration of a hub data set
-    revision: str | None = None  # branch, tag or commit of a hub data set
-    root: str | Path | None = None  # images may be files in this folder too, and not only beside the data
-
-    def __post_init__(self) -> None:
-        if self.max_samples is not None and self.max_samples < 1:
-            raise DataError(f"max_samples must be at least 1 or None, got {self.max_samples}.")
-        if self.format is not None and self.format not in FORMATS:
-            hint = suggestion(self.format, FORMATS)
-            raise DataError(f'Unknown format "{self.format}".{hint} Available: {", ".join(FORMATS)}.')
-        if self.root is not None and not Path(self.root).is_dir():
-            raise DataError(f"root must be a folder that holds the images, got {self.root}.")
-
-    def of_table(self, found: Iterable[str]) -> TableSchema:
-        """Return the schema of parquet or of the hub: as the format says, or by the columns there are."""
-        return self._schema(Columns, self.image_columns or Columns.images, found)
-
-    def of_lines(self, file: Path) -> TableSchema:
-        """Return the schema of a JSONL file."""
-        return self._schema(PairLines, self.image_columns or ("image_0", "image_1"), _first_keys(file))
-
-    def _schema(self, pairs: type[Columns], images: Sequence[str], found: Iterable[str]) -> TableSchema:
-        found = set(found)
-        lists = ListColumns(caption=self.caption_column, list_labels=self.list_labels)
-        schemas = {"lists": lists, "singles": SingleColumns(caption=self.caption_column)}
-        told = self.format or self._told_by(found, images)
-        captions = tuple(self.image_caption_columns) if self.image_caption_columns else None
-        if told not in schemas:
-            columns = {"images": tuple(images), "labels": tuple(self.label_columns)}
-            return _with_noises(pairs(caption=self.caption_column, image_captions=captions, **columns), found)
-        if captions:
-            raise DataError(f'image_caption_columns is for pairs, but these are {told} (format "{told}").')
-        return _with_noises(schemas[told], found)
-
-    @staticmethod
-    def _told_by(found: set[str], images: Sequence[str]) -> str | None:
-        if found.issuperset(images) or found.issuperset(("chosen", "rejected")):
-            return None
-        return "lists" if "images" in found else "singles" if found.issuperset(("image", "label")) else None
-
-
-def _with_noises(schema: TableSchema, found: set[str]) -> TableSchema:
-    """Return the schema that also reads what images were drawn from, where the columns say it."""
-    names = next((names for names in schema.noise_names if found.issuperset(names)), None)
-    return schema if names is None else replace(schema, noises=names)
+LINES = (".jsonl", ".ndjson")
 
 
 def open_pairs(source: str | Path | Sequence[str | Path], **how: Any) -> PairSource:
@@ -102,8 +31,9 @@ def open_pairs(source: str | Path | Sequence[str | Path], **how: Any) -> PairSou
     Ties are dropped and counted. Example: `open_pairs("assets/tiny-pairs", max_samples=100)`.
 
     Args:
-        source: a parquet file, several, a glob pattern or a folder of them; a JSONL file; a folder with w/ and l/; a
-            Hugging Face data set id "owner/name"; or a loaded `datasets.Dataset` or `DatasetDict`.
+        source: a parquet file, several, a glob pattern or a folder of them; a JSONL, JSON, CSV or TSV file; a folder
+            with w/ and l/, with metadata.jsonl or metadata.csv, or of `save_to_disk`; tar shards; a Hugging Face data
+            set id "owner/name"; or a loaded `datasets.Dataset` or `DatasetDict`.
         how: the fields of `Reading`.
 
     Raises:
@@ -124,12 +54,18 @@ def open_pairs(source: str | Path | Sequence[str | Path], **how: Any) -> PairSou
     if container == "folders":
         if reading.image_caption_columns:
             raise DataError("image_caption_columns needs parquet or JSONL: folders hold one caption a pair.")
-        return FolderPairs(_existing(source), **settings)
+        return FolderPairs(existing(source), **settings)
     if container == "jsonl":
-        file = _existing(source)
+        file = existing(source)
         if not file.is_file():
             raise DataError(f"{file} is no regular file, which a list of pairs must be: it is read more than once.")
         return JsonlPairs(file, reading.of_lines(file), **settings)
+    if container == "records":
+        return RecordPairs(existing(source), reading, **settings)
+    if container == "tars":
+        return TarPairs(tar_files(source), reading, **settings)
+    if container == "datasets":
+        return _open_saved(existing(source), reading, **settings)
     if is_hub_id(source):
         return _open_hub(str(source), reading, **settings)
     return _open_files(parquet_files(source, reading.split), reading, **settings)
@@ -140,7 +76,7 @@ def _open_hub(source: str, reading: Reading, **settings: Any) -> PairSource:
     streaming = reading.streaming
     if reading.max_samples is not None and not streaming:  # no more is downloaded than is read
         files = _first_files(source, where)
-        if files and all(str(file).endswith(PARQUET) for file in files):
+        if files and all(str(file).lower().endswith(PARQUET) for file in files):
             parquet = Shards(source, files, **where) if isinstance(files[0], str) else files
             return _open_files(parquet, reading, name=source, **settings)
         streaming = bool(files)
@@ -169,19 +105,6 @@ def _open_files(files: Sequence[Path], reading: Reading, **settings: Any) -> Pai
     return _stream_files(files, schema, **settings) if reading.streaming else ParquetPairs(files, schema, **settings)
 
 
-def _first_keys(file: Path) -> list[str]:
-    """Return the keys of the first line that holds an object; faulty lines are reported by the reader."""
-    with open(file, "rb") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict):
-                return list(record)
-    return []
-
-
 def _stream_files(files: list[Path], schema: TableSchema, **settings) -> StreamingPairs:
     import datasets
 
@@ -198,66 +121,50 @@ def _stream_files(files: list[Path], schema: TableSchema, **settings) -> Streami
     return StreamingPairs(stream, schema, name=str(files[0].parent), describe=describe, reach=reach, **settings)
 
 
-def parquet_files(source: str | Path | Sequence[str | Path], split: str) -> list[Path]:
-    """Return the parquet files `source` stands for, sorted; of a folder named after splits, those of `split`."""
-    if not isinstance(source, str | Path):
-        files = [_existing(file) for file in source]
-        if not files:
-            raise DataError("The list of parquet files is empty.")
-        return files
-    if glob.has_magic(str(source)) and not Path(source).exists():
-        files = sorted(Path(file) for file in glob.glob(str(source), recursive=True))
-        if not files:
-            raise DataError(f"No file matches {source}.")
-        return files
-    root = _existing(source)
-    if root.is_file():
-        return [root]
-    files = sorted(f for f in root.rglob("*.parquet") if not any(p.startswith(".") for p in f.relative_to(root).parts))
-    if not files:
-        raise DataError(f"{root} holds no parquet file.")
-    splits = {file: _split_of(file, root) for file in files}
-    found = sorted({*splits.values()})
-    named_after_splits = not SPLITS.isdisjoint(found) or any(SHARD.search(file.name) for file in files)
-    if split == "train" and not named_after_splits:
-        return files  # cats.parquet, dogs.parquet: names of our user's own
-    chosen = [file for file in files if splits[file] == split]
-    if not chosen:
-        raise DataError(
-            f'{root} has no parquet files of split "{split}"; it has {", ".join(found)}.{suggestion(split, found)}'
-        )
-    return chosen
-
-
-def _split_of(file: Path, root: Path) -> str:
-    """Return the split a file belongs to: the folder it is in (train/0000.parquet) or the start of its name."""
-    match = SPLIT_FILE.fullmatch(file.name)
-    return match["split"] if match else file.parent.name if file.parent != root else "unnamed"
+def _open_saved(place: Path, reading: Reading, **settings: Any) -> PairSource:
+    """Open what `datasets` has written: a folder of save_to_disk, or an Arrow file."""
+    reach = Reach(place if place.is_dir() else place.parent, settings["wider"])
+    loaded = open_saved(place, reading.split, reach)
+    return HubPairs(loaded, reading.of_table(loaded.column_names), name=str(place), reach=reach, **settings)
 
 
 def _container(source: str | Path | Sequence[str | Path], format: str | None) -> str:
-    """Return what holds the rows: "parquet" (the hub's too), "jsonl" or "folders"."""
-    if format in ("jsonl", "folders"):
+    """Return what holds the rows: parquet (the hub's too), jsonl, folders, records, tars or datasets."""
+    if format == "folders":
         return format
-    if format == "pickapic" or not isinstance(source, str | Path):
-        return "parquet"
+    if not isinstance(source, str | Path):
+        return "tars" if source and all(Path(name).suffix.lower() == ".tar" for name in source) else "parquet"
     path = Path(source)
-    if path.suffix in (".jsonl", ".ndjson"):
+    if is_saved(path):
+        return "datasets"
+    if path.is_dir():
+        return _of_folder(path, format)
+    suffix = path.suffix.lower()
+    if suffix in (PARQUET, "") or not (path.is_file() or suffix == ".tar"):
+        return "jsonl" if format == "jsonl" or suffix in LINES else "parquet"
+    if suffix in ARROW or suffix == ".tar":
+        return "datasets" if suffix in ARROW else "tars"
+    if is_table(path) and (suffix not in LINES or format == "rankings"):
+        return "records"
+    if suffix in LINES or format not in (None, "pickapic"):
         return "jsonl"
-    if format is None and (path / "w").is_dir() and (path / "l").is_dir():
+    known = ", ".join((PARQUET, *LINES, ".json", ".csv", ".tsv", ".tar", *ARROW))
+    raise DataError(f"Cannot tell what {path} is: expected {known}. Set format to one of {', '.join(FORMATS)}.")
+
+
+def _of_folder(folder: Path, format: str | None) -> str:
+    if format is None and (folder / "w").is_dir() and (folder / "l").is_dir():
         return "folders"
-    if path.is_file() and path.suffix != ".parquet":
-        if format is not None:
-            return "jsonl"
-        raise DataError(
-            f"Cannot tell what {path} is: expected .parquet or .jsonl. Set format to one of {', '.join(FORMATS)}."
-        )
-    return "parquet"
+    if metadata_file(folder) is not None or any(metadata_file(part) for part in folder.iterdir() if part.is_dir()):
+        return "records"
+    return "tars" if below(folder, ".tar") and not below(folder, PARQUET) else "parquet"
 
 
-def _existing(source: str | Path) -> Path:
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise DataError(f"There is no file or folder {path}.{suggestion(path.name, near)}")
+def tar_files(source: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Return the tar shards that a name, a pattern, several names or a folder stand for."""
+    if not isinstance(source, str | Path):
+        return [existing(name) for name in source]
+    if found := matching(source):
+        return found
+    place = existing(source)
+    return below(place, ".tar") if place.is_dir() else [place]

@@ -13,9 +13,9 @@ from diffalign.data.pairs import Example, ImageRef, Place, RowError
 from diffalign.data.rejects import Counts, Rejects, length_error
 from diffalign.errors import DataError, suggestion
 from diffalign.pictures import OutsideError, Reach
+from diffalign.text_files import MOST_CHARACTERS, caption_fault, possible_name, well_formed
 
 TIE, UNLABELLED, INVALID = -1, -2, -3
-MOST_CHARACTERS = 100_000  # of a caption; encoders read a few hundred
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,11 @@ class Schema(ABC):
     def extra(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return the scalar columns that are not used, as they are."""
         needed = self.needed
-        return {k: v for k, v in record.items() if k not in needed and isinstance(v, str | int | float | bool)}
+        return {
+            name: well_formed(value) if isinstance(value, str) else value
+            for name, value in record.items()
+            if name not in needed and isinstance(value, str | int | float | bool)
+        }
 
 
 @dataclass
@@ -121,16 +125,15 @@ class TableSchema(Schema):
     def judge(self, table: pa.Table, file: str) -> Verdicts:
         """Judge rows by their `light` columns. Raises DataError for columns of a wrong type."""
 
-    def mark_empty_captions(self, table: pa.Table, file: str, verdicts: Verdicts) -> None:
-        """Make usable rows without a caption INVALID."""
+    def mark_bad_captions(self, table: pa.Table, verdicts: Verdicts) -> None:
+        """Make usable rows without a caption, or with one that is no text, INVALID."""
         for name in self.caption_columns:
-            caption = table.column(name)
-            if not (pa.types.is_string(caption.type) or pa.types.is_large_string(caption.type)):
-                raise DataError(f'{file}: column "{name}" holds {caption.type}, expected text.')
-            empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(caption), ""), True).to_numpy()
-            for row in np.flatnonzero(empty & (verdicts.outcome >= 0)):
-                verdicts.outcome[row] = INVALID
-                verdicts.faults[int(row)] = "empty caption", f"the caption is {caption[int(row)].as_py()!r}"
+            column = table.column(name)
+            bad = _maybe_bad(column)
+            for row in np.flatnonzero(bad & (verdicts.outcome >= 0)).tolist():
+                if fault := cell_fault(column[row]):
+                    verdicts.outcome[row] = INVALID
+                    verdicts.faults[row] = fault
 
 
 @dataclass
@@ -183,13 +186,42 @@ class Scan:
 
 
 def check_caption(caption: Any, place: Place) -> str:
-    """Return the caption as it is; raise RowError when it is no text, empty, or as long as a book."""
-    if not isinstance(caption, str) or not caption.strip():
-        raise RowError(place, "empty caption", f"the caption is {caption!r}")
-    if len(caption) > MOST_CHARACTERS:
-        detail = f"the caption has {len(caption)} characters, more than {MOST_CHARACTERS}"
-        raise RowError(place, "caption length", detail)
-    return caption
+    """Return the caption, halves of characters replaced; raise RowError when it is no text, empty, or book-long."""
+    if fault := caption_fault(caption):
+        raise RowError(place, *fault)
+    return well_formed(caption)
+
+
+def cell_value(cell: pa.Scalar) -> Any:
+    """Return what a cell of a table holds; text that is not UTF-8 as its bytes."""
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError as error:
+        return error.object
+
+
+def cell_fault(cell: pa.Scalar) -> tuple[str, str] | None:
+    """Return `caption_fault` of a cell of a table."""
+    return caption_fault(cell_value(cell))
+
+
+def _maybe_bad(column: pa.ChunkedArray) -> np.ndarray:
+    """Return which cells [n] to look at one by one: all of a column that is not text."""
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return np.ones(len(column), dtype=bool)
+    if all(_is_utf8(chunk) for chunk in column.chunks):
+        is_empty = pc.equal(pc.utf8_trim_whitespace(column), "")
+        return pc.fill_null(pc.or_(is_empty, pc.greater(pc.utf8_length(column), MOST_CHARACTERS)), True).to_numpy()
+    return np.ones(len(column), dtype=bool)
+
+
+def _is_utf8(chunk: pa.Array) -> bool:
+    """Tell whether all texts are valid; files by careless writers hold others."""
+    try:
+        chunk.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def image_ref(value: Any, place: Place, reach: Reach) -> ImageRef:
@@ -203,6 +235,8 @@ def image_ref(value: Any, place: Place, reach: Reach) -> ImageRef:
     if isinstance(value, bytes) and value:
         return ImageRef(data=value, place=place)
     if isinstance(value, str) and value:
+        if not possible_name(value):
+            raise RowError(place, "missing image", f"no file can be called {value[:80]!r}")
         try:
             return ImageRef(path=reach.file(value), place=place)
         except OutsideError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffalign.errors import DataError
 from diffalign.evaluation.scoring import format_score
+from diffalign.text_files import read_lines
 from diffalign.webpages.plots import Chart, curve_plot
 
 Series = tuple[list[float], list[float]]  # steps, values
@@ -53,7 +54,7 @@ def read_metrics(file: str | Path) -> dict[str, Series]:
     """
     file = Path(file)
     try:
-        lines = file.read_text().splitlines()
+        lines = read_lines(file)
     except OSError as error:
         raise DataError(f"The metrics {file} cannot be read ({error.strerror}). Pass a run's metrics.jsonl.") from error
     by_key: dict[str, dict[float, float]] = {}

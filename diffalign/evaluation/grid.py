@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffalign.errors import DataError, UserError
 from diffalign.evaluation.comparison import Comparison, pick_prompts
+from diffalign.evaluation.fonts import fitting_font
 from diffalign.evaluation.gallery import Images, find_image
 from diffalign.evaluation.manifest import atomic_write
 from diffalign.evaluation.scoring import ImageLike, open_image
@@ -54,7 +55,8 @@ def comparison_grid(
         cell: side of a picture in pixels, >= 64. By default small pictures grow by a whole factor to about 384, and
             large ones shrink to 512.
         theme: "light" or "dark".
-        font: a TrueType file for scripts that DejaVu Sans lacks, such as Chinese.
+        font: a TrueType file; by default DejaVu Sans, or an installed font that has what DejaVu Sans lacks, such as
+            Chinese (`fonts.missing_glyphs` says what no font has).
 
     Raises:
         DataError: for lists whose lengths do not fit together or pictures that cannot be read.
@@ -63,6 +65,7 @@ def comparison_grid(
     pictures = [[open_image(image) for image in line] for line in images]
     cell = cell or default_cell(max(picture.width for line in pictures for picture in line))
     names = list(scores[0][0]) if scores else []
+    font = fitting_font(font and str(font), [*captions, *columns, title, subtitle])
     layout = layout_of(cell, len(columns), len(names), title, subtitle, theme, font)
     heights = [max(picture.height * cell // picture.width for picture in line) for line in pictures]
     tops = list(

@@ -9,8 +9,6 @@ geneval     evaluation_metadata.jsonl: tag, include, exclude, prompt        tag
 dpg         a folder of ITEM.txt, or dpg_bench.csv: item_id, text, ...      source (what ITEM's name begins with)
 """
 
-import csv
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +19,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffalign.data.tables import captions, json_records, read_columns, read_json
 from diffalign.errors import DataError, suggestion
 from diffalign.evaluation.dpg import Question
 from diffalign.evaluation.hps_benchmark import STYLES
+from diffalign.text_files import read_lines, read_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ def read_prompt_set(path: str | Path, kind: str | None = None) -> PromptSet | No
     try:
         kind = kind or _detect(path)
         return READERS[kind](path) if kind else None
-    except (KeyError, TypeError, ValueError, OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+    except (KeyError, TypeError, ValueError, OSError, UnicodeDecodeError, pa.ArrowException) as error:
         if isinstance(error, DataError):
             raise
         what = f"not {kind} as published" if kind else "no readable set of prompts"
@@ -90,14 +90,15 @@ def read_prompt_set(path: str | Path, kind: str | None = None) -> PromptSet | No
 
 def _pickapic(path: Path) -> PromptSet:
     """Every caption once, in the order of its first row: the *_unique splits have one row a caption anyway."""
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    captions = [c for file in files for c in pq.read_table(file, columns=["caption"])["caption"].to_pylist()]
-    return PromptSet.of("pickapic", list(dict.fromkeys(caption for caption in captions if caption)))
+    files = _ending(path, ".parquet") if path.is_dir() else [path]
+    tables = ((file, pq.read_table(file, columns=["caption"]).to_pandas()) for file in files)
+    found = [caption for file, table in tables for caption in captions(table, "caption", file)]
+    return PromptSet.of("pickapic", list(dict.fromkeys(found)))
 
 
 def _parti(path: Path) -> PromptSet:
     """Fields hold quotation marks and words such as "null" and "42": everything is text, nothing is quoted."""
-    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE, encoding="utf8")
+    table = read_columns(path)
     categories = {"category": table["Category"].tolist(), "challenge": table["Challenge"].tolist()}
     return PromptSet.of("parti", table["Prompt"].tolist(), categories)
 
@@ -107,7 +108,7 @@ def _hpdv2(path: Path) -> PromptSet:
     prompts: list[str] = []
     styles: list[str] = []
     for file in files:
-        content = json.loads(file.read_text(encoding="utf8"))
+        content = read_json(file)
         if not isinstance(content, list) or not all(isinstance(prompt, str) for prompt in content):
             raise DataError(f"{file} should be a JSON list of prompts.")
         prompts += content
@@ -116,8 +117,7 @@ def _hpdv2(path: Path) -> PromptSet:
 
 
 def _geneval(path: Path) -> PromptSet:
-    lines = path.read_text(encoding="utf8").splitlines()
-    records = [json.loads(line) for line in lines if line.strip()]
+    records = [record for _, record in json_records(path)]
     tags = [record["tag"] for record in records]
     if any("include" not in record for record in records):
         raise DataError(f"{path} has a line without include: expected GenEval's evaluation_metadata.jsonl.")
@@ -126,10 +126,10 @@ def _geneval(path: Path) -> PromptSet:
 
 def _dpg(path: Path) -> PromptSet:
     if path.is_dir():
-        files = sorted(path.glob("*.txt"))
-        items, texts, questions = [f.stem for f in files], [f.read_text(encoding="utf8") for f in files], {}
+        files = _ending(path, ".txt")
+        items, texts, questions = [f.stem for f in files], [read_text(f) for f in files], {}
     else:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = read_columns(path)
         first = table.drop_duplicates("item_id")
         items, texts = first["item_id"].tolist(), first["text"].tolist()
         questions = {str(item): _questions(rows) for item, rows in table.groupby("item_id", sort=False)}
@@ -164,16 +164,22 @@ def _detect(path: Path) -> str | None:
     if path.is_dir():
         if all((path / f"{style}.json").is_file() for style in STYLES):
             return "hpdv2"
-        return "dpg" if any(path.glob("*.txt")) else "pickapic" if any(path.glob("*.parquet")) else None
-    if path.suffix == ".json":
+        return "dpg" if _ending(path, ".txt") else "pickapic" if _ending(path, ".parquet") else None
+    suffix = path.suffix.lower()
+    if suffix == ".json":
         return "hpdv2" if path.stem in STYLES else None
-    if path.suffix == ".parquet":
+    if suffix == ".parquet":
         names = set(pq.read_schema(path).names)
         return "pickapic" if {"caption", "label_0"} <= names else None
-    if path.suffix in (".tsv", ".csv", ".jsonl"):
-        with path.open(encoding="utf8") as file:
-            head = file.readline()
+    if suffix in (".tsv", ".csv", ".jsonl"):
+        head = next(iter(read_lines(path)), "")
         marks = {".tsv": ("Prompt\t", "Challenge"), ".csv": ("item_id", "proposition_id"), ".jsonl": ("tag", "include")}
         kinds = {".tsv": "parti", ".csv": "dpg", ".jsonl": "geneval"}
-        return kinds[path.suffix] if all(mark in head for mark in marks[path.suffix]) else None
+        return kinds[suffix] if all(mark in head for mark in marks[suffix]) else None
     return None
+
+
+def _ending(folder: Path, suffix: str) -> list[Path]:
+    """Return the files of a folder with an ending, in capitals or not; hidden ones are none of them."""
+    files = (file for file in sorted(folder.iterdir()) if file.suffix.lower() == suffix and file.is_file())
+    return [file for file in files if not file.name.startswith(".")]

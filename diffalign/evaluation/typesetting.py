@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
-import matplotlib
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from diffalign.errors import UserError
+from diffalign.evaluation.fonts import DEFAULT, DEFAULT_BOLD
 from diffalign.evaluation.scoring import format_score
 
 _ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
@@ -145,10 +144,9 @@ class Painter:
 @lru_cache(maxsize=64)
 def load_font(file: str | None, bold: bool, size: int) -> ImageFont.FreeTypeFont:
     """Return a TrueType font of `size` pixels: `file`, or the DejaVu Sans that matplotlib ships."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    path = Path(file) if file else Path(matplotlib.get_data_path(), "fonts", "ttf", name)
+    path = file or (DEFAULT_BOLD if bold else DEFAULT)
     try:
-        return ImageFont.truetype(str(path), size)
+        return ImageFont.truetype(path, size)
     except OSError as error:
         raise UserError(f"The font {path} cannot be read ({error}). Expected a TrueType or OpenType file.") from error
 

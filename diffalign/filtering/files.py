@@ -1,30 +1,20 @@
-"""Tables that users bring: parquet, csv or JSON lines with named columns."""
+"""Tables that users bring, with named columns."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from diffalign.data import tables
 from diffalign.data.fingerprints import digest_files
 from diffalign.errors import DataError, suggestion
 
 
-def _json_lines(path: Path) -> pd.DataFrame:
-    # pandas would turn 63-bit ids into floats where a line lacks one
-    with open(path, encoding="utf-8") as file:
-        return pd.DataFrame([json.loads(line) for line in file if line.strip()])
-
-
-_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".parquet": pd.read_parquet,
-    ".csv": pd.read_csv,
-    ".jsonl": _json_lines,
-}
-
-
-def read_table(path: str | Path, columns: Sequence[str], what: str) -> pd.DataFrame:
+def read_table(path: str | Path, columns: Sequence[str], what: str, numbers: Sequence[str] = ()) -> pd.DataFrame:
     """Read a table that has `columns`; `what` says in a message what kind of file is expected.
+
+    numbers: the columns that hold numbers.
 
     Raises:
         DataError: missing, unreadable, of another type, empty or without the columns.
@@ -32,12 +22,12 @@ def read_table(path: str | Path, columns: Sequence[str], what: str) -> pd.DataFr
     path = Path(path)
     if not path.is_file():
         raise DataError(f"There is no file {path}. Expected {what}.")
-    if path.suffix.lower() not in _READERS:
-        raise DataError(f"Cannot read {path}: expected {what}, ending in {', '.join(_READERS)}.")
+    if not tables.is_table(path):
+        raise DataError(f"Cannot read {path}: expected {what}, ending in {', '.join(tables.KINDS)}.")
     try:
-        table = _READERS[path.suffix.lower()](path)
-    except Exception as error:  # every reader has errors of its own
-        raise DataError(f"Cannot read {path} ({error}). Expected {what}.") from error
+        table = tables.read_columns(path, numbers)
+    except DataError as error:
+        raise DataError(f"Cannot read {path}: {error} Expected {what}.") from error
     found = [str(name) for name in table.columns]
     if missing := [name for name in columns if name not in found]:
         words = ", ".join(f'"{name}"' for name in missing)

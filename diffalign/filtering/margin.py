@@ -39,7 +39,8 @@ def read_scores(path: str | Path, scorer: str | None = None) -> pd.DataFrame:
     Raises:
         DataError: unreadable, without the columns, of several scorers, or with two different scores for one pair.
     """
-    table = read_table(path, ("example_id", "score_chosen", "score_rejected"), 'a file of "diffalign score --pairs"')
+    columns = ("example_id", "score_chosen", "score_rejected")
+    table = read_table(path, columns, 'a file of "diffalign score --pairs"', numbers=columns)
     table = _of_scorer(table, scorer, path)
     scores = table[["example_id", "score_chosen", "score_rejected"]].drop_duplicates()
     if twice := int(scores.duplicated("example_id").sum()):

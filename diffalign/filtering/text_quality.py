@@ -14,6 +14,7 @@ import pandas as pd
 
 from diffalign.errors import DataError
 from diffalign.filtering.files import read_table
+from diffalign.text_files import read_lines, well_formed
 
 HARMFUL, UNPARSED, MISSING = "harmful", "unparsed", "missing"
 FALLBACK = 5.0  # the rating where there is none: the middle of the scale
@@ -81,10 +82,11 @@ def read_qualities(path: str | Path, prompts: Sequence[str], fallback: float = F
     if scores.isna().any():
         row = int(scores.isna().to_numpy().argmax())
         raise DataError(f"{path}, row {row}: the score is {table['score'].iloc[row]!r}, expected a number.")
-    harmful = table["harmful"].fillna(False).astype(bool) if "harmful" in table else [False] * len(table)
+    harmful = table["harmful"].map(_is_true) if "harmful" in table else [False] * len(table)
     found: dict[str, Rating] = {}
-    for prompt, score, bad in zip(table["prompt"].astype(str), scores, harmful, strict=True):
+    for prompt, score, bad in zip(map(str, table["prompt"]), scores, harmful, strict=True):
         rating = Rating(float(score), HARMFUL if bad else "")
+        prompt = well_formed(prompt)
         if found.setdefault(prompt, rating) != rating:
             raise DataError(
                 f"{path} rates {prompt!r} both {found[prompt].score:g} and {score:g}. Keep one rating a prompt."
@@ -93,6 +95,11 @@ def read_qualities(path: str | Path, prompts: Sequence[str], fallback: float = F
     if not any(prompt in found for prompt in wanted):
         raise DataError(f"{path} rates none of the {len(wanted)} prompts, e.g. not {next(iter(wanted))!r}.")
     return {prompt: found.get(prompt, Rating(fallback, MISSING)) for prompt in wanted}
+
+
+def _is_true(value: object) -> bool:
+    """Return what a cell says, of a CSV too: there it is text."""
+    return value.strip().lower() in ("true", "1", "yes") if isinstance(value, str) else value == 1
 
 
 def _checked(prompts: Sequence[str], ratings: Sequence[Rating | float]) -> Mapping[str, Rating]:
@@ -110,7 +117,7 @@ def _recall(cache: Path | None, asked: str) -> dict[str, Rating]:
     found: dict[str, Rating] = {}
     if cache is None or not cache.exists():
         return found
-    for line in cache.read_text(encoding="utf-8").splitlines():
+    for line in read_lines(cache):
         try:
             record = json.loads(line)
         except ValueError:

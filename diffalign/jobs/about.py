@@ -14,7 +14,8 @@ from diffalign import objectives, plugins
 from diffalign.config import keys, reference
 from diffalign.errors import UserError, suggestion
 from diffalign.jobs.sheets import sheet
-from diffalign.yaml_text import parse_yaml
+from diffalign.text_files import read_lines
+from diffalign.yaml_text import read_yaml
 
 # What tells of scorers is imported where it is asked for: it takes torch, and so seconds.
 VALUES_SHOWN = 6  # of a key, that configurations set it to
@@ -143,7 +144,7 @@ def _scorers() -> Iterator[tuple[str, str]]:
 
 def _configs() -> Iterator[tuple[str, str]]:
     for name, file in configuration.shipped_names().items():
-        lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf8").splitlines())
+        lines = takewhile(lambda line: line.startswith("#"), read_lines(file))
         comment = " ".join(line.lstrip("# ") for line in lines)
         yield name, re.split(r"(?<=[.:]) ", comment)[0].rstrip(".:")
 
@@ -163,7 +164,7 @@ def _set_to(key: keys.Key) -> Iterator[str]:
     """Yield what the shipped configurations set a key to: the values set most often, with some of the files."""
     found: dict[str, list[str]] = {}
     for name, file in configuration.shipped_names().items():
-        block = (parse_yaml(file.read_text(encoding="utf8"), str(file)) or {}).get(key.section)
+        block = (read_yaml(file) or {}).get(key.section)
         if isinstance(block, dict) and key.name in block:
             found.setdefault(keys.value_in_words(block[key.name]), []).append(name)
     ranked = sorted(found.items(), key=lambda item: -len(item[1]))

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign.errors import UserError
+from diffalign.text_files import read_lines
 
 
 class MetricsError(UserError):
@@ -119,7 +120,7 @@ def _writing(path: Path) -> Iterator[None]:
 def read(path: Path) -> list[dict[str, float]]:
     """Return the lines of a metrics file, leaving out a last line that was cut short; [] if there is no file."""
     lines = []
-    for text in path.read_text(encoding="utf8").splitlines() if path.exists() else []:
+    for text in read_lines(path) if path.exists() else []:
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

@@ -29,8 +29,11 @@ def test_wrong_arguments(parquet, tmp_path):
         open_pairs(parquet, on_error="ignore")
     with pytest.raises(DataError, match="max_samples"):
         open_pairs(parquet, max_samples=0)
-    (tmp_path / "pairs.csv").write_text("x")
+    (tmp_path / "pairs.xls").write_text("x")
     with pytest.raises(DataError, match="Cannot tell what"):
+        open_pairs(tmp_path / "pairs.xls")
+    (tmp_path / "pairs.csv").write_text("chosen,rejected,prompt\n")
+    with pytest.raises(DataError, match=r"pairs\.csv is empty"):
         open_pairs(tmp_path / "pairs.csv")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no parquet file"):

@@ -119,3 +119,11 @@ def test_published_numbers_say_in_what_a_run_differs():
     assert "steps, guidance_scale unknown" in found[found["source"].str.startswith("MaPO")]["differs"].iloc[0]
     assert published.beside("parti", ["pickscore"], run).empty
     assert published.table()["value"][published.table()["scorer"].str.startswith("hps")].max() < 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_published_sets_may_carry_a_byte_order_mark(encoding, tmp_path):
+    (tmp_path / "P.TSV").write_bytes("Prompt\tCategory\tChallenge\tNote\r\nnull\tA\tB\t\r\n".encode(encoding))
+    assert read_prompt_set(tmp_path / "P.TSV").prompts == ["null"]
+    (tmp_path / "anime.json").write_bytes('["a\u2028b", "007"]'.encode(encoding))
+    assert read_prompt_set(tmp_path / "anime.json").prompts == ["a\u2028b", "007"]

@@ -61,7 +61,7 @@ def test_faults_of_a_score_file_are_named(scores, tmp_path):
     with pytest.raises(DataError, match="There is no file"):
         read_scores(tmp_path / "none.parquet")
     with pytest.raises(DataError, match=r"ending in .parquet"):
-        read_scores(save(scores, tmp_path / "scores.csv").rename(tmp_path / "scores.tsv"))
+        read_scores(save(scores, tmp_path / "scores.csv").rename(tmp_path / "scores.xls"))
     with pytest.raises(DataError, match=r"lacks the column.*score_chosen"):
         read_scores(save(scores.drop(columns="score_chosen"), tmp_path / "a.parquet"))
     (tmp_path / "b.parquet").write_bytes(b"no parquet")

@@ -165,6 +165,7 @@ def test_the_batch_is_halved_when_memory_runs_out(scorer, monkeypatch):
     [
         (IMAGES, ["one", "two"], "5 images and 2 prompts"),
         (IMAGES[:2], ["one", None], "must be a string, got None"),
+        (IMAGES[:2], ["one", "cut \ud83d"], "half of a character"),
         ([IMAGES[0], "missing.png"], "a flag", "missing.png"),
     ],
 )

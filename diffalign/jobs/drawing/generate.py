@@ -10,6 +10,7 @@ from diffalign.evaluation import Manifest, SamplingSettings, generate_to
 from diffalign.jobs.drawing import models
 from diffalign.jobs.drawing.negative import Negative, loader
 from diffalign.jobs.drawing.prompts import parse_seeds, read_prompts
+from diffalign.text_files import well_formed
 
 LARGEST_SEED = 2**63 - 1
 
@@ -25,7 +26,7 @@ def read_request(
     if bool(prompts_file) == bool(prompts):
         got = "both" if prompts else "neither"
         raise DataError(f'Give the prompts either by --prompts FILE or by --prompt "TEXT"; got {got}.')
-    texts = read_prompts(prompts_file) if prompts_file else [text.strip() for text in prompts]
+    texts = read_prompts(prompts_file) if prompts_file else [well_formed(text.strip()) for text in prompts]
     if not all(texts):
         raise DataError('--prompt is empty. Write what the picture shows, e.g. --prompt "a red circle".')
     if limit is not None and limit < 1:

@@ -13,6 +13,7 @@ from diffalign.backbones.adapters import active_adapters, adapter_mix
 from diffalign.backbones.families import adapted
 from diffalign.errors import UserError
 from diffalign.evaluation import Look, SamplingSettings, generate_to, save_pages, score_table
+from diffalign.evaluation.fonts import missing_glyphs
 from diffalign.evaluation.grid import check_suffix
 from diffalign.jobs.drawing import models
 from diffalign.jobs.drawing.grid_columns import Column, Sweep, checkpoints_of, swept
@@ -54,6 +55,8 @@ def grid(
     wanted = swept(found, settings, Sweep.parse(sweep) if sweep else None)
     if negative is not None:
         negative.check(min(column.settings.guidance_scale for column in wanted), found)
+    if lacking := missing_glyphs(look.font if look else None, [*prompts, *(column.name for column in wanted)]):
+        console.print(f"{lacking} --font FILE sets the grid in one.", markup=False, highlight=False, soft_wrap=True)
     drawing = loader(negative, base, torch_dtype, device)
     judges = load_judges()
     rows = [(prompt, seed) for prompt in prompts for seed in seeds]

@@ -31,7 +31,7 @@ from diffalign.errors import ConfigError, ModelError
 from diffalign.jobs.devices import pick_device, pick_dtype
 from diffalign.jobs.drawing import checkpoints
 from diffalign.places import local
-from diffalign.yaml_text import parse_yaml
+from diffalign.yaml_text import read_yaml
 
 RUN_FILE = "config.yaml"
 
@@ -233,7 +233,7 @@ def _run_settings(run: Path) -> ModelSettings:
     file = run / RUN_FILE
     try:
         # Only this section, so that a run of another version stays readable.
-        content = parse_yaml(file.read_text(encoding="utf8"), str(file))
+        content = read_yaml(file)
         return ModelSettings.model_validate(content["model"])
     except (OSError, ConfigError, ValidationError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]

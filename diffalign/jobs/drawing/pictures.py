@@ -12,6 +12,7 @@ from diffalign.evaluation import Manifest
 from diffalign.evaluation.manifest import FILE_NAME
 from diffalign.jobs.drawing.prompts import read_prompts
 from diffalign.pictures import SUFFIXES, Reach, listed, natural, pick
+from diffalign.text_files import shown
 
 
 def find(places: Sequence[str], root: Path | None = None) -> list[Path]:
@@ -49,7 +50,7 @@ def with_prompts(files: Sequence[Path], prompts_file: Path | None, prompt: str |
     """
     if prompts_file is not None and prompt is not None:
         raise DataError("Give --prompts FILE (one a picture) or --prompt TEXT (for all), not both.")
-    table = pd.DataFrame({"file": [str(file) for file in files], "model": [str(file.parent) for file in files]})
+    table = pd.DataFrame({"file": list(map(shown, files)), "model": [shown(file.parent) for file in files]})
     if prompt is not None:
         return table.assign(prompt_id=0, prompt=prompt, seed=0)
     if prompts_file is None:
@@ -71,7 +72,7 @@ def _expand(place: str, root: Path | None) -> list[Path]:
         return [path]
     if glob.has_magic(place):
         folder = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-        reach = Reach(folder, () if root is None else (root,))
+        reach = Reach.of(folder, root)
         if found := pick(folder, map(Path, glob.glob(str(path), recursive=True)), reach):
             return found
         raise DataError(f'No picture matches "{place}".')
@@ -82,7 +83,7 @@ def _expand(place: str, root: Path | None) -> list[Path]:
 def _in_folder(folder: Path, root: Path | None) -> list[Path]:
     if (folder / FILE_NAME).is_file():
         return Manifest.read(folder).paths
-    files = listed(folder, Reach(folder, () if root is None else (root,)))
+    files = listed(folder, Reach.of(folder, root))
     if not files:
         raise DataError(f'"{folder}" holds no picture ({", ".join(SUFFIXES)}).')
     return files
@@ -94,7 +95,7 @@ def _from_manifests(files: Sequence[Path]) -> pd.DataFrame:
         if not (folder / FILE_NAME).is_file():
             raise DataError(
                 f'No prompts: "{folder}" has no {FILE_NAME} that would say them. Give --prompts FILE with one a '
-                "picture, or --prompt TEXT for all."
+                "picture, --prompt TEXT for all, or write NAME.txt beside each NAME.png."
             )
         manifest = Manifest.read(folder)
         tables.append(manifest.table.assign(file=[str(path) for path in manifest.paths]))

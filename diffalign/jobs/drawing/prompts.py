@@ -1,60 +1,49 @@
 """Prompt lists: a text file with one a line, or a table with a prompt column."""
 
-import csv
 from pathlib import Path
 
 import pandas as pd
 
+from diffalign.data import tables
 from diffalign.errors import DataError
 from diffalign.places import local
+from diffalign.text_files import read_lines
 
-COLUMNS = ("prompt", "caption", "Prompt", "text")
-_READERS = {
-    ".parquet": pd.read_parquet,
-    ".csv": pd.read_csv,
-    # PartiPrompts as published: prompts hold quotation marks, and one is "null".
-    ".tsv": lambda path: pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE),
-    ".jsonl": lambda path: pd.read_json(path, lines=True),
-    ".json": pd.read_json,
-}
+COLUMNS = ("prompt", "caption", "text")  # in capitals or not
 
 
 def is_prompt_file(text: str | Path) -> bool:
     """Tell a file of prompts from a prompt: a Path, or text that ends like the name of one."""
-    return isinstance(text, Path) or Path(text).suffix in (".txt", *_READERS)
+    return isinstance(text, Path) or Path(text).suffix.lower() == ".txt" or tables.is_table(text)
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:
     """Read prompts in order, without empty ones.
 
     Raises:
-        DataError: the file is missing, unreadable, has no prompt column or no prompt.
+        DataError: the file is missing, unreadable, has no prompt column, a prompt that is no text, or no prompt.
     """
     path = local(path)
     if not path.is_file():
         raise DataError(f"There is no prompt file {path}. Give a .txt file with one prompt a line, or a table.")
     try:
-        if path.suffix in _READERS:
-            prompts = _column(_READERS[path.suffix](path), path)
-        else:
-            prompts = path.read_text(encoding="utf8").splitlines()
-    except DataError:
-        raise
-    except Exception as error:
+        texts = _column(tables.read_columns(path), path) if tables.is_table(path) else read_lines(path)
+    except DataError as error:
         raise DataError(f"Cannot read prompts from {path}: {error}") from error
-    prompts = [text for prompt in prompts if (text := str(prompt).strip())]
+    except OSError as error:
+        raise DataError(f"Cannot read prompts from {path}: {error.strerror}.") from error
+    prompts = [text for prompt in texts if (text := prompt.strip())]
     if not prompts:
         raise DataError(f"{path} holds no prompt.")
     return prompts[:limit]
 
 
 def _column(table: pd.DataFrame, path: Path) -> list[str]:
+    names = {str(name).strip().lower(): name for name in reversed(table.columns)}
     for name in COLUMNS:
-        if name in table.columns:
-            return table[name].dropna().tolist()
-    raise DataError(
-        f"{path} has no prompt column. It has {', '.join(map(str, table.columns))}; call it prompt or caption."
-    )
+        if name in names:
+            return tables.captions(table, names[name], path, "prompt")
+    raise DataError(f"It has no prompt column, but {', '.join(map(str, table.columns))}; call it prompt or caption.")
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -31,7 +31,7 @@ from diffalign.jobs.scoring import scorers as scoring
 from diffalign.jobs.scoring import tables
 from diffalign.jobs.scoring.own_pictures import Folder
 from diffalign.jobs.training.train import versions
-from diffalign.yaml_text import parse_yaml
+from diffalign.yaml_text import read_yaml
 
 STRIDE = 1_000_000  # between the seeds of neighbouring prompts
 NOISES = ("own", "shared")
@@ -282,5 +282,5 @@ def _training(weights: str | None) -> dict[str, Any]:
     if run is None:
         return {}
     metrics = run / "metrics.jsonl"
-    config = parse_yaml((run / models.RUN_FILE).read_text(encoding="utf8"), str(run / models.RUN_FILE))
+    config = read_yaml(run / models.RUN_FILE)
     return {"metrics": metrics if metrics.is_file() else None, "config": config}

@@ -29,7 +29,7 @@ from diffalign.jobs.training import plan, preflight
 from diffalign.jobs.training.train import train
 from diffalign.training import metrics
 from diffalign.training.trainer import NonFiniteLoss
-from diffalign.yaml_text import parse_yaml, split_values
+from diffalign.yaml_text import parse_yaml, read_yaml, split_values
 
 OWN = ("output_dir", "resume_from_checkpoint")  # what every run has of its own
 SHOWN = ("loss", "implicit_accuracy", "margin", "reward")  # what fits on a terminal
@@ -215,7 +215,7 @@ def finished(run: Run) -> bool:
     if not file.is_file() or not (run.folder / "README.md").is_file():
         return False
     lines = metrics.read(run.folder / "metrics.jsonl")
-    done, wanted = (parse_yaml(text, str(file)) for text in (file.read_text("utf8"), configuration.dump(run.config)))
+    done, wanted = read_yaml(file), parse_yaml(configuration.dump(run.config), str(file))
     for content in (done, wanted):
         content["train"].pop("resume_from_checkpoint", None)
     return done == wanted and bool(lines) and lines[-1]["step"] == run.config.train.max_train_steps

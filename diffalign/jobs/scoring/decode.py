@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diffalign.data.fingerprints import digest_bytes
 from diffalign.data.pairs import MAX_ASPECT_RATIO
-from diffalign.jobs.scoring.items import Item, Span
+from diffalign.data.tars import Span
+from diffalign.jobs.scoring.items import Item
 from reward_models import pictures
 
 KEY = "S32"  # hash of the encoded picture, hash of the prompt; 16 bytes each
@@ -83,7 +84,7 @@ def read(item: Item) -> bytes:
     """Return the encoded picture; raise OSError or PictureError."""
     if isinstance(item.data, bytes):
         return item.data
-    return pictures.read(*item.data) if isinstance(item.data, Span) else pictures.read(item.data)
+    return item.data.read() if isinstance(item.data, Span) else pictures.read(item.data)
 
 
 def decode(content: bytes) -> Image.Image | str:

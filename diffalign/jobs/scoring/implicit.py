@@ -18,7 +18,7 @@ from diffalign.jobs.drawing import models
 from diffalign.jobs.rewards.reward_pictures import square
 from diffalign.rollout import PromptBatch, PromptEncoder
 from diffalign.rollout.prompts import prompt_id
-from diffalign.yaml_text import parse_yaml
+from diffalign.yaml_text import read_yaml
 
 NAME = "implicit"
 BETA = 5000.0  # of Diffusion-DPO; a run's own is taken where its config.yaml states one
@@ -132,5 +132,5 @@ def _beta_of(path: Path) -> float:
     if run is None:
         return BETA
     file = run / models.RUN_FILE
-    found = (parse_yaml(file.read_text(encoding="utf8"), str(file)).get("objective") or {}).get("beta")
+    found = (read_yaml(file).get("objective") or {}).get("beta")
     return float(found) if isinstance(found, int | float) else BETA

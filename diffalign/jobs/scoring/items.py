@@ -3,19 +3,13 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import pandas as pd
 
-
-class Span(NamedTuple):
-    """Point at a stretch of a file: a member of a tar shard."""
-
-    file: str
-    offset: int  # bytes
-    size: int  # bytes
+from diffalign.data.tars import Span
 
 
 class Item(NamedTuple):
@@ -72,9 +66,13 @@ def _size(file: str) -> int | None:
 
 @dataclass(frozen=True)
 class Files(PictureSource):
-    """Offer picture files of a table with file, prompt_id, prompt, seed and model."""
+    """Offer picture files of a table with file, prompt_id, prompt, seed and model.
+
+    faults: why a picture cannot be scored, where that is known, by file.
+    """
 
     rows: pd.DataFrame
+    faults: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -88,7 +86,7 @@ class Files(PictureSource):
         """Yield the files at these positions."""
         part = self.rows.iloc[start:stop]
         for position, (file, prompt) in enumerate(zip(part["file"], part["prompt"], strict=True), start):
-            yield Item(position, file, prompt, file)
+            yield Item(position, file, prompt, file, self.faults.get(file))
 
     def table(self) -> pd.DataFrame:
         """Return the table."""

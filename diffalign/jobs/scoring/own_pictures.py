@@ -9,18 +9,17 @@ import pandas as pd
 from rich.console import Console
 
 from diffalign.data import RowError
-from diffalign.data.local_files import CAPTIONS_FILE, read_captions
+from diffalign.data.local_files import CAPTIONS_FILE
 from diffalign.data.pairs import ImageRef
 from diffalign.errors import DataError, UserError
 from diffalign.evaluation import Manifest
 from diffalign.evaluation.manifest import FILE_NAME, atomic_write
 from diffalign.evaluation.prompt_sets import PromptSet
 from diffalign.jobs import skipped
-from diffalign.jobs.drawing import models
-from diffalign.jobs.scoring.tars import CAPTIONS, TEXTS
+from diffalign.jobs.drawing import captions, models
 from diffalign.pictures import Reach, is_hidden, is_picture, listed, nfc
+from diffalign.text_files import nameable, shown
 
-METADATA = ("metadata.jsonl", "metadata.csv")
 Found = Mapping[str, Mapping[str, list[Path]]]  # folder -> name without its end -> files
 
 
@@ -87,7 +86,7 @@ def open_folders(
     common = [stem for stem in stems if stem not in faults]
     if not common:
         raise DataError(f"{', '.join(names)} have no picture of equal name that can be read. Look into {unusable}.")
-    prompts = _prompts(common, folders, found, console)
+    prompts = _prompts(common, folders, found, root, console)
     ids = pd.Series(pd.factorize(pd.Series(prompts))[0])
     table = pd.DataFrame({"prompt_id": ids, "prompt": prompts, "seed": ids.groupby(ids).cumcount()})
     return {
@@ -139,7 +138,9 @@ def _fault(
             return ("no partner", f"{folder.path} has none") if not files else ("several of one name", str(files[1]))
     for folder in folders:
         file = found[folder.name][stem][0]
-        if not Reach(folder.path, () if root is None else (root,)).holds(file):
+        if not nameable(file):
+            return "name", f"the name of {shown(file)} is not UTF-8, which no table can hold: rename it"
+        if not Reach.of(folder.path, root).holds(file):
             return "outside the folder", f"{file} leads out of {folder.path}"
         try:
             ImageRef(path=file).load()
@@ -159,14 +160,18 @@ def _tell(faults: Mapping[str, tuple[str, str]], total: int, listed: Path, conso
     skipped.say(skipped.told(reasons, total, listed, "names of pictures"), console)
 
 
-def _prompts(stems: Sequence[str], folders: Sequence[Folder], found: Found, console: Console) -> list[str]:
+def _prompts(
+    stems: Sequence[str], folders: Sequence[Folder], found: Found, root: Path | None, console: Console
+) -> list[str]:
     """Return the prompt of every name; say how many are only the name."""
-    written = {folder.path: _captions(folder) for folder in folders}
+    reaches = {folder.path: Reach.of(folder.path, root) for folder in folders}
+    written = {path: captions.of_folder(reach) for path, reach in reaches.items()}
     prompts, guessed = [], []
     for stem in stems:
         said: dict[str, Path] = {}
         for folder in folders:
-            caption = _beside(found[folder.name][stem][0]) or written[folder.path].get(stem, "")
+            beside = captions.beside(found[folder.name][stem][0], reaches[folder.path])
+            caption = beside or written[folder.path].get(stem, "")
             if caption:
                 said.setdefault(caption, folder.path)
         if len(said) > 1:
@@ -184,42 +189,3 @@ def _prompts(stems: Sequence[str], folders: Sequence[Folder], found: Found, cons
             soft_wrap=True,
         )
     return prompts
-
-
-def _beside(picture: Path) -> str:
-    """Return the text in a file beside a picture, or ""."""
-    for suffix in TEXTS:
-        file = picture.with_suffix(suffix)
-        if file.is_file():
-            return file.read_text(encoding="utf-8", errors="replace").strip()
-    return ""
-
-
-def _captions(folder: Folder) -> dict[str, str]:
-    """Return the captions by name that files about the whole folder hold."""
-    if folder.has_manifest:
-        table = Manifest.read(folder.path).table
-        return dict(zip(table["file"].map(lambda name: nfc(Path(name).stem)), table["prompt"], strict=True))
-    for file in (folder.path / CAPTIONS_FILE, folder.path.resolve().parent / CAPTIONS_FILE):
-        if file.is_file():
-            return {nfc(Path(name).stem) if is_picture(name) else name: str(text).strip()
-                    for name, text in read_captions(file).items()}  # fmt: skip
-    for name in METADATA:
-        if (folder.path / name).is_file():
-            return _metadata(folder.path / name)
-    return {}
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    try:
-        table = pd.read_csv(file) if file.suffix == ".csv" else pd.read_json(file, lines=True)
-    except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read {file} ({error}).") from error
-    caption = next((name for name in CAPTIONS if name in table), None)
-    if "file_name" not in table or caption is None:
-        raise DataError(f"{file} needs file_name and one of {', '.join(CAPTIONS)}; it has {', '.join(table)}.")
-    rows = table.dropna(subset=["file_name", caption])
-    return {
-        nfc(Path(str(name)).stem): str(text).strip()
-        for name, text in zip(rows["file_name"], rows[caption], strict=True)
-    }

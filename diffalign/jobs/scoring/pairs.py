@@ -21,6 +21,7 @@ from diffalign.jobs.scoring import tables
 from diffalign.jobs.scoring.engine import Judge
 from diffalign.jobs.scoring.items import Item, Source
 from diffalign.jobs.scoring.shares import Index
+from diffalign.text_files import shown
 
 # What equal scores count as, by name; agreement is 1, 0.5 or 0 a pair. PickScore's rule also makes near scores equal.
 TIE_RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -81,12 +82,12 @@ class PairImages(Source):
             try:
                 row = self.pairs[index]
             except RowError as error:
-                name = f"{error.place.file}, {error.place.unit} {error.place.row}"
+                name = shown(f"{error.place.file}, {error.place.unit} {error.place.row}")
                 yield from (Item(2 * index + side, name, "", None, error.detail) for side in (0, 1))
                 continue
             for side, (ref, caption) in enumerate(zip(row.images, row.prompts, strict=True)):
                 data = ref.data if ref.data is not None else str(ref.path)
-                name = f"{ref.place.file}, {ref.place.unit} {ref.place.row}"
+                name = shown(f"{ref.place.file}, {ref.place.unit} {ref.place.row}")
                 yield Item(2 * index + side, name, row.prompts[0], data, None, caption)
 
     def content(self) -> str:

@@ -6,18 +6,23 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path, PurePath
 
+import pandas as pd
+
+from diffalign.data.saved import STATE, saved_files
 from diffalign.errors import DataError
 from diffalign.evaluation.manifest import FILE_NAME
-from diffalign.jobs.drawing import pictures
+from diffalign.jobs.drawing import captions, pictures
 from diffalign.jobs.drawing.prompts import read_prompts
 from diffalign.jobs.scoring.items import Files, Joined, PictureSource
-from diffalign.jobs.scoring.tabular import JsonRows, ParquetRows
-from diffalign.jobs.scoring.tars import TarShard
-from diffalign.pictures import is_hidden, is_picture
+from diffalign.jobs.scoring.tabular import ArrowRows, JsonRows, ParquetRows
+from diffalign.jobs.scoring.tars import NO_CAPTION, TarShard
+from diffalign.pictures import Reach, is_hidden, is_picture, nfc
+from diffalign.text_files import nameable, shown, well_formed
 
 BRACES = re.compile(r"\{([^{}]*)\}")
-TABLES = {".parquet": ParquetRows, ".jsonl": JsonRows, ".ndjson": JsonRows}
+TABLES = {".parquet": ParquetRows, ".jsonl": JsonRows, ".ndjson": JsonRows, ".arrow": ArrowRows}
 CONTAINERS = (".tar", *TABLES)
+UNNAMEABLE = "its name is not UTF-8, which no table can hold: rename it"
 METADATA = "metadata.jsonl"  # beside the pictures of an imagefolder
 
 
@@ -65,9 +70,10 @@ def open_places(
     """
     if prompts_file is not None and prompt is not None:
         raise DataError("Give --prompts FILE (one a picture) or --prompt TEXT (for all), not both.")
+    prompt = None if prompt is None else well_formed(prompt)
     own = with_prompts and prompts_file is None and prompt is None  # captions come from the data
     columns = {"image": image_column, "caption": caption_column, "with_prompts": own, "root": root}
-    named = [name for place in places for written in _written(place) for name in _contents(written)]
+    named = [name for place in places for written in _written(place) for name in _contents(written, root)]
     parts: list[PictureSource] = []
     for suffix, group in groupby(named, key=lambda name: _container(name)):
         names = list(group)
@@ -93,10 +99,35 @@ def _prompts(file: Path | None, prompt: str | None, count: int) -> list[str] | N
 
 def _files(names: list[str], prompts_file: Path | None, prompt: str | None, own: bool, root: Path | None) -> Files:
     files = pictures.find(names, root)
+    faults = {shown(file): UNNAMEABLE for file in files if not nameable(file)}
+    known = all((folder / FILE_NAME).is_file() for folder in {file.parent for file in files})
+    if own and not known:
+        return _with_captions(files, faults, root)
     if not own and prompts_file is None and prompt is None:
-        known = all((folder / FILE_NAME).is_file() for folder in {file.parent for file in files})
         prompt = None if known else ""  # nobody reads it
-    return Files(pictures.with_prompts(files, prompts_file, prompt))
+    return Files(pictures.with_prompts(files, prompts_file, prompt), faults)
+
+
+def _with_captions(files: list[Path], faults: dict[str, str], root: Path | None) -> Files:
+    """Return picture files with what is written beside them; one without is a fault, none at all an error."""
+    reaches = {folder: Reach.of(folder, root) for folder in {file.parent for file in files}}
+    known = {folder: captions.of_folder(reach) for folder, reach in reaches.items()}
+    prompts: list[str] = []
+    for file in files:
+        try:
+            beside = captions.beside(file, reaches[file.parent])
+            prompts.append(beside or known[file.parent].get(nfc(file.stem), ""))
+            fault = None if prompts[-1] else NO_CAPTION
+        except DataError as error:
+            prompts.append("")
+            fault = str(error).rstrip(".")
+        if fault:
+            faults.setdefault(shown(file), fault)
+    if not any(prompts) and NO_CAPTION in faults.values():
+        return Files(pictures.with_prompts(files, None, None))  # says what is missing
+    rows = pd.DataFrame({"file": list(map(shown, files)), "prompt": prompts})
+    rows["model"] = [shown(file.parent) for file in files]
+    return Files(rows.assign(prompt_id=pd.factorize(rows["prompt"])[0], seed=0), faults)
 
 
 def _written(place: str) -> list[str]:
@@ -109,12 +140,14 @@ def _container(name: str) -> str | None:
     return path.suffix.lower() if path.suffix.lower() in CONTAINERS and not path.is_dir() else None
 
 
-def _contents(name: str) -> list[str]:
+def _contents(name: str, root: Path | None) -> list[str]:
     """Return the containers in a folder or of a pattern, or the name itself: pictures are found by `pictures.find`."""
     path = Path(name).expanduser()
     if path.is_dir() and not (path / FILE_NAME).is_file():
         if (path / METADATA).is_file():
             return [str(path / METADATA)]
+        if (path / STATE).is_file():
+            return [str(file) for file in saved_files(path, Reach.of(path, root))]
         seen = [entry for entry in sorted(path.iterdir()) if not is_hidden(PurePath(entry.name))]
         if not any(map(is_picture, seen)):
             return [str(entry) for entry in seen if _container(str(entry))] or [name]

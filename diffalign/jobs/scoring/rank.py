@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from diffalign.data import win_rate_labels
+from diffalign.data import tables, win_rate_labels
+from diffalign.data.schema import noise_text
 from diffalign.errors import DataError, suggestion
 from diffalign.evaluation.manifest import NOISE, atomic_write
 from diffalign.jobs import skipped
@@ -68,13 +69,12 @@ def rank(
 
 
 def _read(file: Path) -> pd.DataFrame:
-    readers = {".parquet": pd.read_parquet, ".csv": pd.read_csv, ".jsonl": lambda f: pd.read_json(f, lines=True)}
-    if file.suffix not in readers:
-        raise DataError(f'Cannot read scores from "{file}": expected a name ending in {", ".join(readers)}.')
+    if not tables.is_table(file):
+        raise DataError(f'Cannot read scores from "{file}": expected a name ending in {", ".join(tables.KINDS)}.')
     try:
-        table = readers[file.suffix](file)
-    except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read {file} ({error}). Write it with diffalign score FOLDER --out {file}.") from error
+        table = tables.read_columns(file, numbers=("score",))
+    except DataError as error:
+        raise DataError(f"{error} Write it with diffalign score FOLDER --out {file}.") from error
     for name in NEEDED:
         if name not in table.columns:
             hint = suggestion(name, table.columns)
@@ -88,7 +88,7 @@ def _read(file: Path) -> pd.DataFrame:
 def _groups(table: pd.DataFrame) -> Iterator[Scored]:
     """Yield the pictures of every prompt, in the order of the table."""
     drawn_from = None
-    if NOISE in table.columns and table[NOISE].notna().all():
+    if NOISE in table.columns and table[NOISE].map(noise_text).notna().all():
         drawn_from = dict(zip(table["file"], table[NOISE], strict=True))
     for prompt, part in table.groupby("prompt", sort=False):
         wide = part.pivot_table(index="file", columns="scorer", values="score", sort=False)

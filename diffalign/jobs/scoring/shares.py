@@ -16,6 +16,7 @@ from diffalign.evaluation.manifest import atomic_write
 from diffalign.jobs.scoring.decode import KEY
 from diffalign.jobs.scoring.items import Source
 from diffalign.jobs.scoring.store import Known
+from diffalign.text_files import shown
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def request_id(source: Source, count: int) -> str:
     Of several it depends on the content: what another process left of earlier pictures is not taken for its part.
     """
     content = source.content() if count > 1 else ""
-    return hashlib.blake2b(f"{source.name}\0{len(source)}\0{content}".encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(f"{shown(source.name)}\0{len(source)}\0{content}".encode(), digest_size=8).hexdigest()
 
 
 def write_index(folder: Path, request: str, share: Share, index: Index) -> None:
@@ -92,7 +93,7 @@ def write_index(folder: Path, request: str, share: Share, index: Index) -> None:
     raw = np.ascontiguousarray(index.keys).view(np.uint8).reshape(-1, 32)
     columns = {"key": [row.tobytes() for row in raw], "name": index.names, "caption": index.captions}
     with atomic_write(_place(folder, request, share)) as temporary:
-        pd.DataFrame({**columns, "fault": index.faults}).to_parquet(temporary)
+        pd.DataFrame({**columns, "fault": list(map(shown, index.faults))}).to_parquet(temporary)
 
 
 def read_indices(folder: Path, request: str, count: int, source: Source) -> Iterator[Index]:

@@ -1,6 +1,5 @@
-"""Tables of pictures with captions: parquet files, and JSON lines with paths."""
+"""Tables of pictures with captions: parquet and Arrow files, and JSON lines with paths."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,14 @@ import pyarrow.parquet as pq
 from diffalign.data import RowError
 from diffalign.data.pairs import Place
 from diffalign.data.parquet import READ_ERRORS, open_parquet
-from diffalign.data.schema import MOST_CHARACTERS, image_ref
+from diffalign.data.schema import cell_value, image_ref
+from diffalign.data.tables import open_arrow
 from diffalign.errors import DataError, suggestion
+from diffalign.jobs.drawing.captions import CAPTIONS
 from diffalign.jobs.scoring.items import Item, PictureSource
-from diffalign.jobs.scoring.tars import CAPTIONS, NO_CAPTION
+from diffalign.jobs.scoring.tars import NO_CAPTION
 from diffalign.pictures import Reach
+from diffalign.text_files import caption_fault, mapped, numbered_lines, parse_json, shown, well_formed
 
 IMAGES = ("image", "jpg", "png", "webp", "img", "picture", "file_name", "file", "path", "image_path")
 ROWS_AT_ONCE = 32  # of encoded pictures in memory, besides those on their way to the workers
@@ -51,8 +53,9 @@ class _Rows(PictureSource):
 
     def __init__(self, file: Path, root: Path | None = None):
         self.file, self.name = file, str(file)
-        self.reach = Reach(file.parent, () if root is None else (root,))
+        self.reach = Reach.of(file.parent, root)
         self.prompts: list[str | None] = []
+        self.faults: dict[int, str] = {}  # by row, why its caption is none
         self.numbers: Sequence[int] = ()  # of the rows in the file
         self.with_prompts = True
 
@@ -61,17 +64,22 @@ class _Rows(PictureSource):
 
     def table(self) -> pd.DataFrame:
         """Return file ("table:row"), prompt and model (the table) of every row."""
-        files = [f"{self.name}:{number}" for number in self.numbers]
-        return pd.DataFrame({"file": files, "prompt": [p or "" for p in self.prompts], "model": self.name})
+        files = [shown(f"{self.name}:{number}") for number in self.numbers]
+        return pd.DataFrame({"file": files, "prompt": [p or "" for p in self.prompts], "model": shown(self.name)})
+
+    def add_caption(self, value: Any) -> None:
+        """Take what the next row holds as its caption."""
+        fault = caption_fault(value)
+        if fault is not None:
+            self.faults[len(self.prompts)] = NO_CAPTION if fault[0].startswith("empty") else fault[1]
+        self.prompts.append(None if fault else well_formed(value))
 
     def item(self, row: int, value: Any) -> Item:
         """Return the picture in a cell."""
         found = located(value, Place(self.name, self.numbers[row], self.unit), self.reach)
-        if self.with_prompts and not self.prompts[row]:
-            found = {"fault": NO_CAPTION}
-        elif self.with_prompts and len(self.prompts[row]) > MOST_CHARACTERS:
-            found = {"fault": f"its caption has {len(self.prompts[row])} characters, more than {MOST_CHARACTERS}"}
-        return Item(row, f"{self.name}:{self.numbers[row]}", self.prompts[row] or "", **found)
+        if self.with_prompts and row in self.faults:
+            found = {"fault": self.faults[row]}
+        return Item(row, shown(f"{self.name}:{self.numbers[row]}"), self.prompts[row] or "", **found)
 
 
 class ParquetRows(_Rows):
@@ -97,10 +105,17 @@ class ParquetRows(_Rows):
             self.image = column(image, IMAGES, found, file, "--image-column")
             counts = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
         self.groups = pd.Series([0, *counts]).cumsum().tolist()  # first row of each, and the end
-        self.prompts, self.numbers = [None] * self.groups[-1], range(self.groups[-1])
-        if with_prompts:
-            name = column(caption, CAPTIONS, found, file, "--caption-column")
-            self.prompts = pq.read_table(file, columns=[name]).column(name).to_pylist()
+        self.numbers = range(self.groups[-1])
+        if not with_prompts:
+            self.prompts = [None] * len(self.numbers)
+            return
+        name = column(caption, CAPTIONS, found, file, "--caption-column")
+        try:
+            cells = pq.read_table(file, columns=[name]).column(name)
+        except READ_ERRORS as error:
+            raise DataError(f'{file}: column "{name}" cannot be read ({error}). Fetch it again.') from error
+        for cell in cells:
+            self.add_caption(cell_value(cell))
 
     def items(self, start: int, stop: int) -> Iterator[Item]:
         """Yield rows; a row group that cannot be read is a fault of each of its rows."""
@@ -121,7 +136,40 @@ class ParquetRows(_Rows):
         except READ_ERRORS as error:
             for broken in range(row, self.groups[group + 1]):
                 fault = f"row group {group} cannot be read ({error})"
-                yield Item(broken, f"{self.name}:{broken}", self.prompts[broken] or "", None, fault)
+                yield Item(broken, shown(f"{self.name}:{broken}"), self.prompts[broken] or "", None, fault)
+
+
+class ArrowRows(_Rows):
+    """Offer the rows of an Arrow file, as `datasets` saves them; images are as in parquet.
+
+    Raises:
+        DataError: the file cannot be read, or a column is missing.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        *,
+        image: str | None = None,
+        caption: str | None = None,
+        with_prompts: bool = True,
+        root: Path | None = None,
+    ):
+        super().__init__(file, root)
+        self.with_prompts = with_prompts
+        table = open_arrow(file)
+        self.images = table.column(column(image, IMAGES, table.column_names, file, "--image-column"))
+        self.numbers = range(len(table))
+        if not with_prompts:
+            self.prompts = [None] * len(table)
+            return
+        for cell in table.column(column(caption, CAPTIONS, table.column_names, file, "--caption-column")):
+            self.add_caption(cell_value(cell))
+
+    def items(self, start: int, stop: int) -> Iterator[Item]:
+        """Yield these rows."""
+        for row, cell in enumerate(self.images.slice(start, stop - start), start):
+            yield self.item(row, cell.as_py())
 
 
 class JsonRows(_Rows):
@@ -147,14 +195,15 @@ class JsonRows(_Rows):
         self.values: list[Any] = []
         self.numbers = []
         names, captions = (image,) if image else IMAGES, (caption,) if caption else CAPTIONS
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    record = _parsed(line)
-                    self.numbers.append(number)
-                    self.values.append(next((record[name] for name in names if name in record), None))
-                    prompt = next((record[name] for name in captions if name in record), None)
-                    self.prompts.append(prompt if isinstance(prompt, str) and prompt.strip() else None)
+        self.broken: dict[int, str] = {}  # by row, why its line is none
+        for number, _, line in numbered_lines(mapped(file)):
+            record = _parsed(line)
+            if isinstance(record, str):
+                self.broken[len(self.values)] = record
+                record = {}
+            self.numbers.append(number)
+            self.values.append(next((record[name] for name in names if name in record), None))
+            self.add_caption(next((record[name] for name in captions if name in record), None))
         if not self.values:
             raise DataError(f"{file} is empty.")
         if all(value is None for value in self.values):
@@ -163,12 +212,14 @@ class JsonRows(_Rows):
     def items(self, start: int, stop: int) -> Iterator[Item]:
         """Yield the pictures of these lines."""
         for row in range(start, stop):
-            yield self.item(row, self.values[row])
+            item = self.item(row, self.values[row])
+            yield item._replace(fault=self.broken[row]) if row in self.broken else item
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
+def _parsed(line: bytes) -> dict[str, Any] | str:
+    """Return the object in a line, or what is wrong with it."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}  # no image: a fault of this line
-    return record if isinstance(record, dict) else {}
+        record = parse_json(line)
+    except ValueError as error:
+        return f"not valid JSON ({error})"
+    return record if isinstance(record, dict) else f"expected a JSON object, got {type(record).__name__}"

@@ -1,31 +1,19 @@
 """WebDataset shards: a tar whose members cat.jpg and cat.txt, or cat.json, belong together."""
 
-import json
-import tarfile
-from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from diffalign.data.schema import MOST_CHARACTERS
+from diffalign.data.tars import Member, members
 from diffalign.errors import DataError
-from diffalign.jobs.scoring.items import Item, PictureSource, Span
-from diffalign.pictures import SUFFIXES, is_hidden, tell
-from reward_models.pictures import open_regular
+from diffalign.jobs.drawing.captions import CAPTIONS, TEXTS
+from diffalign.jobs.scoring.items import Item, PictureSource
+from diffalign.pictures import SUFFIXES
+from diffalign.text_files import caption_fault, parse_json, shown, well_formed
 
-TEXTS = (".txt", ".caption", ".prompt")
-CAPTIONS = ("caption", "prompt", "text")  # what a JSON object or a column may call it
 NO_CAPTION = "it has no caption"
-MOST_TEXT = 4 * MOST_CHARACTERS  # bytes of a caption; larger ones, and sparse ones that would be, are none
-
-
-class _Member(NamedTuple):
-    name: str
-    key: str  # what the members of a sample share
-    span: Span
-    fault: str | None = None
 
 
 class TarShard(PictureSource):
@@ -37,38 +25,33 @@ class TarShard(PictureSource):
 
     def __init__(self, file: Path, *, with_prompts: bool = True):
         self.name, self.with_prompts = str(file), with_prompts
-        self.members: list[_Member] = []
+        self.members: list[Member] = []
         self.captions: dict[str, str] = {}
-        self.left_out: Counter[str] = Counter()
-        try:
-            with open_regular(file) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
-                for member in tar:
-                    self._add(tar, member)
-                    tar.members = []  # it keeps every header otherwise
-        except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:  # of absurd headers, too
-            if self.members:
-                return  # it breaks off: the last picture will be found to be cut
-            raise DataError(f"Cannot read {file} as a tar shard ({error}). Compressed shards: gunzip first.") from error
-        tell(file, +self.left_out)
+        self.faults: dict[str, str] = {}  # why a caption is none
+        for member in members(file):
+            if member.suffix in SUFFIXES:
+                self.members.append(member)
+            elif member.suffix in TEXTS or member.suffix == ".json":
+                self._add_text(member)
         if not self.members:
             raise DataError(f"{file} holds no picture ({', '.join(SUFFIXES)}).")
 
-    def _add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        path = PurePosixPath(member.name)
-        stem, dot, rest = path.name.partition(".")
-        key, suffix = str(path.parent / stem), f".{rest.lower().rpartition('.')[2]}" if dot else ""
-        if not member.isfile() or is_hidden(path.relative_to(path.anchor)):
-            self.left_out["hidden"] += member.isfile() and suffix in SUFFIXES
+    def _add_text(self, member: Member) -> None:
+        """Take a caption; of several the one of a text file."""
+        key, is_json = member.key, member.suffix == ".json"
+        if is_json and key in self.captions:
             return
-        if suffix in SUFFIXES:
-            span, fault = Span(self.name, member.offset_data, member.size), None
-            if member.issparse():
-                fault = "it is a sparse member, whose bytes do not stand in one place; pack the tar without --sparse"
-            self.members.append(_Member(member.name, key, span, fault))
-        elif (suffix in TEXTS or suffix == ".json") and member.size <= MOST_TEXT:
-            content = tar.extractfile(member).read().decode("utf-8", "replace")
-            if caption := _from_json(content) if suffix == ".json" else content.strip():
-                self.captions[key] = caption
+        try:
+            text = member.text()
+        except DataError as error:
+            self.faults.setdefault(key, str(error).rstrip("."))
+            return
+        found = _from_json(text) if is_json else text.strip()
+        fault = caption_fault(found)
+        if fault is None:
+            self.captions[key] = well_formed(found)
+        elif not fault[0].startswith("empty"):
+            self.faults.setdefault(key, fault[1])
 
     def __len__(self) -> int:
         return len(self.members)
@@ -77,25 +60,29 @@ class TarShard(PictureSource):
         """Yield the members at these positions."""
         for position, member in enumerate(self.members[start:stop], start):
             caption = self.captions.get(member.key)
-            fault = member.fault or (NO_CAPTION if caption is None and self.with_prompts else None)
-            yield Item(position, f"{self.name}:{member.name}", caption or "", member.span, fault)
+            fault = member.fault
+            if fault is None and caption is None and self.with_prompts:
+                fault = self.faults.get(member.key, NO_CAPTION)
+            yield Item(position, shown(f"{self.name}:{member.name}"), caption or "", member.span, fault)
 
     def table(self) -> pd.DataFrame:
         """Return file ("shard.tar:member"), prompt and model (the shard) of every picture."""
         return pd.DataFrame(
             {
-                "file": [f"{self.name}:{member.name}" for member in self.members],
+                "file": [shown(f"{self.name}:{member.name}") for member in self.members],
                 "prompt": [self.captions.get(member.key, "") for member in self.members],
-                "model": self.name,
+                "model": shown(self.name),
             }
         )
 
 
-def _from_json(text: str) -> str:
+def _from_json(text: str) -> Any:
+    """Return the caption of an object, whatever it is; None where nothing is called so."""
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        return ""
+        record = parse_json(text)
+    except ValueError:
+        return None
     if not isinstance(record, dict):
-        return ""
-    return next((record[name] for name in CAPTIONS if isinstance(record.get(name), str) and record[name].strip()), "")
+        return None
+    named = [record[name] for name in CAPTIONS if record.get(name) is not None]
+    return next((value for value in named if caption_fault(value) is None), named[0] if named else None)

@@ -14,6 +14,7 @@ from diffalign.backbones.base import Backbone
 from diffalign.config import Config
 from diffalign.errors import ConfigError
 from diffalign.evaluation import SamplingSettings, comparison_grid, generate, save_grid
+from diffalign.evaluation.fonts import missing_glyphs
 from diffalign.jobs.drawing.prompts import is_prompt_file, read_prompts
 from diffalign.training.sharding import is_sharded
 
@@ -30,6 +31,8 @@ def drawer(config: Config, backbone: Backbone, accelerator: Accelerator) -> Call
     if not wanted.validation_prompts:
         raise ConfigError("validation.validation_steps needs validation.validation_prompts: a list, or a text file.")
     prompts = _prompts(wanted.validation_prompts)
+    if lacking := missing_glyphs(None, prompts):
+        accelerator.print(lacking)
     settings = SamplingSettings(
         num_inference_steps=wanted.num_inference_steps,
         guidance_scale=wanted.guidance_scale,

@@ -19,6 +19,7 @@ from diffalign.evaluation import SamplingSettings
 from diffalign.jobs.world.generators import Generator, choose, draw
 from diffalign.shapes.captioner import describe
 from diffalign.shapes.oracle import Oracle
+from diffalign.text_files import read_lines
 
 SAMPLING = SamplingSettings(num_inference_steps=16, guidance_scale=2.5, batch_size=64)
 
@@ -65,7 +66,7 @@ def read_captions(assets: Path) -> list[str]:
     file = assets / "prompts" / "tiny-train.txt"
     if not file.is_file():
         raise DataError(f"There is no {file}. Build the part prompts first: diffalign shapes build --parts prompts.")
-    return file.read_text(encoding="utf8").splitlines()
+    return read_lines(file)
 
 
 def sample(

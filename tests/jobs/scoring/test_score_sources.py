@@ -4,7 +4,11 @@ import io
 import json
 import tarfile
 
+import datasets
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -135,3 +139,74 @@ def test_a_shard_that_breaks_off_loses_its_last_picture(tmp_path, scorer_folders
 def test_places_that_hold_nothing_are_named(tmp_path, make, message):
     with pytest.raises(DataError, match=message):
         open_places([str(make(tmp_path))])
+
+
+CELLS = [["a", "b"], 3, 0.5, None, float("nan"), " ", True]
+VERDICTS = ["(list), expected text", "(int), expected text", "(float), expected text", *["it has no caption"] * 3,
+            "(bool), expected text"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cell", "verdict"), list(zip(CELLS, VERDICTS, strict=True)), ids=map(repr, CELLS))
+def test_cells_that_are_no_captions_are_judged_alike_in_all_layouts(cell, verdict, tmp_path):
+    record = {"image": "0.png", "caption": cell}
+    (tmp_path / "0.png").write_bytes(PICTURES[0])
+    (tmp_path / "p.jsonl").write_text(json.dumps(record) + "\n")
+    pq.write_table(pa.table({"image": ["0.png"], "caption": [cell]}), tmp_path / "p.parquet")
+    write_tar(tmp_path / "p.tar", [("0.png", PICTURES[0]), ("0.json", json.dumps(record).encode())])
+    for name in ("p.jsonl", "p.parquet", "p.tar"):
+        (item,) = open_places([str(tmp_path / name)]).items(0, 1)
+        assert item.fault.endswith(verdict), name
+
+
+def test_captions_beside_the_pictures(tmp_path, scorer_folders):
+    for number, content in enumerate(PICTURES):
+        (tmp_path / f"{number}.png").write_bytes(content)
+    (tmp_path / "0.txt").write_bytes("a red circle\r\n".encode("utf-16"))
+    (tmp_path / "1.caption").write_text(TEXTS[1])
+    (tmp_path / "2.txt").write_bytes("a café".encode("cp1252"))
+    found = score.score_images(
+        [str(tmp_path)], tmp_path / "s.csv", [f"pickscore={scorer_folders['pickscore']}"], console=QUIET
+    )
+    assert found["prompt"].tolist() == ["a red circle", TEXTS[1]]
+    broken = [json.loads(line) for line in (tmp_path / "s.broken.jsonl").read_text().splitlines()]
+    assert [line["file"].rpartition("/")[2] for line in broken] == ["2.png", "3.png"]
+    assert "not UTF-8" in broken[0]["reason"]
+    assert broken[1]["reason"] == "it has no caption"
+
+
+def test_folders_of_save_to_disk(tmp_path):
+    rows = {"image": [{"bytes": content, "path": None} for content in PICTURES], "caption": TEXTS}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    source = open_places([str(tmp_path / "saved")])
+    assert [(item.data, item.prompt) for item in source.items(1, 4)] == list(zip(PICTURES, TEXTS, strict=True))[1:]
+
+
+def test_names_that_are_not_utf8_are_listed(tmp_path, scorer_folders):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "0.png").write_bytes(PICTURES[0])
+    with open(bytes(tmp_path / "p") + b"/caf\xe9.png", "wb") as file:
+        file.write(PICTURES[1])
+    judge = [f"pickscore={scorer_folders['pickscore']}"]
+    found = score.score_images([str(tmp_path / "p")], tmp_path / "s.parquet", judge, prompt="a \ud83d", console=QUIET)
+    assert found["prompt"].tolist() == ["a \ufffd"]
+    (broken,) = (json.loads(line) for line in (tmp_path / "s.broken.jsonl").read_text().splitlines())
+    assert broken["file"].endswith("caf\\xe9.png")
+    assert "rename it" in broken["reason"]
+
+
+def test_lines_that_are_no_json_say_why(tmp_path):
+    (tmp_path / "0.png").write_bytes(PICTURES[0])
+    good = json.dumps({"image": "0.png", "caption": "a \ud83d"}).encode()
+    (tmp_path / "p.jsonl").write_bytes(good + b'\n{"image": "0.png", "caption": "caf\xe9"}\n[1]\n')
+    items = list(open_places([str(tmp_path / "p.jsonl")]).items(0, 3))
+    assert (items[0].prompt, items[0].fault) == ("a \ufffd", None)
+    assert "cp1252" in items[1].fault
+    assert items[2].fault == "expected a JSON object, got list"
+
+
+def test_text_that_is_not_utf8_in_a_parquet_is_a_fault_of_its_row(tmp_path):
+    texts = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 3, 7], "<i4")), pa.py_buffer(b"catcaf\xe9"))
+    pq.write_table(pa.table({"image": PICTURES[:2], "caption": texts}), tmp_path / "p.parquet")
+    items = list(open_places([str(tmp_path / "p.parquet")]).items(0, 2))
+    assert [item.prompt for item in items] == ["cat", ""]
+    assert "(bytes), expected text" in items[1].fault
