@@ -145,3 +145,27 @@ def test_only_pictures_are_copied(tmp_path):
         assert source.counts.skipped == {"broken image": 1}
     with pytest.raises(DataError, match=r"Cannot read the picture .*secret\.png \(it is not a picture\)"):
         _bytes(str(tmp_path / "secret.png"))
+
+
+def test_captions_beside_pictures_lead_nowhere_else(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (tmp_path / "secret.txt").write_text("a secret")
+    for name in ("a", "b"):
+        (folder / f"{name}.png").write_bytes(GOOD)
+    (folder / "a.txt").symlink_to("../secret.txt")
+    os.mkfifo(folder / "b.caption")
+    (folder / "b.txt").write_text("a cat")
+
+    def captions(**how):
+        source = open_places([str(folder)], **how)
+        return [(item.prompt, item.fault) for item in source.items(0, len(source))]
+
+    (prompt, fault), other = captions()
+    assert prompt == ""
+    assert "leads out of" in fault
+    assert other == ("a cat", None)
+    assert captions(root=tmp_path) == [("a secret", None), ("a cat", None)]
+    (folder / "captions.json").symlink_to("../secret.txt")
+    with pytest.raises(DataError, match=r"captions\.json leads out of"):
+        captions()
