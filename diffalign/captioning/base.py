@@ -27,7 +27,9 @@ class Question:
     @cached_property
     def key(self) -> bytes:
         """Return a hash of the content: the same picture and text in two rows are one question."""
-        return digest_bytes(self.text.encode(errors="surrogatepass") + b"\0" + (self.image.digest if self.image else b""))
+        return digest_bytes(
+            self.text.encode(errors="surrogatepass") + b"\0" + (self.image.digest if self.image else b"")
+        )
 
 
 @dataclass(frozen=True)

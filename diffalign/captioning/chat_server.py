@@ -17,7 +17,7 @@ LONGEST_SIDE = 1024  # pixels of a picture that is sent
 GIVE_UP = 20  # failures in a row: the server is down, or cannot do what is asked
 # Our own wording, for want of DIPPER.
 PARAPHRASES = {
-    "weak": "Rewrite this caption of a picture so that it says nearly the same in other words; one detail may be lost. ",
+    "weak": "Rewrite this caption of a picture so that it says nearly the same in other words; a detail may be lost. ",
     "medium": "Rewrite this caption of a picture in other words, changing or losing about half of its details. ",
     "strong": "Rewrite this caption of a picture so freely that little but its subject remains. ",
 }
@@ -108,15 +108,17 @@ class ChatServer(Captioner):
         """Return the names of the server's models, none if it does not tell; raise ModelError where nobody answers."""
         if self._is_there:
             return []
+        names: list[str] = []
         try:
             names = self.endpoint.once("models", None, lambda answer: [str(model["id"]) for model in answer["data"]])
-        except RefusedError:
-            names = []
         except PassingError as error:
-            raise ModelError(
-                f"No server answers at {self.endpoint.address} ({error}). Start it, e.g. `vllm serve "
-                "llava-hf/llava-v1.6-34b-hf`, or correct the address: it usually ends in /v1."
-            ) from error
+            if not error.is_there:
+                raise ModelError(
+                    f"No server answers at {self.endpoint.address} ({error}). Start it, e.g. `vllm serve "
+                    "llava-hf/llava-v1.6-34b-hf`, or correct the address: it usually ends in /v1."
+                ) from error
+        except RefusedError:
+            pass
         self._is_there = True
         return names
 

@@ -105,7 +105,7 @@ class Dipper(Captioner):
 class KeyedSampling(LogitsProcessor):
     """Turn greedy decoding into sampling from the nucleus, each row with noise of its own seed.
 
-    The largest of logits plus Gumbel noise is a sample of their softmax; what a row draws does not depend on the others.
+    The largest of logits plus Gumbel noise is a sample of their softmax; a row draws the same whatever the others are.
     """
 
     def __init__(self, seeds: Sequence[int], top_p: float):

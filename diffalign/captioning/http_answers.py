@@ -22,9 +22,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class PassingError(Exception):
     """Report a failure that may be over the next time: no connection, a full server, half an answer."""
 
-    def __init__(self, detail: str, wait: float = 0.0):
+    def __init__(self, detail: str, wait: float = 0.0, is_there: bool = True):
         super().__init__(detail)
-        self.wait = wait  # seconds that the server asks for
+        self.wait, self.is_there = wait, is_there  # seconds that the server asks for; it answered something
 
 
 class RefusedError(Exception):
@@ -87,7 +87,7 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             raise self._of_status(error) from error
         except (OSError, http.client.HTTPException) as error:
-            raise PassingError(f"{type(error).__name__}: {getattr(error, 'reason', error)}") from error
+            raise PassingError(f"{type(error).__name__}: {getattr(error, 'reason', error)}", is_there=False) from error
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise PassingError(f"an answer that cannot be read ({type(error).__name__}: {error})") from error
 

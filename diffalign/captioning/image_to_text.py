@@ -153,8 +153,8 @@ class ImageToText(Captioner):
             return kind.from_pretrained(self.path_or_id, **settings)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(
-                f'Cannot load the captioner "{self.path_or_id}" ({str(error).partition(chr(10))[0][:300]}). Give --with '
-                "model=FOLDER or hub id of an image-to-text model with its processor and safetensors, e.g. "
+                f'Cannot load the captioner "{self.path_or_id}" ({str(error).partition(chr(10))[0][:300]}). Give '
+                "--with model=FOLDER or hub id of an image-to-text model with its processor and safetensors, e.g. "
                 "blip=Salesforce/blip-image-captioning-large, or the address of a server."
             ) from error
 
