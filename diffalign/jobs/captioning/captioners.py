@@ -15,6 +15,7 @@ from diffalign.data import RowError
 from diffalign.errors import ConfigError, DataError, suggestion
 from diffalign.filtering.files import weights_identity
 from diffalign.jobs.devices import pick_device, pick_dtype
+from diffalign.places import local
 from diffalign.shapes.captioner import describe
 
 PROMPT, SHAPES, DROPPING, PARAPHRASER = "prompt", "shapes", "words", "dipper"
@@ -58,12 +59,12 @@ class Request:
             raise ConfigError(f'Unknown level "{self.perturb}" of --perturb.{hint} Use {", ".join(LEVELS)}.')
         if self.perturb_of not in SIDES:
             raise ConfigError(f'--perturb-of must be {" or ".join(SIDES)}, got "{self.perturb_of}".')
-        if self.perturb is None and (self.perturb_with, self.perturb_model, self.perturb_of) != (
-            "dipper",
-            None,
-            "loser",
-        ):
+        how = (self.perturb_with, self.perturb_model, self.perturb_of)
+        if self.perturb is None and how != (PARAPHRASER, None, "loser"):
             raise ConfigError("--perturb-with, --perturb-model and --perturb-of belong to --perturb: say how strongly.")
+        asks_server = _is_address(self.captioner) or _is_address(self.perturb_with)
+        if (self.model and not asks_server) or (self.perturb_model and not _is_address(self.perturb_with)):
+            raise ConfigError("--model and --perturb-model name what a server has: give its address (http://...) too.")
         if self.captioner == PROMPT and self.perturb is None:
             raise ConfigError("--with prompt says of both pictures the same, as DPO does: add --perturb weak (DCPO-p).")
         for name in ("batch_size", "new_tokens", "concurrency"):
@@ -76,6 +77,10 @@ class Request:
     def parts(self) -> Path:
         """Return the folder of what was answered."""
         return self.out.with_name(f"{self.out.name}.parts")
+
+
+def _is_address(wanted: str) -> bool:
+    return wanted.startswith(("http://", "https://"))
 
 
 class _World(Captioner):
@@ -102,9 +107,9 @@ def captioner_of(request: Request) -> Captioner | None:
             raise ConfigError(f"--with {wanted} asks nobody: leave out --template.")
         return None if wanted == PROMPT else _World()
     settings: dict[str, Any] = {"template": request.template, "new_tokens": request.new_tokens}
-    if wanted.startswith(("http://", "https://")):
+    if _is_address(wanted):
         return _server(wanted, request, model=request.model, **settings)
-    path = _path_of(wanted)
+    path = str(local(_path_of(wanted)))
     return ImageToText(path, **_machine(path, request), **settings)
 
 
@@ -114,7 +119,7 @@ def _path_of(wanted: str) -> str:
     path = path or MODELS.get(name)
     if path and name in MODELS:
         return path
-    if "=" not in wanted and name not in MODELS and ("/" in wanted or Path(wanted).is_dir()):
+    if "=" not in wanted and name not in MODELS and ("/" in wanted or local(wanted).is_dir()):
         return wanted
     raise ConfigError(
         f'Unknown captioner "{wanted}".{suggestion(name, [*MODELS, SHAPES, PROMPT])} Use blip, blip=PATH or model=PATH '
@@ -127,7 +132,7 @@ def perturber_of(request: Request) -> Captioner | None:
     if request.perturb is None:
         return None
     wanted = request.perturb_with
-    if wanted.startswith(("http://", "https://")):
+    if _is_address(wanted):
         asked = {"template": paraphrase(request.perturb), "new_tokens": request.new_tokens}
         return _server(wanted, request, model=request.perturb_model or request.model, **asked)
     name, _, path = wanted.partition("=")
@@ -136,7 +141,7 @@ def perturber_of(request: Request) -> Captioner | None:
     if name != PARAPHRASER:
         hint = suggestion(name, (PARAPHRASER, DROPPING))
         raise ConfigError(f'Unknown "{wanted}" of --perturb-with.{hint} Use dipper[=PATH], words or an address.')
-    path = path or DIPPER
+    path = str(local(path or DIPPER))
     return Dipper(request.perturb, path, seed=request.seed, **_machine(path, request))
 
 
