@@ -64,7 +64,10 @@ def write_blip(folder: Path) -> Path:
     text = {**SIZES, **ids, "vocab_size": len(tokenizer), "encoder_hidden_size": 16, "max_position_embeddings": 64}
     config = BlipConfig(text_config=text, vision_config={**SIZES, **SIDE}, projection_dim=8, image_text_hidden_size=8)
     processor = BlipProcessor(BlipImageProcessor(size=PIXELS), tokenizer)
-    return save(folder, loud(BlipForConditionalGeneration(config), 1), processor)
+    model = loud(BlipForConditionalGeneration(config), 1)
+    with torch.no_grad():
+        model.text_decoder.cls.predictions.bias[: len(marks)] = -100.0  # it never has nothing to say
+    return save(folder, model, processor)
 
 
 def words_tokenizer(*marks: str, bos: str = "<s>") -> PreTrainedTokenizerFast:
