@@ -5,6 +5,7 @@ import io
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from PIL import Image
@@ -58,7 +59,8 @@ class ChatServer(Captioner):
     def answers(self, questions: Sequence[Question]) -> Iterator[Answered]:
         """Yield every answer as it comes; threads that wait for one end with the process at the latest."""
         self._models()
-        todo, done, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+        # No thread asks on while answers wait to be kept: a kill loses few.
+        todo, done, stop = queue.SimpleQueue(), queue.Queue(self.concurrency), threading.Event()
         for question in questions:
             todo.put(question)
         for _ in range(min(self.concurrency, len(questions))):
@@ -78,8 +80,11 @@ class ChatServer(Captioner):
                 yield [(question, answer)]
         finally:
             stop.set()
+            with suppress(queue.Empty):  # let go of those that wait to hand over an answer
+                while True:
+                    done.get_nowait()
 
-    def _work(self, todo: queue.SimpleQueue, done: queue.SimpleQueue, stop: threading.Event) -> None:
+    def _work(self, todo: queue.SimpleQueue, done: queue.Queue, stop: threading.Event) -> None:
         while not stop.is_set():
             try:
                 question = todo.get_nowait()
