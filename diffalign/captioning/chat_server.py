@@ -93,6 +93,7 @@ class ChatServer(Captioner):
             try:
                 done.put((question, self._answer(question)))
             except BaseException as error:  # is raised where somebody sees it
+                stop.set()
                 done.put((question, error))
 
     def _answer(self, question: Question) -> str | Missing:

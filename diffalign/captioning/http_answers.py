@@ -67,14 +67,12 @@ class Endpoint:
             RefusedError: the server refuses this request.
             ModelError: the server lets nobody in.
         """
-        for attempt in range(self.retries + 1):
+        for attempt in range(self.retries):
             try:
                 return self.once(path, body, read)
             except PassingError as error:
-                if attempt == self.retries:
-                    raise
                 self.pause(min(max(error.wait, FIRST_WAIT * 2**attempt), LONGEST_WAIT))
-        raise AssertionError("unreachable")
+        return self.once(path, body, read)
 
     def once(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], Any]) -> Any:
         """Do as `send`, without a second attempt."""
