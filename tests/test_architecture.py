@@ -18,7 +18,7 @@ LAYERS = (
     {"objectives"},
     {"denoising"},
     {"backbones", "data"},
-    {"rollout", "training", "evaluation", "filtering", "labelling", "shapes"},
+    {"rollout", "training", "evaluation", "filtering", "labelling", "captioning", "shapes"},
     {"config"},
     {"jobs"},
     {"api", "cli"},
@@ -27,7 +27,7 @@ LAYERS = (
 # The wings of jobs/, from the ground up, by the same rule.
 WINGS = (
     {"devices", "sheets", "skipped"},
-    {"drawing", "rewards"},
+    {"drawing", "rewards", "captioning"},
     {"scoring"},
     {"training"},
     {"evaluating", "world"},

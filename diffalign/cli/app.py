@@ -11,6 +11,7 @@ from rich.console import Console
 import diffalign
 from diffalign.cli import (
     about,
+    captioning,
     evaluating,
     exporting,
     filtering,
@@ -66,7 +67,20 @@ def _root(
     """Take the options that stand before a command."""
 
 
-for module in (training, exporting, pictures, scoring, ranking, evaluating, labelling, filtering, reward, about, world):
+for module in (
+    training,
+    exporting,
+    pictures,
+    scoring,
+    ranking,
+    evaluating,
+    labelling,
+    filtering,
+    captioning,
+    reward,
+    about,
+    world,
+):
     module.register(app)
 
 

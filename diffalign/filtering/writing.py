@@ -84,19 +84,24 @@ def _fitting(table: pa.Table, schema: pa.Schema, file: str, first: str) -> pa.Ta
 
 
 def _write_pickapic(source: PairSource, part: pd.DataFrame, path: Path, advance: Callable[[int], None]) -> None:
-    schema = PICKAPIC
-    if source.has_noises:
-        schema = pa.schema([*PICKAPIC, *(pa.field(f"noise_{side}", pa.string()) for side in (0, 1))])
+    schema = schema_of(source)
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, len(part), ROWS):
             rows = source.rows(part["index"].iloc[start : start + ROWS].tolist())
-            records = [record for row in rows if (record := _whole(source, row))]
+            records = [record for row in rows if (record := whole(source, row))]
             writer.write_table(pa.Table.from_pylist(records, schema=schema))
             advance(len(rows))
 
 
-def _whole(source: PairSource, row: PairRow) -> dict[str, Any] | None:
-    """Return the record of a pair whose images are pictures: no other file's bytes are copied."""
+def schema_of(source: PairSource) -> pa.Schema:
+    """Return the columns of `whole`: Pick-a-Pic's, and what the images were drawn from where the source says it."""
+    if not source.has_noises:
+        return PICKAPIC
+    return pa.schema([*PICKAPIC, *(pa.field(f"noise_{side}", pa.string()) for side in (0, 1))])
+
+
+def whole(source: PairSource, row: PairRow) -> dict[str, Any] | None:
+    """Return the record of a pair whose images are pictures: no other file's bytes are copied. Image 0 won."""
     try:
         return _record(row)
     except RowError as error:
