@@ -34,7 +34,7 @@ from diffalign.evaluation.manifest import atomic_write
 from diffalign.jobs.drawing.prompts import read_prompts
 from diffalign.jobs.training.train import train
 from diffalign.jobs.world.demo import N_PROMPTS, SAMPLING, compare
-from diffalign.training import checkpoint, metrics
+from diffalign.training import checkpoints, metrics
 from diffalign.training.trainer import NonFiniteLoss
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +138,7 @@ def run(name: str, output: Path, overrides: Sequence[str], *, tuning: bool, shar
             raise
         row["failed"] = str(error)
     if tuning:
-        for folder in checkpoint.folders(output):  # there are many trials, and nobody looks at theirs
+        for folder in checkpoints.folders(output):  # there are many trials, and nobody looks at theirs
             shutil.rmtree(folder)
     return row | {"seconds": time.perf_counter() - started}
 

@@ -22,7 +22,7 @@ CASES = {
     "show key lerning_rate": 'Did you mean "optimizer.learning_rate"?',
     "show key train_batch_size": "whole number >= 1",
     "show objective kto": "kahneman_tversky",
-    "show config configs/tiny/dpo.yaml": "beta: 5000.0",
+    "show config configs/tiny/dpo.yaml": "beta: 250.0",
     "list configs": "Diffusion-DPO",
     "list objectives": "mapo",
     "list keys": "optimizer.learning_rate",
