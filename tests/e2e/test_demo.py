@@ -8,6 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from diffalign.jobs.world import demo
+from diffalign.training.checkpoints import CheckpointError
 
 ROOT = Path(__file__).parents[2]
 HELD_OUT = ROOT / "assets" / "prompts" / "tiny-held-out.txt"
@@ -33,7 +34,9 @@ def test_a_short_demo_leaves_everything(tmp_path, monkeypatch, run):
     assert summary["pairs_per_second"] > 0
     assert Image.open(output / "grid.png").width > 500
     assert (output / "report.html").stat().st_size > 50_000
-    demo.demo(short, output, HELD_OUT, 1, Console(quiet=True))  # another seed into the same folder
+    with pytest.raises(CheckpointError, match=r"train\.seed: 0 there, 1 now"):
+        demo.demo(short, output, HELD_OUT, 1, Console(quiet=True))
+    demo.demo(short, output, HELD_OUT, 1, Console(quiet=True), overwrite=True)  # another seed into the same folder
     assert json.loads((output / "summary.json").read_text())["scorers"] != summary["scorers"]
     left = {path.name for path in output.iterdir()}
     assert left >= {"scores.parquet", "scores.csv", "pytorch_lora_weights.safetensors", "README.md", "metrics.jsonl"}
