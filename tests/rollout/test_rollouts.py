@@ -228,7 +228,7 @@ def test_rollouts_from_pure_noise_are_finite(make_sampler, prompts, reads_predic
     assert batch.timesteps.tolist() == [level for level in (999, 749, 499, 249) for _ in range(len(prompts))]
     assert scorer.timesteps == [749, 499, 249, 0]
     assert_follows(batch, sampler)
-    trajectories = Trajectories(sampler=sampler, scorer=Brightness(), advantages=lambda _, rewards: rewards)
+    trajectories = Trajectories(sampler=sampler, scorer=Brightness(), advantages=lambda texts, ids, rewards: rewards)
     singles = trajectories(prompts, 0).transitions
     for tensor in (batch.xt, batch.x_prev, singles.x_prev, singles.advantages, singles.behavior_log_prob):
         assert tensor.isfinite().all()

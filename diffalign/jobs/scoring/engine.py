@@ -2,10 +2,12 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,20 +97,29 @@ def scan(
 
 @contextmanager
 def helpers_alive() -> Iterator[None]:
-    """Say in one sentence that a worker was killed; torch raises a RuntimeError for it wherever this process is.
+    """Say in one sentence that a worker was killed.
+
+    torch raises a RuntimeError for it wherever this process is, or the pipe to the worker breaks before.
 
     Raises:
         DataError: it was.
     """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if "DataLoader worker" not in str(error) and not _of_a_pipe(error):
             raise
+        reason = (str(error).splitlines() or ["its pipe broke"])[0].strip()
         raise DataError(
-            f"A process that decodes pictures died ({str(error).splitlines()[0].strip()}), perhaps because memory ran "
+            f"A process that decodes pictures died ({reason}), perhaps because memory ran "
             "out. What was scored is kept: run the same command again, with fewer --workers (0 starts none)."
         ) from error
+
+
+def _of_a_pipe(error: BaseException) -> bool:
+    """Tell whether an error is of the connection to a process of this machine, not of one that a scorer has."""
+    places = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return not isinstance(error, RuntimeError) and "multiprocessing" in Path(places[-1]).parts
 
 
 def pick_workers(asked: int | None, count: int, processes: int = 1) -> int:
