@@ -232,7 +232,7 @@ class TestFiles:
             configuration.load(tmp_path)
 
     def test_not_text(self, tmp_path):
-        (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00model")
+        (tmp_path / "run.yaml").write_bytes(b"model: \xff")  # \xff\xfe would declare UTF-16, which is read
         with pytest.raises(ConfigError, match="Cannot read the configuration"):
             configuration.load(tmp_path / "run.yaml")
 
