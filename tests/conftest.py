@@ -5,6 +5,7 @@ import os
 # Before any import that reads it: nothing here may ask the hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import signal
 import socket
 import sys
 
@@ -27,7 +28,18 @@ from tests.tiny import (
     build_tiny_zimage,
 )
 
+# Those that `nohup`, or a shell that starts a job in the background, leaves ignored, and what they do otherwise.
+SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
 LOCAL = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
+
+
+@pytest.fixture
+def listening():
+    """Let signals reach the test, however the test run was started."""
+    before = {number: signal.signal(number, handler) for number, handler in SIGNALS.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items):

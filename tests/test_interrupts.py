@@ -12,6 +12,7 @@ import typer
 from diffalign.interrupts import Interrupted, at_once, deferred
 
 root = importlib.import_module("diffalign.cli.app")  # the package has the app itself under this name
+pytestmark = pytest.mark.usefixtures("listening")
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 

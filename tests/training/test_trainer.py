@@ -260,6 +260,7 @@ def test_a_run_of_another_identity_is_not_resumed(tmp_path):
         run(tmp_path, resume_from_checkpoint="latest", identity={"objective": {"beta": 2.0}})
 
 
+@pytest.mark.usefixtures("listening")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT"])
 def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, name):
     number = getattr(signal, name)
@@ -277,6 +278,7 @@ def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, name):
     assert toy.trajectory(tmp_path / "told") == toy.trajectory(tmp_path / "straight")  # means over 3 and 4 too
 
 
+@pytest.mark.usefixtures("listening")
 def test_the_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(interrupts, "SAME", 0.0)
     seen = []
@@ -293,6 +295,7 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
     assert list(tmp_path.glob("checkpoint-*")) == []
 
 
+@pytest.mark.usefixtures("listening")
 def test_a_ctrl_c_that_a_launcher_passes_on_is_no_second_one(tmp_path):
     def twice(network, indices, step):
         for _ in range(2 if step == 1 else 0):
