@@ -81,9 +81,16 @@ def test_cat_pads_prompts_of_fewer_tokens_if_a_mask_can_say_so():
     assert torch.equal(both["prompt_embeds"][:2, :2], short["prompt_embeds"])
     assert not both["prompt_embeds"][:2, 2:].any()
     assert _same(both.select([2, 3]), long)
-    unmasked = [Conditioning({"prompt_embeds": part["prompt_embeds"]}) for part in (short, long)]
-    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
-        Conditioning.cat(unmasked)
+
+
+def test_cat_repeats_prompts_of_fewer_chunks_where_there_is_no_mask():
+    # Attention over keys and values that stand there twice is attention over them once.
+    short, long = (Conditioning({"prompt_embeds": _masked(n, 2)["prompt_embeds"]}) for n in (2, 4))
+    both = Conditioning.cat([short, long])["prompt_embeds"]
+    tokens, n = short["prompt_embeds"].shape[1], len(short)
+    assert both.shape[1] == long["prompt_embeds"].shape[1] == 2 * tokens
+    assert torch.equal(both[:n], short["prompt_embeds"].repeat(1, 2, 1))
+    assert torch.equal(both[n:], long["prompt_embeds"])
 
 
 def test_columns_of_two_families_are_not_concatenated():
