@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def held(folder: str | Path) -> Iterator[None]:
         finally:
             _held.discard(file)
             _write(file, "")
+            _release(file)
 
 
 def _take(file: Any, folder: Path) -> None:
@@ -62,6 +63,13 @@ def _take(file: Any, folder: Path) -> None:
         return
     who = {"host": socket.gethostname(), "pid": os.getpid(), "command": " ".join(sys.argv)}
     _write(file, json.dumps(who | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}))
+
+
+def _release(file: Any) -> None:
+    """Unlock, not only close: a helper forked a moment ago may not have closed its copy yet."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _holder(file: Any) -> str:
