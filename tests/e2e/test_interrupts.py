@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -22,7 +23,11 @@ ROOT = Path(__file__).parents[2]
 def start(content, file: Path) -> subprocess.Popen:
     """Start `diffalign train` and return it when it has taken two steps."""
     file.write_text(yaml.safe_dump(content))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }  # other sums round otherwise
     process = subprocess.Popen(
         [sys.executable, "-m", "diffalign", "train", file], env=environment, stderr=subprocess.PIPE, text=True
     )
